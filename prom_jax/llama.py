@@ -1,0 +1,465 @@
+"""The model: configuration, decoder blocks in scanned stacks, and the places where hidden states leave.
+
+Parameters keep Hugging Face's own orientation ([out, in]), stacked over layers. The blocks live in two
+stacks, `lower` (1 … n) and `upper` (n+1 … N), when the model has a pivot layer n, and in `lower` alone
+when it has none: slicing one stack inside jit would copy it.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from prom_jax.attention import BACKENDS, attention, visible
+from prom_jax.errors import UserError
+from prom_jax.sharding import constrain_activations
+
+REMAT = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies stretched for a longer context: `linear` by `factor`, `llama3` by wavelength."""
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture, in the terms of a Hugging Face `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 2048
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    model_type: str = "llama"
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}; check the model's config.json"
+            )
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> "LlamaConfig":
+        """Reads the content of a `config.json`, of transformers 4 or 5.
+
+        Raises:
+          UserError: for an architecture, key or value that this model does not compute. Nothing is
+            ignored but what cannot change the computation.
+        """
+        hf = dict(hf)
+        model_type = hf.pop("model_type", None)
+        architectures = hf.pop("architectures", None) or [_ARCHITECTURE.get(model_type)]
+        if model_type not in _ARCHITECTURE or architectures != [_ARCHITECTURE[model_type]]:
+            raise UserError(
+                f"unsupported architecture {architectures} (model_type {model_type!r}): "
+                f"expected one of {', '.join(_ARCHITECTURE.values())}"
+            )
+        missing = [key for key in _REQUIRED if key not in hf]
+        if missing:
+            raise UserError(f"config.json lacks {', '.join(missing)}; is it a whole model's config?")
+        fields = {key: hf.pop(key) for key in _REQUIRED}
+        heads = fields["num_attention_heads"]
+        # The rest has the defaults that transformers gives an absent key.
+        default_kv, default_length, default_window = (
+            (heads, 2048, None) if model_type == "llama" else (8, 131072, 4096)
+        )
+        theta, scaling = _rope_from_hf(hf, default_length)
+        eos = hf.pop("eos_token_id", 2)
+        config = cls(
+            **fields,
+            model_type=model_type,
+            num_key_value_heads=hf.pop("num_key_value_heads", None) or default_kv,
+            head_dim=hf.pop("head_dim", None) or fields["hidden_size"] // heads,
+            rms_norm_eps=float(hf.pop("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=hf.pop("max_position_embeddings", default_length),
+            sliding_window=hf.pop("sliding_window", default_window),
+            tie_word_embeddings=hf.pop("tie_word_embeddings", False),
+            bos_token_id=hf.pop("bos_token_id", 1),
+            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+            pad_token_id=hf.pop("pad_token_id", None),
+        )
+        for key, value in hf.items():
+            if key in _FIXED and value not in _FIXED[key]:
+                raise UserError(
+                    f"config.json sets {key}={value!r}, which is not supported: expected {_FIXED[key][0]!r}"
+                )
+            if key not in _FIXED and key not in _METADATA:
+                raise UserError(
+                    f"config.json sets {key}={value!r}, which this model does not know; "
+                    "remove the key if it does not change what the model computes"
+                )
+        return config
+
+    def to_hf(self) -> dict:
+        """The content of a `config.json` that transformers 4 and 5 both read."""
+        hf = dataclasses.asdict(self)
+        hf["architectures"] = [_ARCHITECTURE[self.model_type]]
+        hf["hidden_act"] = "silu"
+        if self.rope_scaling and self.rope_scaling.rope_type == "linear":
+            hf["rope_scaling"] = {"rope_type": "linear", "factor": self.rope_scaling.factor}
+        if self.model_type == "llama":
+            hf.pop("sliding_window")
+        if isinstance(self.eos_token_id, tuple):
+            hf["eos_token_id"] = list(self.eos_token_id)
+        return hf
+
+
+_ARCHITECTURE = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+# Settings with the values, first the usual one, at which they are what this model computes.
+_FIXED = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0.0, 0, None),
+    "pretraining_tp": (1, None),
+    "partial_rotary_factor": (1.0, None),
+    "rope_interleaved": (False, None),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_decoder": (False, True),
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": ({}, None),
+    "chunk_size_feed_forward": (0,),
+    "tie_encoder_decoder": (False,),
+    "auto_map": (None,),
+}
+# Keys that describe the file or the training of the model and cannot change its forward pass.
+_METADATA = {
+    "_attn_implementation_autoset", "_name_or_path", "attn_implementation", "decoder_start_token_id",
+    "dtype", "finetuning_task", "id2label", "initializer_range", "is_llama_config", "label2id",
+    "max_sequence_length", "name_or_path", "output_attentions", "output_hidden_states", "prefix",
+    "problem_type", "return_dict", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype",
+    "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
+    "use_cache",
+}  # fmt: skip
+
+
+def _rope_from_hf(hf: dict, max_length: int) -> tuple[float, RopeScaling | None]:
+    """Takes theta and scaling out of `hf`: `rope_parameters` (transformers 5) or `rope_scaling` (4)."""
+    rope = dict(hf.pop("rope_parameters", None) or hf.pop("rope_scaling", None) or {})
+    hf.pop("rope_scaling", None)
+    theta = float(rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
+    hf.pop("rope_theta", None)
+    rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    fields = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ),
+    }.get(rope_type)
+    if fields is None:
+        raise UserError(
+            f"config.json asks for rope scaling {rope_type!r}: expected default, linear or llama3"
+        )
+    rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings", max_length))
+    rest = set(rope) - set(fields) - {"original_max_position_embeddings"}
+    if rest or not set(fields) <= set(rope):
+        raise UserError(
+            f"config.json's rope scaling {rope_type!r} has {sorted(rope)}: expected {sorted(fields)}"
+        )
+    return theta, RopeScaling(
+        rope_type, **{key: rope[key] for key in fields}
+    ) if rope_type != "default" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the model is computed, none of which changes what it computes but for rounding.
+
+    dtype: of activations and of the weights as they are used ('float32' or 'bfloat16').
+    remat: what the backward pass recomputes: 'none', 'dots' (all but matrix products), 'full' (whole blocks).
+    attention: the backend, one of attention.BACKENDS.
+    """
+
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "xla"
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("compute_dtype", self.dtype, ("float32", "bfloat16")),
+            ("remat", self.remat, REMAT),
+            ("attention", self.attention, BACKENDS),
+        ):
+            if value not in allowed:
+                raise UserError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Rotary angles per position, float32 [head_dim / 2] (RoFormer eq. 15; Llama-3.1 scaling)."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    frequencies = 1.0 / (np.float32(config.rope_theta) ** exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    # Long waves are stretched by `factor`, short ones kept, those between are blended.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0).astype(np.float32)
+    return kept * frequencies + (1 - kept) * frequencies / np.float32(scaling.factor)
+
+
+def rms_norm(x, scale, eps):
+    """Root-mean-square norm over the last axis, computed in float32, in the dtype of `x`."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rotate(x_BTHD, angles_BTF):
+    """Rotary embedding in Hugging Face's half-split layout, computed in float32; F = D / 2."""
+    cos, sin = jnp.cos(angles_BTF)[:, :, None], jnp.sin(angles_BTF)[:, :, None]
+    low, high = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return rotated.astype(x_BTHD.dtype)
+
+
+class Blocks(nnx.Module):
+    """A stack of decoder blocks; every parameter has the layer as its first axis.
+
+    Under `jax.lax.scan` one layer's slice is itself a `Blocks` without that axis: `__call__` is one block.
+    """
+
+    def __init__(self, config: LlamaConfig, compute: Compute, num_layers: int, init):
+        self.config, self.compute = config, compute
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        hidden, inner = config.hidden_size, config.intermediate_size
+        matrix = lambda out, into: nnx.Param(init((num_layers, out, into)))
+        self.q_proj = matrix(heads * config.head_dim, hidden)
+        self.k_proj = matrix(kv_heads * config.head_dim, hidden)
+        self.v_proj = matrix(kv_heads * config.head_dim, hidden)
+        self.o_proj = matrix(hidden, heads * config.head_dim)
+        self.gate_proj = matrix(inner, hidden)
+        self.up_proj = matrix(inner, hidden)
+        self.down_proj = matrix(hidden, inner)
+        self.input_layernorm = nnx.Param(init((num_layers, hidden), ones=True))
+        self.post_attention_layernorm = nnx.Param(init((num_layers, hidden), ones=True))
+
+    def __call__(self, x_BTD, angles_BTF, mask_B1TS, cache=None, start=None):
+        """One block. With a `cache` (keys and values, [B, S, K, D] each) the new ones go in at `start`.
+
+        Returns: the block's output [B, T, D] and the updated cache, None without one.
+        """
+        config = self.config
+        split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
+        h = rms_norm(x_BTD, self.input_layernorm[...], config.rms_norm_eps)
+        q = rotate(split(self._project("q_proj", h)), angles_BTF)
+        k = rotate(split(self._project("k_proj", h)), angles_BTF)
+        v = split(self._project("v_proj", h))
+        if cache is not None:
+            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+                old, new.astype(old.dtype), start, axis=1
+            )
+            k, v = cache = write(cache[0], k), write(cache[1], v)
+        h = attention(q, k, v, mask_B1TS, self.compute.attention)
+        x_BTD = x_BTD + self._project("o_proj", h.reshape(*h.shape[:2], -1))
+        h = rms_norm(x_BTD, self.post_attention_layernorm[...], config.rms_norm_eps)
+        h = jax.nn.silu(self._project("gate_proj", h)) * self._project("up_proj", h)
+        return x_BTD + self._project("down_proj", h), cache
+
+    def _project(self, name, x):
+        return jnp.einsum("...i,oi->...o", x, getattr(self, name)[...].astype(x.dtype))
+
+    def scan(self, x_BTD, angles_BTF, mask_B1TS, cache=None, start=None, collect=False):
+        """Runs the whole stack. Returns its output, all outputs [n, B, T, D] if `collect`, the cache."""
+
+        def body(x, layer):
+            block, kv = layer
+            x, kv = block(x, angles_BTF, mask_B1TS, kv, start)
+            x = constrain_activations(x)
+            return x, (x if collect else None, kv)
+
+        if self.compute.remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        elif self.compute.remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        x_BTD, (hiddens, cache) = jax.lax.scan(body, x_BTD, (self, cache))
+        return x_BTD, hiddens, cache
+
+
+class Llama(nnx.Module):
+    """A decoder-only language model with up to two exits.
+
+    Args:
+      config: the architecture.
+      compute: how it is computed.
+      pivot_layer: n, the number of blocks in the lower stack; 0 for one stack of all N.
+      pivot_head: whether there is a second LM head, untied, for the hidden state after block n.
+      rngs: randomness of the initial values (normal, σ = 0.02).
+      param_dtype: of the parameters.
+    Raises:
+      UserError: if `pivot_layer` is not in 1 … N-1 when given.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        compute: Compute = Compute(),
+        pivot_layer: int = 0,
+        pivot_head: bool = False,
+        rngs: nnx.Rngs,
+        param_dtype=jnp.float32,
+    ):
+        layers = config.num_hidden_layers
+        check_pivot_layer(pivot_layer, layers)
+
+        def init(shape, ones=False):
+            if ones:
+                return jnp.ones(shape, param_dtype)
+            return (0.02 * jax.random.normal(rngs.params(), shape)).astype(param_dtype)
+
+        vocabulary = (config.vocab_size, config.hidden_size)
+        self.config, self.compute, self.pivot_layer = config, compute, pivot_layer
+        self.embed_tokens = nnx.Param(init(vocabulary))
+        self.lower = Blocks(config, compute, pivot_layer or layers, init)
+        self.upper = Blocks(config, compute, layers - pivot_layer, init) if pivot_layer else None
+        self.norm = nnx.Param(init((config.hidden_size,), ones=True))
+        self.lm_head = None if config.tie_word_embeddings else nnx.Param(init(vocabulary))
+        self.pivot_head = nnx.Param(init(vocabulary)) if pivot_head else None
+
+    @property
+    def output_embedding(self):
+        """The main head's matrix [V, D]: `lm_head`, or the embedding where they are tied."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
+
+    def final_norm(self, x_BTD):
+        """The norm before the main head."""
+        return rms_norm(x_BTD, self.norm[...], self.config.rms_norm_eps)
+
+    def embed(self, tokens_BT):
+        """Token embeddings [B, T, D] in the compute dtype."""
+        x = jnp.take(self.embed_tokens[...], tokens_BT, axis=0)
+        return constrain_activations(x.astype(self.compute.dtype))
+
+    def _context(self, tokens_BT, positions_BT, segments_BT):
+        """What every block needs: rotary angles and the attention mask of a batch without cache."""
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        if segments_BT is None:
+            segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+        mask = visible(positions_BT, positions_BT, segments_BT, segments_BT, self.config.sliding_window)
+        return self.angles(positions_BT), mask
+
+    def angles(self, positions_BT):
+        """Rotary angles, float32 [B, T, head_dim / 2]."""
+        return positions_BT[..., None].astype(jnp.float32) * rope_frequencies(self.config)
+
+    def pivot_states(self, tokens_BT, positions_BT=None, segments_BT=None):
+        """h_n, the output of block n without a norm [B, T, D]. Blocks above n are not computed."""
+        context = self._context(tokens_BT, positions_BT, segments_BT)
+        return self.lower.scan(self.embed(tokens_BT), *context)[0]
+
+    def final_states(self, tokens_BT, positions_BT=None, segments_BT=None):
+        """h_N after the final norm, what the main head reads [B, T, D]."""
+        context = self._context(tokens_BT, positions_BT, segments_BT)
+        x, _, _ = self.lower.scan(self.embed(tokens_BT), *context)
+        if self.upper is not None:
+            x, _, _ = self.upper.scan(x, *context)
+        return self.final_norm(x)
+
+    @jax.jit
+    def __call__(self, tokens_BT, positions_BT=None, segments_BT=None):
+        """Next-token logits.
+
+        Args:
+          tokens_BT: int32 [B, T].
+          positions_BT: int32 [B, T], default 0 … T-1.
+          segments_BT: int32 [B, T]; tokens see their own segment alone. Default: one segment.
+        Returns: float32 [B, T, V].
+        """
+        return self.logits(self.final_states(tokens_BT, positions_BT, segments_BT))
+
+    def logits(self, hidden_BTD):
+        """Main-head logits of final states, float32 [B, T, V]."""
+        head = self.output_embedding.astype(hidden_BTD.dtype)
+        return jnp.einsum("...d,vd->...v", hidden_BTD, head, preferred_element_type=jnp.float32)
+
+    @functools.partial(jax.jit, static_argnames="layers")
+    def hidden_states(self, tokens_BT, positions_BT=None, segments_BT=None, layers=None):
+        """The residual stream without final norm: 0 the embeddings, i the output of block i.
+
+        Args: as in `__call__`; layers: a tuple of layers in 0 … N, default all of them.
+        Returns: [len(layers), B, T, D] in the compute dtype.
+        """
+        layers = tuple(range(self.config.num_hidden_layers + 1)) if layers is None else layers
+        context = self._context(tokens_BT, positions_BT, segments_BT)
+        x = self.embed(tokens_BT)
+        hiddens = [x[None]]
+        for stack in (self.lower, self.upper):
+            if stack is not None:
+                x, outputs, _ = stack.scan(x, *context, collect=True)
+                hiddens.append(outputs)
+        return jnp.concatenate(hiddens)[np.asarray(layers)]
+
+
+def check_pivot_layer(pivot_layer: int, num_layers: int):
+    """Raises UserError unless n is 0 (no pivot) or leaves at least one block on either side."""
+    if not 0 <= pivot_layer < num_layers:
+        raise UserError(
+            f"pivot.layer={pivot_layer}: expected 1 to {num_layers - 1} for a model of {num_layers} layers "
+            "(0 for three quarters of them)"
+        )
+
+
+def abstract(config: LlamaConfig, **kwargs) -> Llama:
+    """A `Llama` of shapes and dtypes alone; the keywords are `Llama`'s, without `rngs`."""
+    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **kwargs))
+
+
+def with_params(model: Llama, params: dict) -> Llama:
+    """A model (often abstract) with its parameters replaced by a nested dict as `to_params` gives it."""
+    graphdef, state = nnx.split(model)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def to_params(model: Llama) -> dict:
+    """The parameters as a nested dict: {'embed_tokens': …, 'lower': {'q_proj': …}, …}."""
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def num_parameters(model: Llama) -> int:
+    """The number of parameters, the pivot head included."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(to_params(model)))

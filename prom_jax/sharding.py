@@ -1,0 +1,85 @@
+"""The mesh, which axis of each array lies along which of its axes, and how arrays get there."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from prom_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+# Rows of a batch are spread over both of these.
+BATCH = ("data", "fsdp")
+
+# The dimensions of each parameter, last ones first named; a leading layer axis is never split.
+_DIMENSIONS = {
+    "embed_tokens": ("tensor", "fsdp"),
+    "lm_head": ("tensor", "fsdp"),
+    "pivot_head": ("tensor", "fsdp"),
+    "q_proj": ("tensor", "fsdp"),
+    "k_proj": ("tensor", "fsdp"),
+    "v_proj": ("tensor", "fsdp"),
+    "o_proj": ("fsdp", "tensor"),
+    "gate_proj": ("tensor", "fsdp"),
+    "up_proj": ("tensor", "fsdp"),
+    "down_proj": ("fsdp", "tensor"),
+    "input_layernorm": ("fsdp",),
+    "post_attention_layernorm": ("fsdp",),
+    "norm": ("fsdp",),
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
+    """A mesh of all devices; at most one size may be -1, which takes the rest.
+
+    Raises:
+      UserError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    given = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and given > 0 and len(devices) % given == 0:
+        sizes[sizes.index(-1)] = len(devices) // given
+    if -1 in sizes or min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh.data={data} mesh.fsdp={fsdp} mesh.tensor={tensor} does not match the {len(devices)} devices "
+            "here: their product must be that number, and one of them may be -1 for the rest"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def param_sharding(mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """Where a parameter lies. An axis that the mesh does not divide stays whole on every device.
+
+    Args: path: its place in the parameter tree, such as ('lower', 'q_proj'); shape: its global shape.
+    """
+    dimensions = _DIMENSIONS[path[-1]]
+    spec = [None] * (len(shape) - len(dimensions)) + list(dimensions)
+    spec = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape)]
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def constrain_activations(x):
+    """Keeps rows ([B, …]) spread over the batch axes of the current mesh; without a mesh, nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
+
+
+def num_batch_shards(mesh) -> int:
+    """Among how many shards the rows of a batch are divided."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def place_rows(mesh, batch):
+    """Numpy arrays [rows, …], the same on every process, to arrays with rows spread over the batch axes."""
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    place = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(place, batch)
+
+
+def replicate(mesh, x):
+    """A host value as an array that every device holds whole."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec()), lambda index: x[index])
