@@ -43,8 +43,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> j
         sizes[sizes.index(-1)] = len(devices) // given
     if -1 in sizes or min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise UserError(
-            f"mesh.data={data} mesh.fsdp={fsdp} mesh.tensor={tensor} does not match the {len(devices)} devices "
-            "here: their product must be that number, and one of them may be -1 for the rest"
+            f"mesh.data={data} mesh.fsdp={fsdp} mesh.tensor={tensor} does not match the {len(devices)} "
+            "devices here: their product must be that number, and one of them may be -1 for the rest"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -68,8 +68,8 @@ def constrain_activations(x):
 
 
 def num_batch_shards(mesh) -> int:
-    """Among how many shards the rows of a batch are divided."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """Among how many shards the rows of a batch are divided; 1 for an empty mesh."""
+    return math.prod(mesh.shape[axis] for axis in BATCH if axis in mesh.shape)
 
 
 def place_rows(mesh, batch):

@@ -1,0 +1,102 @@
+"""PROM and its baselines: which rows leave where, through which head, and the weighted sum.
+
+The one room that knows what English is. With h_i the hidden state after block i:
+
+  prom      λ · smoothed CE(pivot_head(h_n), English) + CE(lm_head(h_N), target)
+  xllama2   CE(lm_head(h_N), English and target together)
+  bactrian  CE(lm_head(h_N), target)
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from prom_jax.errors import UserError
+from prom_jax.losses import CHUNK, cross_entropy
+
+METHODS = ("prom", "bactrian", "xllama2")
+NORMS = ("none", "final")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What an update minimises.
+
+    method: one of METHODS.
+    weight: λ of the pivot loss; 0 drops the English rows and makes `prom` the same as `bactrian`.
+    label_smoothing: α of the pivot loss.
+    norm: before the pivot head, 'none' (the raw residual stream) or 'final' (the model's last norm).
+    """
+
+    method: str = "prom"
+    weight: float = 0.1
+    label_smoothing: float = 0.1
+    norm: str = "none"
+    chunk: int = CHUNK
+
+    def __post_init__(self):
+        for name, value, allowed in (("method", self.method, METHODS), ("pivot.norm", self.norm, NORMS)):
+            if value not in allowed:
+                raise UserError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+        if self.weight < 0 or not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"pivot.weight={self.weight}, pivot.label_smoothing={self.label_smoothing}: "
+                "expected a weight of 0 or more and a smoothing in [0, 1)"
+            )
+
+    @property
+    def has_pivot(self) -> bool:
+        """Whether English leaves through a pivot head of its own."""
+        return self.method == "prom" and self.weight > 0
+
+    @property
+    def uses_english(self) -> bool:
+        """Whether English rows are trained on at all."""
+        return self.has_pivot or self.method == "xllama2"
+
+    def loss_sums(self, model, batch) -> dict:
+        """Sums of token losses by role, float32: 'target' and, where it is used, 'english' (smoothed).
+
+        Args: batch: {'target': rows, 'english': rows}; rows hold tokens, positions, segments, labels int32
+          and weights float32, each [R, T], with R and T of their own for either role.
+        """
+        sums = {"target": main_loss(model, batch["target"], self.chunk)}
+        if self.uses_english and "english" in batch:
+            if self.has_pivot:
+                sums["english"] = self.pivot_loss(model, batch["english"], self.label_smoothing)
+            else:
+                sums["english"] = main_loss(model, batch["english"], self.chunk)
+        return sums
+
+    def pivot_loss(self, model, rows, label_smoothing=0.0):
+        """Sum of token losses at h_n through the pivot head (L_{n,e} before its division)."""
+        states = model.pivot_states(rows["tokens"], rows["positions"], rows["segments"])
+        if self.norm == "final":
+            states = model.final_norm(states)
+        return cross_entropy(
+            states, model.pivot_head[...], rows["labels"], rows["weights"], label_smoothing, self.chunk
+        )
+
+    def coefficients(self, weights: dict) -> dict:
+        """What each role's sum is multiplied with, given the whole update's sums of weights by role.
+
+        Dividing by global sums, never by a micro-batch's or a device's, makes the loss of an update the
+        same however it is split.
+        """
+        safe = {role: jnp.maximum(weight, 1.0) for role, weight in weights.items()}
+        if self.method == "xllama2":
+            total = jnp.maximum(sum(weights.values()), 1.0)
+            return dict.fromkeys(weights, 1.0 / total)
+        scale = {"target": 1.0, "english": self.weight}
+        return {role: scale[role] / weight for role, weight in safe.items()}
+
+
+def main_loss(model, rows, chunk=CHUNK):
+    """Sum of token losses at h_N through the main head, float32."""
+    states = model.final_states(rows["tokens"], rows["positions"], rows["segments"])
+    return cross_entropy(states, model.output_embedding, rows["labels"], rows["weights"], chunk=chunk)
+
+
+def weight_sums(batch) -> dict:
+    """The number of loss-bearing tokens by role, float32."""
+    return {role: rows["weights"].sum() for role, rows in batch.items()}
