@@ -1,0 +1,1 @@
+"""From a source's name to a training batch: source → prompt → tokens → record → pack → batch."""
