@@ -1,0 +1,136 @@
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from prom_jax.data import sources
+from prom_jax.data.sources import Row, Sentence, Turn
+from prom_jax.errors import UserError
+
+ROWS = [
+    {"instruction": "Say hi", "input": "", "output": "Hi", "id": "a"},
+    {"instruction": "Add", "input": "1, 2", "output": 'three, "3"', "id": "b"},
+]
+EXPECTED = [Row("a", (Turn("Say hi", "", "Hi"),)), Row("b", (Turn("Add", "1, 2", 'three, "3"'),))]
+
+
+def write(path, rows):
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".tsv":
+        path.write_text("\n".join("\t".join(row) for row in [rows[0], *map(dict.values, rows)]))
+    else:
+        path.write_text('instruction,input,output,id\nSay hi,,Hi,a\nAdd,"1, 2","three, ""3""",b\n')
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".tsv", ".parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    write(path, ROWS)
+    assert sources.read_instructions((str(path),), "sw") == EXPECTED
+    assert sources.read_instructions((str(path), str(path)), "sw") == EXPECTED * 2
+
+
+def test_messages_become_turns(jsonl):
+    texts = ["Hi", "Hello", "Bye", "See you"]
+    roles = ["user", "assistant"] * 2
+    messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    source = jsonl("chat.jsonl", [{"messages": messages}])
+    (row,) = sources.read_instructions((source,), "en")
+    assert row.turns == (Turn("Hi", "", "Hello"), Turn("Bye", "", "See you"))
+    system = [{"role": "system", "content": "Be brief"}, *messages]
+    source = jsonl("system.jsonl", [{"messages": system}])
+    with pytest.raises(UserError, match=r"row 1: .*'system'.*without a system message"):
+        sources.read_instructions((source,), "en")
+
+
+def test_hub_source_passes_config_and_split(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((*args, kwargs["split"]))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert sources.read_instructions(("own/set:sw@train[:10%]", "own/set"), "sw") == EXPECTED * 2
+    assert calls == [("own/set", "sw", "train[:10%]"), ("own/set", None, "train")]
+
+
+def test_unreachable_hub_source_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"'no/such' cannot be read \(HF_HUB_OFFLINE.*hf auth login"):
+        sources.read_instructions(("no/such",), "sw")
+
+
+def test_aligned_sentences(tmp_path, jsonl):
+    english, target = tmp_path / "en.txt", tmp_path / "sw.txt"
+    english.write_text("One\nTwo \x0c still\n")
+    target.write_text("Moja\nMbili\n")
+    assert sources.read_parallel((f"{english}|{target}",), "sw") == [
+        Sentence(None, "One", "Moja"),
+        Sentence(None, "Two \x0c still", "Mbili"),
+    ]
+    rows = [{"id": 1, "en": "One", "sw": "Moja"}, {"translation": {"en": "Two", "sw": "Mbili"}}]
+    expected = [Sentence("1", "One", "Moja"), Sentence(None, "Two", "Mbili")]
+    assert sources.read_parallel((jsonl("a.jsonl", rows),), "sw") == expected
+    tsv = tmp_path / "a.tsv"
+    tsv.write_text('en\tsw\n"Quoted" text\tMaandishi\n')
+    assert sources.read_parallel((str(tsv),), "sw") == [Sentence(None, '"Quoted" text', "Maandishi")]
+    target.write_text("Moja\n")
+    with pytest.raises(UserError, match="2 English and 1 target lines"):
+        sources.read_parallel((f"{english}|{target}",), "sw")
+
+
+def test_pairs_by_id_or_by_order():
+    def rows(*ids):
+        return [Row(i, (Turn(f"{n}", "", "x"),)) for n, i in enumerate(ids)]
+
+    english, target = rows("a", "b", "c"), rows("c", "a", "d")
+    pairs, unmatched = sources.pair(english, target)
+    assert [(e.id, t.id) for e, t in pairs] == [("c", "c"), ("a", "a")] and unmatched == 2
+    assert sources.pair(rows("a", None), rows("b", "c"))[0] == list(
+        zip(rows("a", None), rows("b", "c"), strict=True)
+    )
+    with pytest.raises(UserError, match=r"2 English and 1 target rows.*'id'"):
+        sources.pair(rows(None, None), rows(None))
+    with pytest.raises(UserError, match="'a' occurs twice on the English side"):
+        sources.pair(rows("a", "a"), rows("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "r.jsonl",
+            '{"instruction": "a", "output": "b"}\n{"instruction": "c"}',
+            r"r.jsonl, row 2 has no text under 'output' \(keys found: instruction\)",
+        ),
+        ("r.jsonl", '{"instruction": ', "line 1 is not valid JSON"),
+        ("r.json", '{"instruction": "a"}', "holds a dict: expected a list"),
+        ("r.json", '["a"]', "row 1 is not an object"),
+        ("r.json", "[]", "is empty"),
+        ("r.parquet", "PAR1", "is not a Parquet file"),
+        ("r.xml", "<a/>", "of no known kind"),
+        ("none.json", None, "There is no file"),
+    ],
+)
+def test_bad_sources(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        sources.read_instructions((str(path),), "sw")
+
+
+def test_fingerprint_follows_the_contents(jsonl):
+    source = jsonl("a.jsonl", ROWS)
+    before = sources.fingerprint(source, "sw")
+    assert sources.fingerprint(source, "sw") == before
+    jsonl("a.jsonl", ROWS[:1])
+    assert sources.fingerprint(source, "sw") != before
