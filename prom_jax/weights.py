@@ -1,0 +1,339 @@
+"""Weights in and out: from a reader into the model's shards, and out as a Hugging Face directory."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+from transformers import PreTrainedTokenizerFast
+
+from prom_jax import llama, tokenizer
+from prom_jax.errors import UserError
+from prom_jax.llama import LlamaConfig
+from prom_jax.readers import PIVOT_FILE, PIVOT_NAME, TENSORS
+from prom_jax.sharding import param_sharding
+
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_CARD_TAG = "- prom_jax"  # in its model card marks a folder as an export, which the next may replace
+
+
+def load_params(reader, mesh=None, *, pivot_layer: int = 0, pivot_head: bool = False, dtype=None) -> dict:
+    """Reads a model's parameters, one after the other; each device's shard is read on its own.
+
+    Args:
+      reader: where from, see `readers`.
+      mesh: where to; None for one device.
+      pivot_layer: n, where the blocks are split into two stacks; 0 for one stack.
+      pivot_head: whether to have one: that beside the weights if there is one, otherwise a copy of lm_head
+        (of the embedding where they are tied).
+      dtype: of the parameters, default the source's.
+    Returns: the nested dict of arrays that `llama.with_params` takes.
+    Raises:
+      UserError: if a tensor is missing, unknown, or not of the shape that the config gives it, or the pivot
+        head beside the weights belongs to another layer.
+    """
+    dtype = np.dtype(dtype or reader.dtype)
+    params = llama.to_params(
+        llama.abstract(reader.config, pivot_layer=pivot_layer, pivot_head=pivot_head, param_dtype=dtype)
+    )
+    sources, shapes = {}, {}  # path -> its tensors in the order of layers; tensor -> the shape it must have
+    for name, path, index in _tensors(params):
+        sources.setdefault(path, []).append(name)
+        shapes[name] = _at(params, path).shape[len(index) :]
+    if pivot_head:
+        name = _pivot_source(reader, pivot_layer)
+        sources[("pivot_head",)] = [name]
+        shapes[name] = params["pivot_head"].shape
+    _check_tensors(reader, shapes)
+
+    def load(keys, param):
+        path = tuple(key.key for key in keys)
+        sharding = param_sharding(mesh, path, param.shape) if mesh else SingleDeviceSharding(jax.devices()[0])
+        read = lambda index: _read_shard(reader, sources[path], param.shape, index).astype(dtype, copy=False)
+        return jax.make_array_from_callback(param.shape, sharding, read)
+
+    return jax.tree.map_with_path(load, params)
+
+
+def _tensors(params: dict) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """Each Hugging Face tensor: its name, the path of our parameter, and the index of its layer in there."""
+    for ours, name, _ in TENSORS:
+        if ours in params:
+            yield name, (ours,), ()
+    stacks = [stack for stack in ("lower", "upper") if stack in params]
+    layers = [(stack, i) for stack in stacks for i in range(params[stack]["q_proj"].shape[0])]
+    for layer, (stack, i) in enumerate(layers):
+        for ours, name, _ in TENSORS:
+            if ours in params[stack]:
+                yield name.format(layer=layer), (stack, ours), (i,)
+
+
+def _at(params: dict, path: tuple[str, ...]):
+    for key in path:
+        params = params[key]
+    return params
+
+
+def _pivot_source(reader, pivot_layer: int) -> str:
+    """The tensor that a pivot head after block `pivot_layer` starts from."""
+    if not reader.pivot_layer:
+        tied = reader.config.tie_word_embeddings
+        return "model.embed_tokens.weight" if tied else "lm_head.weight"
+    if reader.pivot_layer != pivot_layer:
+        raise UserError(
+            f"{reader.where(PIVOT_NAME)} was trained for layer {reader.pivot_layer}, but pivot.layer is "
+            f"{pivot_layer}: expected the same layer; delete the file to start from the main head"
+        )
+    return PIVOT_NAME
+
+
+def _check_tensors(reader, shapes: Mapping[str, tuple[int, ...]]):
+    held = reader.names | ({PIVOT_NAME} if reader.pivot_layer else set())
+    if missing := sorted(shapes.keys() - held):
+        raise UserError(
+            f"{reader.source} lacks {_some(missing)}: expected all tensors of a model of "
+            f"{reader.config.num_hidden_layers} layers; fetch it again"
+        )
+    if unknown := sorted(reader.names - shapes.keys()):
+        raise UserError(
+            f"{reader.source} holds {_some(unknown)}, unknown to this model: expected a plain Llama or "
+            "Mistral without biases, adapters or quantised layers"
+        )
+    for name, shape in shapes.items():
+        if reader.shape(name) != shape:
+            raise UserError(
+                f"{reader.where(name)}: {name} has the shape {list(reader.shape(name))}, but the config gives "
+                f"it {list(shape)}: expected files of one model; fetch both again"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _read_shard(reader, names: list[str], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    """The part `index` of a parameter of this shape, which stacks the tensors `names` or is the only one."""
+    sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
+    if len(shape) == len(reader.shape(names[0])):
+        return reader.read(names[0], index)
+    shard = np.empty(sizes, reader.dtype)
+    for layer, name in zip(shard, names[index[0]], strict=True):
+        layer[...] = reader.read(name, index[1:])
+    return shard
+
+
+def save_hf(
+    params: dict,
+    config: LlamaConfig,
+    model_tokenizer: PreTrainedTokenizerFast,
+    directory,
+    *,
+    dtype,
+    chat_template: str | None,
+    card: Mapping[str, object],
+    max_shard_bytes: int = 5 * 10**9,
+):
+    """Writes a Hugging Face directory that transformers loads as it is. All processes must call it.
+
+    The folder appears whole or not at all; an earlier export of the same name is replaced. A pivot head goes
+    into a file of its own, which transformers ignores. One tensor at a time is held in host memory.
+
+    Args:
+      params: nested dict of arrays, as `llama.to_params` gives it.
+      config: of the model.
+      model_tokenizer: its tokenizer; its EOS token ends generation.
+      directory: to write.
+      dtype: float32, float16 or bfloat16, of the written tensors.
+      chat_template: jinja, of the prompts that the model was trained on.
+      card: what the model card says: 'base_model', 'language', 'method' and any settings.
+      max_shard_bytes: size of a safetensors file beyond which another one is begun.
+    Raises:
+      UserError: if the directory holds something else, or cannot be written.
+    """
+    directory, dtype = Path(directory).resolve(), np.dtype(dtype)
+    tensors = {name: (path, index) for name, path, index in _tensors(params)}
+    shapes = {name: _at(params, path).shape[len(index) :] for name, (path, index) in tensors.items()}
+    fetch = lambda name: _to_host(_at(params, tensors[name][0]), tensors[name][1], dtype)
+    partial = directory.with_name(f".{directory.name}.partial")
+    writer = jax.process_index() == 0
+    try:
+        if writer:
+            _prepare(directory, partial, dtype.itemsize * sum(map(math.prod, shapes.values())))
+            _write_small_files(partial, config, dtype, model_tokenizer, chat_template, card)
+        shards = _split(shapes, dtype, max_shard_bytes)
+        for file_name, names in shards.items():
+            path = partial / file_name if writer else os.devnull
+            _write_safetensors(path, {name: shapes[name] for name in names}, dtype, fetch, {"format": "pt"})
+        if "pivot_head" in params:
+            path, head = partial / PIVOT_FILE if writer else os.devnull, params["pivot_head"]
+            metadata = {"format": "pt", "pivot_layer": str(params["lower"]["q_proj"].shape[0])}
+            shape = {PIVOT_NAME: head.shape}
+            _write_safetensors(path, shape, dtype, lambda _: _to_host(head, (), dtype), metadata)
+        if writer:
+            if len(shards) > 1:
+                _write_index(partial, shards, shapes, dtype)
+            _replace(directory, partial)
+    except OSError as error:
+        raise UserError(
+            f"{directory} could not be written ({error}): make room or choose another place; "
+            "nothing was left there"
+        ) from error
+    finally:
+        if writer:
+            shutil.rmtree(partial, ignore_errors=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_hf")
+
+
+def _to_host(array: jax.Array, index: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """One tensor, gathered from all processes' devices; `index` is its place in a stack."""
+    part = array[index] if index else array
+    if not part.is_fully_addressable:
+        part = multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part).astype(dtype, copy=False)
+
+
+def _prepare(directory: Path, partial: Path, num_bytes: int):
+    """Makes the folder to write in, having made sure that it can take its place and that it fits."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file: expected a directory; choose another place")
+    card = directory / "README.md"
+    ours = card.exists() and _CARD_TAG in card.read_text(encoding="utf-8", errors="replace").splitlines()
+    if directory.exists() and any(directory.iterdir()) and not ours:
+        raise UserError(
+            f"{directory} is not empty and no earlier export: expected a new place; choose another one"
+        )
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    free = shutil.disk_usage(partial).free
+    if free < num_bytes:
+        raise UserError(
+            f"{directory} needs {num_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there: "
+            "make room or choose another place"
+        )
+
+
+def _replace(directory: Path, partial: Path):
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _split(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, max_bytes: int) -> dict[str, list[str]]:
+    """The tensors of each file, under Hugging Face's names for one or many."""
+    shards, size = [[]], 0
+    for name, shape in shapes.items():
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    count = len(shards)
+    return {f"model-{i:05}-of-{count:05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _write_index(directory: Path, shards: dict[str, list[str]], shapes: Mapping, dtype: np.dtype):
+    total = sum(map(math.prod, shapes.values()))
+    index = {
+        "metadata": {"total_parameters": total, "total_size": total * dtype.itemsize},
+        "weight_map": {name: file_name for file_name, names in shards.items() for name in names},
+    }
+    _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _write_safetensors(
+    path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    fetch: Callable[[str], np.ndarray],
+    metadata: dict[str, str],
+):
+    """Writes tensors one by one: the safetensors library would want all those of a file in memory.
+
+    The format: the header's length (8 bytes, little-endian), the header (JSON), the values in its order.
+    """
+    header, start = {"__metadata__": metadata}, 0
+    for name, shape in shapes.items():
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[dtype.name],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the values are aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            file.write(np.ascontiguousarray(fetch(name)).view(np.uint8).data)
+
+
+def _write_small_files(
+    directory: Path,
+    config: LlamaConfig,
+    dtype: np.dtype,
+    model_tokenizer: PreTrainedTokenizerFast,
+    chat_template: str | None,
+    card: Mapping[str, object],
+):
+    _write_json(directory / "config.json", {**config.to_hf(), "torch_dtype": dtype.name})
+    of_config = config.eos_token_id
+    eos = [model_tokenizer.eos_token_id, *(of_config if isinstance(of_config, tuple) else (of_config,))]
+    eos = list(dict.fromkeys(token for token in eos if token is not None))
+    generation = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos,
+        "pad_token_id": config.pad_token_id,
+    }
+    generation = {key: value for key, value in generation.items() if value is not None}
+    _write_json(directory / "generation_config.json", generation)
+    tokenizer.save(model_tokenizer, directory, chat_template)
+    (directory / "README.md").write_text(_model_card(card), encoding="utf-8")
+
+
+def _write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _model_card(card: Mapping[str, object]) -> str:
+    card = dict(card)
+    base = str(card.get("base_model", ""))
+    if Path(base).exists():  # a place on this machine says nothing to others
+        base = card["base_model"] = Path(base).name
+    front = {"base_model": base if "/" in base else "", "language": card.get("language", "")}
+    front = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value]
+    rows = [f"| {key} | {value} |" for key, value in card.items()]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags:",
+            _CARD_TAG,
+            *front,
+            "---",
+            "",
+            "# Model card",
+            "",
+            "A language model adapted to another language by instruction tuning with prom_jax.",
+            "Prompts follow the chat template of its tokenizer.",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
