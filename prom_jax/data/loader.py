@@ -54,6 +54,7 @@ class Batches:
         while planned < steps if steps else len(plans) < epochs:
             plan = packing.plan_epoch(
                 records.target_lengths,
+                records.english_lengths,
                 sequences=sequences,
                 seq_len=seq_len,
                 seed=seed,

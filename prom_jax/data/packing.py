@@ -30,13 +30,20 @@ class Plan:
 
 
 def plan_epoch(
-    target_lengths: np.ndarray, *, sequences: int, seq_len: int, seed: int | None, epoch: int
+    target_lengths: np.ndarray,
+    english_lengths: np.ndarray,
+    *,
+    sequences: int,
+    seq_len: int,
+    seed: int | None,
+    epoch: int,
 ) -> Plan:
     """Pack every example once into updates of `sequences` rows of `seq_len` tokens.
 
-    The examples are shuffled (`seed` None: left in order) and each goes to the fullest row that
-    has room. One that fits nowhere waits for the next update, where it comes first; when WINDOW
-    examples wait, or none is left, the update is closed. The last one may be partly filled.
+    The examples are shuffled (`seed` None: left in order), those with an English side spread evenly
+    among the others, and each goes to the fullest row that has room. One that fits nowhere waits
+    for the next update, where it comes first; when WINDOW examples wait, or none is left, the
+    update is closed. The last one may be partly filled.
 
     Raises:
       ValueError: an example longer than `seq_len`.
@@ -47,6 +54,7 @@ def plan_epoch(
     order = np.arange(len(lengths))
     if seed is not None:
         order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+        order = _spread(order, np.asarray(english_lengths)[order] > 0)
     coming = zip(order.tolist(), lengths[order].tolist(), strict=True)
     waiting: list[tuple[int, int]] = []
     places: list[tuple[int, int, int]] = []
@@ -56,6 +64,13 @@ def plan_epoch(
         ends.append(len(places))
     examples, rows, offsets = np.array(places, np.int64).reshape(-1, 3).T
     return Plan(examples, rows, offsets, np.array(ends))
+
+
+def _spread(order: np.ndarray, english: np.ndarray) -> np.ndarray:
+    """Interleave the two kinds of examples evenly, each in its own order: English rows have one
+    size for the whole run, so that an update with more of them than the others costs all."""
+    rank = np.where(english, np.cumsum(english), np.cumsum(~english)) - 0.5
+    return order[np.argsort(rank / np.where(english, english.sum(), (~english).sum()), kind="stable")]
 
 
 def _fill_update(
