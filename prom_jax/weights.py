@@ -106,10 +106,10 @@ def _check_tensors(reader, shapes: Mapping[str, tuple[int, ...]]):
             "Mistral without biases, adapters or quantised layers"
         )
     for name, shape in shapes.items():
-        if reader.shape(name) != shape:
+        if (found := reader.shape(name)) != shape:
             raise UserError(
-                f"{reader.where(name)}: {name} has the shape {list(reader.shape(name))}, but the config gives "
-                f"it {list(shape)}: expected files of one model; fetch both again"
+                f"{reader.where(name)}: {name} has the shape {list(found)}, the config says {list(shape)}: "
+                "expected files of one model; fetch both again"
             )
 
 
