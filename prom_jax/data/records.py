@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from rich.progress import track
 
 from prom_jax.data import prompts, sources
 from prom_jax.data.prompts import Span
@@ -97,6 +98,7 @@ def encode(tokenizer, texts: list[list[Span]], seq_len: int) -> list[Side]:
         split_special_tokens=True,
         return_offsets_mapping=True,
         return_attention_mask=False,
+        verbose=False,  # longer than the model takes? it is cut below
     )
     parts = map(_span, spans, encoded["input_ids"], encoded["offset_mapping"])
     bos, eos = _bos(tokenizer), tokenizer.eos_token_id
@@ -179,37 +181,39 @@ def _examples(recipe: Recipe) -> tuple[dict[str, list[Example]], int]:
 
 def _split(number: int, recipe: Recipe) -> tuple[list[int], list[int]]:
     """Indices of the held-out examples and of the others."""
-    if recipe.holdout > number:
+    if recipe.holdout >= number:
         raise UserError(
-            f"{recipe.holdout} held-out pairs were asked for and there are {number}: lower eval.holdout."
+            f"{recipe.holdout} held-out pairs were asked for and there are {number}: lower "
+            "eval.holdout, so that some are left to train on."
         )
     order = np.random.default_rng([recipe.seed, number]).permutation(number).tolist()
     return sorted(order[: recipe.holdout]), sorted(order[recipe.holdout :])
 
 
 def _instruction(index: int, english: Row | None, target: Row, recipe: Recipe, held_out=False):
+    name = target.id or f"instruction-{index}"
     turns = None
     if english and (recipe.use_english or held_out):
         turns = english.turns
         if recipe.english_prompt == "target" and not held_out:
-            turns = _asked_in_target(turns, target)
+            turns = _asked_in_target(name, turns, target.turns)
     return Example(
-        id=target.id or f"instruction-{index}",
+        id=name,
         role="target",
         target=prompts.conversation(target.turns),
         english=turns and prompts.conversation(turns),
     )
 
 
-def _asked_in_target(english: tuple[Turn, ...], target: Row) -> tuple[Turn, ...]:
-    if len(english) != len(target.turns):
+def _asked_in_target(name: str, english: tuple[Turn, ...], target: tuple[Turn, ...]):
+    if len(english) != len(target):
         raise UserError(
-            f"Row '{target.id}' has {len(english)} English and {len(target.turns)} target turns: "
+            f"Row '{name}' has {len(english)} English and {len(target)} target turns: "
             "english_prompt='target' needs as many on both sides."
         )
     return tuple(
         dataclasses.replace(asked, output=answered.output)
-        for asked, answered in zip(target.turns, english, strict=True)
+        for asked, answered in zip(target, english, strict=True)
     )
 
 
@@ -333,7 +337,7 @@ def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
     report = {"unmatched": unmatched}
     for name, examples in splits.items():
         report[name], statistics = {}, []
-        for first in range(0, len(examples), CHUNK):
+        for first in track(range(0, len(examples), CHUNK), f"Tokenising {name}"):
             chunk = examples[first : first + CHUNK]
             records = list(_tokenise(chunk, tokenizer, recipe.seq_len, report[name]))
             statistics += [_statistics(target, english) for _, target, english in records]
@@ -360,7 +364,10 @@ def _writer(directory: Path) -> tfds.core.SequentialWriter:
         "english_loss": loss,
     }
     identity = tfds.core.dataset_info.DatasetIdentity(
-        name="prom", version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=__name__
+        name="prom",
+        version=tfds.core.Version("1.0.0"),
+        data_dir=str(directory),
+        module_name=__name__,
     )
     info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
     return tfds.core.SequentialWriter(info, 1 << 20, file_format="array_record")

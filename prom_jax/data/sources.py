@@ -92,11 +92,16 @@ def pair(english: list[Row], target: list[Row]) -> tuple[list[tuple[Row, Row]], 
     By id when every row has one, else by order.
 
     Raises:
-      UserError: an id that occurs twice; without ids, sides of different lengths.
+      UserError: an id that occurs twice; no id on both sides; without ids, sides of different lengths.
     """
     if all(row.id is not None for row in itertools.chain(english, target)):
         by_id, wanted = _by_id(english, "English"), _by_id(target, "target")
         pairs = [(by_id[key], row) for key, row in wanted.items() if key in by_id]
+        if not pairs:
+            raise UserError(
+                f"No English row has the id of a target row (such as '{english[0].id}' and "
+                f"'{target[0].id}'): give counterparts the same id."
+            )
         return pairs, len(english) + len(target) - 2 * len(pairs)
     if len(english) != len(target):
         raise UserError(
@@ -148,7 +153,7 @@ def _rows(source: str, sample: str) -> Iterator[tuple[int, dict]]:
 
 def _read_json(path: Path) -> list:
     try:
-        rows = json.loads(path.read_text("utf-8"))
+        rows = json.loads(path.read_text("utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): mend the file.") from None
     if not isinstance(rows, list):
@@ -157,7 +162,7 @@ def _read_json(path: Path) -> list:
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
@@ -169,12 +174,12 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
 
 
 def _read_csv(path: Path) -> Iterator[dict]:
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         yield from csv.DictReader(file)
 
 
 def _read_tsv(path: Path) -> Iterator[dict]:
-    with open(path, encoding="utf-8", newline="") as file:  # a quote is text like any other here
+    with open(path, encoding="utf-8-sig", newline="") as file:  # a quote is text like any other here
         yield from csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
@@ -219,7 +224,7 @@ def _aligned_text(source: str) -> list[Sentence]:
     if len(files) != 2:
         raise UserError(f"Source '{source}' names {len(files)} files: expected 'en.txt|target.txt'.")
     # not splitlines(), which also splits at the form feeds and separators that texts contain
-    english, target = (path.read_text("utf-8").removesuffix("\n").split("\n") for path in files)
+    english, target = (path.read_text("utf-8-sig").removesuffix("\n").split("\n") for path in files)
     if len(english) != len(target):
         raise UserError(
             f"'{source}' is not aligned: {len(english)} English and {len(target)} target lines, "
@@ -252,11 +257,12 @@ def _instruction(raw: dict, where: str) -> Row:
     if raw.get("messages") is not None:
         return Row(_id(raw), _conversation(raw["messages"], where))
     instruction, output = _strings(raw, ("instruction", "output"), where)
-    return Row(_id(raw), (Turn(instruction, raw.get("input") or "", output),))
+    (input,) = _strings(raw, ("input",), where) if raw.get("input") else ("",)
+    return Row(_id(raw), (Turn(instruction, input, output),))
 
 
 def _conversation(messages, where: str) -> tuple[Turn, ...]:
-    roles = [message.get("role") for message in messages]
+    roles = [m.get("role") if isinstance(m, dict) else m for m in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UserError(
             f"{where}: messages have the roles {roles}; expected user and assistant in turn, from "

@@ -99,6 +99,8 @@ def test_pairs_by_id_or_by_order():
     )
     with pytest.raises(UserError, match=r"2 English and 1 target rows.*'id'"):
         sources.pair(rows(None, None), rows(None))
+    with pytest.raises(UserError, match=r"No English row.*'a' and 'b'"):
+        sources.pair(rows("a"), rows("b"))
     with pytest.raises(UserError, match="'a' occurs twice on the English side"):
         sources.pair(rows("a", "a"), rows("a", "b"))
 
