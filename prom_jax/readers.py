@@ -180,9 +180,10 @@ class SafetensorsReader:
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         if not self.config.tie_word_embeddings or not {head, embedding} <= set(self._files):
             return self.config
+        rows = self.shape(head)[0]
+        parts = [(slice(i, min(i + 4096, rows)),) for i in range(0, rows, 4096)]  # not all in memory at once
         equal = self.shape(head) == self.shape(embedding) and all(
-            np.array_equal(self.read(head, rows), self.read(embedding, rows))
-            for rows in ((slice(i, i + 4096),) for i in range(0, self.shape(head)[0], 4096))
+            np.array_equal(self.read(head, part), self.read(embedding, part)) for part in parts
         )
         return dataclasses.replace(self.config, tie_word_embeddings=equal)
 

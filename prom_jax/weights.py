@@ -55,7 +55,7 @@ def load_params(reader, mesh=None, *, pivot_layer: int = 0, pivot_head: bool = F
     def load(keys, param):
         path = tuple(key.key for key in keys)
         sharding = param_sharding(mesh, path, param.shape) if mesh else SingleDeviceSharding(jax.devices()[0])
-        read = lambda index: _read_shard(reader, sources[path], param.shape, index).astype(dtype, copy=False)
+        read = lambda index: _read_shard(reader, sources[path], index, param)
         return jax.make_array_from_callback(param.shape, sharding, read)
 
     return jax.tree.map_with_path(load, params)
@@ -117,12 +117,12 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _read_shard(reader, names: list[str], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index` of a parameter of this shape, which stacks the tensors `names` or is the only one."""
-    sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
-    if len(shape) == len(reader.shape(names[0])):
-        return reader.read(names[0], index)
-    shard = np.empty(sizes, reader.dtype)
+def _read_shard(reader, names: list[str], index: tuple[slice, ...], param) -> np.ndarray:
+    """The part `index` of a parameter, which stacks the tensors `names` or is the only one."""
+    if len(param.shape) == len(reader.shape(names[0])):
+        return reader.read(names[0], index).astype(param.dtype, copy=False)
+    sizes = [len(range(*part.indices(size))) for part, size in zip(index, param.shape, strict=True)]
+    shard = np.empty(sizes, param.dtype)
     for layer, name in zip(shard, names[index[0]], strict=True):
         layer[...] = reader.read(name, index[1:])
     return shard
