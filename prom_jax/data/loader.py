@@ -29,6 +29,7 @@ class Batches:
 
     Attributes:
       num_steps: updates in all; `steps_per_epoch`: the first epoch's.
+      examples: indices into `records`, in the order in which the steps take them.
       target_shape, english_shape: (rows, length); the latter None without an English side.
       target_fill, english_fill: real tokens per place, over all steps.
 
@@ -66,6 +67,7 @@ class Batches:
         self.num_steps = steps or planned - last + max(1, round((epochs % 1 or 1) * last))
         self.steps_per_epoch = plans[0].updates
         self._plan = packing.join(plans)
+        self.examples = self._plan.examples[: self._plan.ends[self.num_steps]]
         self._english = packing.layout_english(
             self._plan, records.english_lengths, sequences=sequences, seq_len=seq_len
         )
@@ -80,8 +82,7 @@ class Batches:
         return cls(records, sequences=sequences, seq_len=seq_len, seed=None, epochs=1.0)
 
     def _fill(self, lengths: np.ndarray, shape: tuple[int, int] | None) -> float:
-        used = self._plan.examples[: self._plan.ends[self.num_steps]]
-        return lengths[used].sum() / (self.num_steps * math.prod(shape)) if shape else 0.0
+        return lengths[self.examples].sum() / (self.num_steps * math.prod(shape)) if shape else 0.0
 
     def __len__(self) -> int:
         return self.num_steps

@@ -80,6 +80,7 @@ def test_number_of_steps(records):
     assert batches(records, epochs=1 / per_epoch).num_steps == 1
     assert batches(records, epochs=1 + 2 / per_epoch).num_steps == per_epoch + 2
     assert batches(records, steps=3 * per_epoch + 1, epochs=1.0).num_steps == 3 * per_epoch + 1
+    assert sorted(batches(records, epochs=1.0).examples) == list(range(len(records)))
     with pytest.raises(UserError, match="steps is 0 and epochs is 0"):
         batches(records, epochs=0.0)
 
