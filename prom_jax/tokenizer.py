@@ -47,11 +47,15 @@ def save(tokenizer: PreTrainedTokenizerFast, directory, chat_template: str | Non
         tokenizer.save_pretrained(directory)
     finally:
         tokenizer.chat_template = own
-    # The base class, which reads tokenizer.json as it stands: transformers 5 would rebuild a
-    # `LlamaTokenizer` by its own rules, and transformers 4 does not know version 5's name for it.
     path = Path(directory) / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
+    # transformers 4 fails on what version 5 writes here: its name for the class that reads tokenizer.json as
+    # it stands, and a list under this key.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if extra := config.pop("extra_special_tokens", None):
+        config["additional_special_tokens"] = extra
+    for key in ("is_local", "local_files_only"):  # how it was loaded here
+        config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

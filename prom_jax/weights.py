@@ -43,7 +43,7 @@ def load_params(reader, mesh=None, *, pivot_layer: int = 0, pivot_head: bool = F
         llama.abstract(reader.config, pivot_layer=pivot_layer, pivot_head=pivot_head, param_dtype=dtype)
     )
     sources, shapes = {}, {}  # path -> its tensors in the order of layers; tensor -> the shape it must have
-    for name, path, index in _tensors(params):
+    for name, path, index in hf_tensors(params):
         sources.setdefault(path, []).append(name)
         shapes[name] = _at(params, path).shape[len(index) :]
     if pivot_head:
@@ -61,7 +61,7 @@ def load_params(reader, mesh=None, *, pivot_layer: int = 0, pivot_head: bool = F
     return jax.tree.map_with_path(load, params)
 
 
-def _tensors(params: dict) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+def hf_tensors(params: dict) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """Each Hugging Face tensor: its name, the path of our parameter, and the index of its layer in there."""
     for ours, name, _ in TENSORS:
         if ours in params:
@@ -149,15 +149,17 @@ def save_hf(
       config: of the model.
       model_tokenizer: its tokenizer; its EOS token ends generation.
       directory: to write.
-      dtype: float32, float16 or bfloat16, of the written tensors.
+      dtype: of the written tensors: float32, float16 or bfloat16, by name or as a numpy dtype.
       chat_template: jinja, of the prompts that the model was trained on.
       card: what the model card says: 'base_model', 'language', 'method' and any settings.
       max_shard_bytes: size of a safetensors file beyond which another one is begun.
     Raises:
-      UserError: if the directory holds something else, or cannot be written.
+      UserError: for another dtype, or if the directory holds something else or cannot be written.
     """
+    if str(dtype) not in _SAFETENSORS_DTYPES:
+        raise UserError(f"export.dtype={str(dtype)!r}: expected one of {', '.join(_SAFETENSORS_DTYPES)}")
     directory, dtype = Path(directory).resolve(), np.dtype(dtype)
-    tensors = {name: (path, index) for name, path, index in _tensors(params)}
+    tensors = {name: (path, index) for name, path, index in hf_tensors(params)}
     shapes = {name: _at(params, path).shape[len(index) :] for name, (path, index) in tensors.items()}
     fetch = lambda name: _to_host(_at(params, tensors[name][0]), tensors[name][1], dtype)
     partial = directory.with_name(f".{directory.name}.partial")

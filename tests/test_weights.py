@@ -218,6 +218,8 @@ def test_export_replaces_an_export_and_nothing_else(tmp_path):
         save(params, reader, tmp_path / "base")
     with pytest.raises(UserError, match="is a file"):
         save(params, reader, out / "config.json")
+    with pytest.raises(UserError, match=r"export\.dtype='int8'"):
+        save(params, reader, tmp_path / "other", dtype="int8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
