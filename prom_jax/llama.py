@@ -16,7 +16,7 @@ from flax import nnx
 
 from prom_jax.attention import BACKENDS, attention, visible
 from prom_jax.errors import UserError
-from prom_jax.sharding import constrain_activations
+from prom_jax.sharding import BATCH, constrain
 
 REMAT = ("none", "full", "dots")
 
@@ -306,7 +306,7 @@ class Blocks(nnx.Module):
         def body(x, layer):
             block, kv = layer
             x, kv = block(x, angles_BTF, mask_B1TS, kv, start)
-            x = constrain_activations(x)
+            x = constrain(x, BATCH)
             return x, (x if collect else None, kv)
 
         if self.compute.remat == "full":
@@ -371,7 +371,7 @@ class Llama(nnx.Module):
     def embed(self, tokens_BT):
         """Token embeddings [B, T, D] in the compute dtype."""
         x = jnp.take(self.embed_tokens[...], tokens_BT, axis=0)
-        return constrain_activations(x.astype(self.compute.dtype))
+        return constrain(x.astype(self.compute.dtype), BATCH)
 
     def _context(self, tokens_BT, positions_BT, segments_BT):
         """What every block needs: rotary angles and the attention mask of a batch without cache."""
@@ -398,6 +398,28 @@ class Llama(nnx.Module):
         if self.upper is not None:
             x, _, _ = self.upper.scan(x, *context)
         return self.final_norm(x)
+
+    def cached_states(self, tokens_BT, positions_BT, mask_B1TS, cache, start):
+        """As `final_states`, with keys and values kept: those of the new tokens go into the cache at `start`.
+
+        Args: cache: by stack, keys and values [n, B, S, K, D] each; mask_B1TS: over the cache's S places.
+        Returns: the states [B, T, D] and the updated cache.
+        """
+        x, angles, updated = self.embed(tokens_BT), self.angles(positions_BT), {}
+        for name, kv in cache.items():
+            x, _, updated[name] = getattr(self, name).scan(x, angles, mask_B1TS, kv, start)
+        return self.final_norm(x), updated
+
+    def empty_cache(self, batch: int, length: int):
+        """A cache for `cached_states` of `length` places in the compute dtype."""
+        config = self.config
+        upper = config.num_hidden_layers - self.pivot_layer
+        layers = {"lower": self.pivot_layer, "upper": upper} if self.pivot_layer else {"lower": upper}
+        shape = (batch, length, config.num_key_value_heads, config.head_dim)
+        return {
+            name: (jnp.zeros((n, *shape), self.compute.dtype), jnp.zeros((n, *shape), self.compute.dtype))
+            for name, n in layers.items()
+        }
 
     @jax.jit
     def __call__(self, tokens_BT, positions_BT=None, segments_BT=None):

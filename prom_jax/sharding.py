@@ -60,11 +60,26 @@ def param_sharding(mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> Named
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def constrain_activations(x):
-    """Keeps rows ([B, …]) spread over the batch axes of the current mesh; without a mesh, nothing."""
+def constrain(x, *axes):
+    """Asks for `x` to be split along mesh axes, dimension by dimension; without a mesh, nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def constrain_params(params: dict) -> dict:
+    """Asks for a tree like the parameters to lie as they do."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: constrain(x, *param_sharding(mesh, path_keys(path), x.shape).spec), params
+    )
+
+
+def path_keys(path) -> tuple[str, ...]:
+    """A JAX key path of nested dicts as strings."""
+    return tuple(entry.key for entry in path)
 
 
 def num_batch_shards(mesh) -> int:
@@ -72,14 +87,16 @@ def num_batch_shards(mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH if axis in mesh.shape)
 
 
-def place_rows(mesh, batch):
-    """Numpy arrays [rows, …], the same on every process, to arrays with rows spread over the batch axes."""
+def place_rows(mesh, batch, multiple: int = 1):
+    """Numpy arrays [rows, …], the same on every process, to arrays with rows spread over the batch axes.
+
+    Empty rows (zeros) are added until `multiple` times the number of shards divides their number.
+    """
     sharding = NamedSharding(mesh, PartitionSpec(BATCH))
-    place = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    multiple *= num_batch_shards(mesh)
+
+    def place(x):
+        x = np.pad(x, [(0, -len(x) % multiple)] + [(0, 0)] * (x.ndim - 1))
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
     return jax.tree.map(place, batch)
-
-
-def replicate(mesh, x):
-    """A host value as an array that every device holds whole."""
-    x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec()), lambda index: x[index])

@@ -1,0 +1,27 @@
+"""What commands print: one console, and progress that suits a terminal as well as a log file."""
+
+import contextlib
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+LINES = 20  # about so many lines of progress go to a log file
+
+
+@contextlib.contextmanager
+def progress(total: int, start: int = 0):
+    """Gives a function (step, text) that shows how far the work is and what it reports."""
+    if not console.is_terminal:
+        interval = max(1, total // LINES)
+
+        def line(step, text):
+            if step % interval == 0 or step == total:
+                console.print(f"step {step:>5} of {total}  {text}")
+
+        yield line
+        return
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total, completed=start, text="")
+        yield lambda step, text: bar.update(task, completed=step, text=text)

@@ -1,0 +1,45 @@
+"""A few held-out prompts answered by a model, to read with one's own eyes."""
+
+import json
+from pathlib import Path
+
+from rich.markup import escape
+
+from prom_jax.console import console
+from prom_jax.evaluation.decode import greedy
+
+MAX_NEW_TOKENS = 64
+
+
+def answer(model, tokenizer, records, number: int) -> list[dict]:
+    """Greedy answers to the target-language prompts of the first held-out examples.
+
+    Returns: for each {'prompt', 'answer', 'reference'}.
+    """
+    examples = records.read(range(min(number, len(records))))
+    prompts, references = [], []
+    for example in examples:
+        tokens, loss = example["target_tokens"], example["target_loss"]
+        first = int(loss.argmax())
+        prompts.append(tokens[:first].tolist())
+        references.append(tokens[loss].tolist())
+    answers = greedy(model, prompts, MAX_NEW_TOKENS, [tokenizer.eos_token_id])
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return [
+        {"prompt": decode(prompt), "answer": decode(new), "reference": decode(reference)}
+        for prompt, new, reference in zip(prompts, answers, references)
+    ]
+
+
+def show(base: Path, adapted: Path):
+    """Prints the answers in two files side by side, prompt by prompt."""
+    pairs = zip(*(json.loads(path.read_text(encoding="utf-8")) for path in (base, adapted)))
+    for before, after in pairs:
+        question = before["prompt"].split("### Instruction:")[-1].split("### Response:")[0].strip()
+        console.print(f"\n[bold]{escape(question)}[/bold]")
+        for name, text in (
+            ("before", before["answer"]),
+            ("after", after["answer"]),
+            ("reference", after["reference"]),
+        ):
+            console.print(f"  [cyan]{name:<9}[/cyan] {escape(' '.join(text.split()))}")

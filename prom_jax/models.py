@@ -1,0 +1,67 @@
+"""A model from anywhere, ready to use, and back out."""
+
+import jax
+import numpy as np
+
+from prom_jax import checkpoints, llama, readers, tokenizer, weights
+from prom_jax.data.prompts import chat_template
+
+
+def open_source(source):
+    """What a model can be read from: a Hugging Face directory, hub id, `.gguf` file or Orbax checkpoint.
+
+    Returns: its reader (config, dtype, pivot_layer and slices of tensors) and its tokenizer.
+    Raises:
+      UserError: if it cannot be reached or read, or is of a model that is not supported.
+    """
+    directory = checkpoints.find(source)
+    if directory:
+        return checkpoints.CheckpointReader(directory), tokenizer.load(directory / "tokenizer")
+    return readers.open_reader(source), tokenizer.load(source)
+
+
+def default_compute_dtype() -> str:
+    """float32 on CPU, bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def load(source, mesh=None, compute_dtype: str | None = None):
+    """Loads a model to compute with.
+
+    Args:
+      source: Hugging Face directory or hub id, `.gguf` file, or Orbax checkpoint (a work directory too).
+      mesh: of `sharding.make_mesh`; None for one device.
+      compute_dtype: 'float32' or 'bfloat16'; None for float32 on CPU and bfloat16 elsewhere.
+    Returns: a `llama.Llama`, with parameters in the source's dtype and a pivot head if the source has one, and
+      a transformers tokenizer.
+    Raises:
+      UserError: as `open_source`, and for missing or misshapen tensors.
+    """
+    reader, model_tokenizer = open_source(source)
+    compute = llama.Compute(dtype=compute_dtype or default_compute_dtype())
+    pivot = {"pivot_layer": reader.pivot_layer, "pivot_head": reader.pivot_layer > 0}
+    params = weights.load_params(reader, mesh, **pivot)
+    model = llama.abstract(reader.config, compute=compute, param_dtype=reader.dtype, **pivot)
+    return llama.with_params(model, params), model_tokenizer
+
+
+def save_hf(model: llama.Llama, model_tokenizer, directory, *, dtype=None, card=None):
+    """Writes a directory that transformers' `from_pretrained` loads as it is.
+
+    The tokenizer gets the training prompt as its chat template. A pivot head goes into a file beside, which
+    `load` picks up.
+
+    Args: dtype: of the tensors, default that of the parameters; card: rows of the model card.
+    Raises:
+      UserError: if the directory holds something else, or cannot be written.
+    """
+    params = llama.to_params(model)
+    weights.save_hf(
+        params,
+        model.config,
+        model_tokenizer,
+        directory,
+        dtype=dtype or np.dtype(params["embed_tokens"].dtype).name,
+        chat_template=chat_template(model_tokenizer),
+        card=card or {},
+    )

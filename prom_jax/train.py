@@ -1,0 +1,433 @@
+"""python -m prom_jax.train --config=configs/th.py[:variant] [--workdir=DIR] [--dry_run]
+
+Adapts a model to a language. The work directory, by default runs/<config>[-variant], gets the records,
+checkpoints, metrics.jsonl, TensorBoard events, summary.json and the result, hf/. Run the same command again to
+go on after a stop.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import flags
+from ml_collections import config_flags
+from rich.table import Table
+
+from prom_jax import budget, cli, llama, models, sharding, weights
+from prom_jax import config as configuration
+from prom_jax.analysis.figures import learning_curves
+from prom_jax.checkpoints import Checkpoints, Description, describe, placed
+from prom_jax.console import console, progress
+from prom_jax.data.loader import Batches
+from prom_jax.data.prompts import chat_template
+from prom_jax.data.records import Prepared, Recipe, prepare
+from prom_jax.errors import UserError
+from prom_jax.evaluation import samples
+from prom_jax.evaluation.heldout import HeldOut
+from prom_jax.metrics import MetricsLog
+from prom_jax.objective import Objective
+from prom_jax.optimization import make_optimizer, make_schedule, make_update
+
+REQUEUE = 75  # exit status (EX_TEMPFAIL) after a save on SIGTERM or SIGINT: run the same command again
+
+# What may change between a run and its resumption, as it does not change the result.
+MAY_CHANGE = ("mesh", "checkpoint", "export", "remat", "attention", "batch.accumulation", "eval.every")
+
+
+def train(config, workdir, dry_run: bool = False) -> dict:
+    """Runs a whole adaptation, or what is left of it.
+
+    Args: config: see `prom_jax.config`; workdir: where everything goes; dry_run: tell the cost and stop.
+    Returns: the content of `summary.json`; empty for a dry run.
+    Raises:
+      UserError: for input that cannot be used, or a loss that is not finite.
+    """
+    started = time.time()
+    configuration.check(config)
+    job = plan(config, Path(workdir))
+    with jax.set_mesh(job.mesh):
+        update, abstract = compile_update(job)
+        if dry_run:
+            return {}
+        claim(job.workdir, config)
+        checkpoints = Checkpoints(job.workdir / "checkpoints", keep=config.checkpoint.keep)
+        start = checkpoints.latest() or 0
+        log = MetricsLog(job.workdir, start)
+        params, opt_state = begin(job, checkpoints, start, abstract)
+        if not start:
+            evaluate(job, params, log, 0)
+            respond(job, params, "base")
+        params = loop(job, update, params, opt_state, checkpoints, log, start)
+        log.close()
+        respond(job, params, "adapted")
+        export(job, params)
+        return report(job, log, time.time() - started)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that a run is made of, before any weight is loaded."""
+
+    config: Any
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    reader: Any
+    tokenizer: Any
+    objective: Objective
+    regulation: str
+    pivot_layer: int
+    model: llama.Llama  # shapes alone
+    data: Prepared
+    batches: Batches
+    schedule: optax.Schedule
+    flops: float  # of the whole run
+
+    @property
+    def batch_shape(self) -> dict:
+        return {"sequences": self.config.batch.sequences, "seq_len": self.config.data.seq_len}
+
+    @property
+    def details(self) -> dict:
+        """The rows of the model card."""
+        config, objective = self.config, self.objective
+        details = {"base_model": config.model, "language": config.language, "method": config.method}
+        if objective.has_pivot:
+            details |= {
+                "pivot.layer": self.pivot_layer,
+                "pivot.weight": objective.weight,
+                "pivot.label_smoothing": objective.label_smoothing,
+                "pivot.norm": objective.norm,
+            }
+        return details | {"regulation": self.regulation, "steps": self.batches.num_steps, "seed": config.seed}
+
+
+def plan(config, workdir: Path) -> Job:
+    """Mesh, model and data, with a line on each; writes nothing but the records."""
+    mesh = sharding.make_mesh(**config.mesh)
+    reader, tokenizer = models.open_source(config.model)
+    weight, regulation = configuration.regulated_weight(config, reader.config)
+    objective = Objective(config.method, weight, config.pivot.label_smoothing, config.pivot.norm)
+    layers = reader.config.num_hidden_layers
+    pivot_layer = config.pivot.layer or round(0.75 * layers)
+    llama.check_pivot_layer(pivot_layer, layers)
+    pivot_layer = pivot_layer if objective.has_pivot else 0
+    compute = llama.Compute(
+        config.compute_dtype or models.default_compute_dtype(), config.remat, config.attention
+    )
+    model = llama.abstract(
+        reader.config, compute=compute, pivot_layer=pivot_layer, pivot_head=objective.has_pivot
+    )
+    console.print(
+        f"model     {config.model}: {layers} layers, {llama.num_parameters(model):,} parameters"
+        f"{' with the pivot head' * objective.has_pivot}, computed in {compute.dtype}"
+    )
+    if config.method == "prom":
+        console.print(f"method    prom, n = {pivot_layer or 'none'}, {regulation}")
+    else:
+        console.print(f"method    {config.method}")
+    console.print(f"mesh      {dict(mesh.shape)} on {jax.device_count()} × {jax.devices()[0].device_kind}")
+    data = prepare(recipe(config, objective), tokenizer, workdir / "records")
+    batches = Batches(
+        data.train,
+        sequences=config.batch.sequences,
+        seq_len=config.data.seq_len,
+        seed=config.seed,
+        epochs=config.optimizer.epochs,
+        steps=config.steps,
+    )
+    schedule = make_schedule(
+        config.optimizer.learning_rate,
+        config.optimizer.warmup_ratio,
+        config.optimizer.schedule,
+        batches.num_steps,
+    )
+    flops = budget.training_flops(reader.config, objective, pivot_layer, data.train, batches.examples)
+    for line in describe_data(data, batches):
+        console.print(f"data      {line}")
+    console.print(
+        f"steps     {batches.num_steps} ({batches.steps_per_epoch} an epoch), {flops:.3g} model FLOPs, "
+        f"{flops / batches.num_steps:.3g} a step"
+    )
+    return Job(
+        config, workdir, mesh, reader, tokenizer, objective, regulation, pivot_layer, model, data, batches,
+        schedule, flops,
+    )  # fmt: skip
+
+
+def recipe(config, objective: Objective) -> Recipe:
+    """What the records are made from."""
+    return Recipe(
+        language=config.language,
+        english=tuple(config.data.english),
+        target=tuple(config.data.target),
+        translation=tuple(config.data.translation),
+        seq_len=config.data.seq_len,
+        english_prompt=config.pivot.english_prompt,
+        translation_source=config.pivot.translation_source and objective.has_pivot,
+        use_english=objective.uses_english,
+        holdout=config.eval.holdout,
+        text=tuple(config.eval.text),
+        seed=config.seed,
+    )
+
+
+def describe_data(data: Prepared, batches: Batches):
+    """Lines on the records of each split, and on how full the packed rows are."""
+    for split in ("train", "holdout", "text"):
+        for role, counts in data.report.get(split, {}).items():
+            dropped = f", {counts['dropped']} dropped" * bool(counts["dropped"])
+            cut = f", {counts['truncated']} cut" * bool(counts["truncated"])
+            yield (
+                f"{split}, {role}: {counts['examples']:,} examples, {counts['tokens']:,} tokens, "
+                f"{counts['loss_tokens']:,} bear loss{cut}{dropped}"
+            )
+    rows = [("target", batches.target_shape, batches.target_fill)]
+    rows += [("english", batches.english_shape, batches.english_fill)] if batches.english_shape else []
+    yield "an update: " + ", ".join(
+        f"{role} {shape[0]} × {shape[1]}, {fill:.0%} full" for role, shape, fill in rows
+    )
+
+
+def compile_update(job: Job):
+    """The compiled update, and its state in shapes with their places; says what memory it takes."""
+    config = job.config
+    optimizer = make_optimizer(job.schedule, config.optimizer.weight_decay, config.optimizer.clip)
+    params = placed(llama.to_params(job.model), job.mesh)
+    init = jax.jit(optimizer.init, out_shardings=state_shardings(optimizer, params, job.mesh))
+    opt_state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(optimizer.init, params),
+        state_shardings(optimizer, params, job.mesh),
+    )
+    update = make_update(job.model, job.objective, optimizer, config.batch.accumulation)
+    batch = sharding.place_rows(job.mesh, job.batches[0], config.batch.accumulation)
+    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, opt_state, batch).compile()
+    console.print(f"memory    {budget.summary(budget.device_bytes(compiled))}")
+    return compiled, (params, opt_state, init)
+
+
+def state_shardings(optimizer, params, mesh):
+    """Moments lie as their parameters, the rest whole on every device."""
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, param: param.sharding,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda _: whole,
+    )
+
+
+def begin(job: Job, checkpoints: Checkpoints, start: int, abstract):
+    """Parameters and optimizer state: of the checkpoint `start`, or of the base model."""
+    params, opt_state, init = abstract
+    if start:
+        console.print(f"resumed   after step {start}")
+        return checkpoints.restore(start, params=params, opt_state=opt_state)
+    description = Description(
+        job.reader.config, job.pivot_layer, np.dtype(job.reader.dtype).name, job.details
+    )
+    describe(job.workdir / "checkpoints", description, job.tokenizer)
+    params = weights.load_params(
+        job.reader,
+        job.mesh,
+        pivot_layer=job.pivot_layer,
+        pivot_head=job.objective.has_pivot,
+        dtype="float32",
+    )
+    return params, init(params)
+
+
+def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: MetricsLog, start: int):
+    """Updates from `start` to the end, with evaluations and checkpoints; returns the parameters.
+
+    Raises:
+      UserError: for a loss or gradient that is not finite; earlier checkpoints stay.
+      SystemExit: with REQUEUE, after a save, on SIGTERM or SIGINT.
+    """
+    config, num_steps = job.config, job.batches.num_steps
+    due = lambda step, every: step == num_steps or (every and step % every == 0)
+    stopping = catch_signals()
+    upcoming = feed(job, start)
+    batch, tokens = next(upcoming)
+    with progress(num_steps, start) as show:
+        for step in range(start + 1, num_steps + 1):
+            begun = time.perf_counter()
+            with jax.transfer_guard("disallow"):
+                params, opt_state, metrics = update(params, opt_state, batch)
+            done, (batch, tokens) = tokens, next(upcoming, (None, 0))  # while the devices work
+            metrics = jax.device_get(metrics)
+            seconds = time.perf_counter() - begun
+            if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
+                checkpoints.close()
+                raise UserError(
+                    f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the last good "
+                    f"checkpoint is step {checkpoints.latest()} in {job.workdir}/checkpoints: lower "
+                    "optimizer.learning_rate, set optimizer.clip, or look at the data, with another --workdir"
+                )
+            metrics["learning_rate"] = job.schedule(step - 1)
+            metrics["tokens_per_second"] = done / seconds
+            metrics["model_flops_per_second"] = job.flops / num_steps / seconds
+            log.write(step, metrics)
+            show(step, f"loss {metrics['loss']:.3f}  {done / seconds:,.0f} tokens/s")
+            if due(step, config.eval.every):
+                evaluate(job, params, log, step)
+            if due(step, config.checkpoint.every) or stopping:
+                checkpoints.save(step, params=params, opt_state=opt_state)
+            if stopping and step < num_steps:
+                checkpoints.close()
+                console.print(f"stopped after step {step}, which is saved; run the same command to go on")
+                raise SystemExit(REQUEUE)
+    checkpoints.close()
+    return params
+
+
+def feed(job: Job, start: int):
+    """Batches on the mesh from step `start`, with their numbers of real tokens."""
+    for batch in job.batches.iterate(start):
+        tokens = sum(int((rows["segments"] > 0).sum()) for rows in batch.values())
+        yield sharding.place_rows(job.mesh, batch, job.config.batch.accumulation), tokens
+
+
+def catch_signals() -> list:
+    """A list that is filled when SIGTERM or SIGINT comes, so that the step under way can end and be saved."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: caught.append(number))
+    return caught
+
+
+def evaluate(job: Job, params, log: MetricsLog, step: int):
+    """Held-out losses, on record and in a line."""
+    results = {}
+    for prefix, records in (("", job.data.holdout), ("text_", job.data.text)):
+        if records is not None:
+            held_out = HeldOut(job.model, job.objective, job.mesh, records, **job.batch_shape, prefix=prefix)
+            results |= held_out(params)
+    if results:
+        log.write(step, results)
+        numbers = (
+            f"{key.removeprefix('eval_')} {value:.3f}" for key, value in results.items() if "bits" in key
+        )
+        console.print(f"step {step:>5}  held out: {', '.join(numbers)}")
+
+
+def respond(job: Job, params, name: str):
+    """Sample answers of the base or adapted model, into a file."""
+    if job.config.eval.samples and job.data.holdout is not None:
+        model = llama.with_params(job.model, params)
+        answers = samples.answer(model, job.tokenizer, job.data.holdout, job.config.eval.samples)
+        write_json(job.workdir / f"samples_{name}.json", answers)
+
+
+def export(job: Job, params):
+    """The result as a Hugging Face directory."""
+    weights.save_hf(
+        params,
+        job.reader.config,
+        job.tokenizer,
+        job.workdir / "hf",
+        dtype=job.config.export.dtype or job.reader.dtype,
+        chat_template=chat_template(job.tokenizer),
+        card=job.details,
+    )
+
+
+def report(job: Job, log: MetricsLog, seconds: float) -> dict:
+    """Writes summary.json and the learning curves, prints before and after; returns the summary."""
+    num_steps = job.batches.num_steps
+    steps = [row for row in log.rows if "loss" in row]
+    median = lambda key: statistics.median(row[key] for row in steps)
+    base, final = log.evaluation(0), log.evaluation(num_steps)
+    summary = job.details | {
+        "base": base,
+        "final": final,
+        "loss": steps[-1]["loss"],
+        "tokens_per_second": median("tokens_per_second"),
+        "model_flops_per_second": median("model_flops_per_second"),
+        "seconds": seconds,
+        "export": str(job.workdir / "hf"),
+    }
+    write_json(job.workdir / "summary.json", summary)
+    learning_curves(log.rows, job.workdir / "curves.png")
+    if base and final:
+        table = Table("held out", "before", "after", "change")
+        for key in (key for key in final if key != "step" and key in base):
+            change = f"{final[key] / base[key] - 1:+.1%}"
+            table.add_row(
+                key.removeprefix("eval_").replace("_", " "), f"{base[key]:.3f}", f"{final[key]:.3f}", change
+            )
+        console.print(table)
+    if job.config.eval.samples and job.data.holdout is not None:
+        samples.show(job.workdir / "samples_base.json", job.workdir / "samples_adapted.json")
+    console.print(
+        f"\n{summary['tokens_per_second']:,.0f} tokens/s, {summary['model_flops_per_second'] / 1e9:,.0f} "
+        f"model GFLOP/s, {seconds:,.0f} s in all\ncurves: {job.workdir}/curves.png\n"
+        f"result: {summary['export']} (load it with transformers or prom_jax.load)"
+    )
+    return summary
+
+
+def claim(workdir: Path, config):
+    """Makes the work directory this configuration's.
+
+    Raises:
+      UserError: if it is another's; what differs is named.
+    """
+    path, ours = workdir / "config.json", json.loads(config.to_json())
+    if path.exists():
+        theirs = flat(json.loads(path.read_text()))
+        for key, value in flat(ours).items():
+            if theirs.get(key) != value and not key.startswith(MAY_CHANGE):
+                raise UserError(
+                    f"{workdir} holds a run with {key}={theirs.get(key)!r}, now {value!r}: give another "
+                    "--workdir, or remove it to start afresh"
+                )
+    write_json(path, ours)
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """A nested dict with dotted keys."""
+    items = {}
+    for key, value in tree.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return items
+
+
+def write_json(path: Path, content):
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def default_workdir() -> Path:
+    """runs/<name of the config file>[-variant]."""
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    _, _, variant = name.partition(".py:")
+    return Path("runs") / "-".join(filter(None, (Path(name.split(":")[0]).stem, variant)))
+
+
+def main():
+    """The command."""
+    if CONFIG.value is None:
+        raise UserError("--config is missing: for example --config=configs/demo.py")
+    cache = Path("~/.cache/prom_jax/compiled").expanduser()
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
+    train(CONFIG.value, WORKDIR.value or default_workdir(), DRY_RUN.value)
+
+
+if __name__ == "__main__":
+    CONFIG = cli.define_config_flag()
+    WORKDIR = flags.DEFINE_string("workdir", None, "Where the run goes; default runs/<config>[-variant]")
+    DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print steps, FLOPs and memory, then stop")
+    cli.run(main)

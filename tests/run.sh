@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The tests, in an environment that has what they need.
+#   bash tests/run.sh [arguments of pytest]     # -m slow: those on real weights
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh requirements-dev.txt
+source launch/model.sh
+export SMOLLM2
+exec python -m pytest "$@"
