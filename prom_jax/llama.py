@@ -60,6 +60,11 @@ class LlamaConfig:
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; check the model's config.json"
             )
+        if self.model_type == "llama" and self.sliding_window is not None:
+            raise UserError(
+                f"sliding_window={self.sliding_window}: a model of type 'llama' has none; remove the key from "
+                "config.json, or make it a 'mistral'"
+            )
 
     @classmethod
     def from_hf(cls, hf: dict) -> "LlamaConfig":
@@ -91,7 +96,7 @@ class LlamaConfig:
         config = cls(
             **fields,
             model_type=model_type,
-            num_key_value_heads=hf.pop("num_key_value_heads", None) or default_kv,
+            num_key_value_heads=hf.pop("num_key_value_heads", default_kv) or heads,
             head_dim=hf.pop("head_dim", None) or fields["hidden_size"] // heads,
             rms_norm_eps=float(hf.pop("rms_norm_eps", 1e-6)),
             rope_theta=theta,
