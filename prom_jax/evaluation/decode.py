@@ -20,7 +20,7 @@ def greedy(model, prompts: list[list[int]], max_new_tokens: int, eos_token_ids) 
       model: a `llama.Llama`.
       prompts: token ids, of any lengths.
       max_new_tokens: at most so many are made.
-      eos_token_ids: any of these ends an answer.
+      eos_token_ids: any of these ends an answer; none, and all have the full length.
     Returns: new token ids, one list a prompt.
     """
     length = -(-max(map(len, prompts)) // BUCKET) * BUCKET
@@ -29,7 +29,7 @@ def greedy(model, prompts: list[list[int]], max_new_tokens: int, eos_token_ids) 
     for row, prompt in enumerate(prompts):  # on the right, so that all continue at the same place
         tokens[row, length - len(prompt) :] = prompt
         segments[row, length - len(prompt) :] = 1
-    eos = jnp.asarray(sorted(set(eos_token_ids)), jnp.int32)
+    eos = jnp.asarray(sorted(set(eos_token_ids)) or [EMPTY], jnp.int32)  # which is no token
     new = np.asarray(_decode(model, tokens, segments, eos, max_new_tokens))
     stops = np.isin(new, eos)
     return [row[: np.argmax(stop) if stop.any() else None].tolist() for row, stop in zip(new, stops)]
