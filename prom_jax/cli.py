@@ -1,11 +1,14 @@
 """What the commands share: a config flag with one-line errors."""
 
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from prom_jax.errors import UserError
+
+MISTAKE = 2  # exit status
 
 
 def define_config_flag():
@@ -21,19 +24,13 @@ def define_config_flag():
 def run(main):
     """Parses flags and runs `main()`; a user's mistake ends it with one line and exit status 2."""
 
-    def parse(argv):
-        try:
-            return flags.FLAGS(argv)
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            _fail(_first_line(error))
-
     def guarded(argv):
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}; flags are given as --name=value")
         guard(main)
 
     logging.set_verbosity(logging.WARNING)
-    app.run(guarded, flags_parser=parse)
+    app.run(guarded, flags_parser=_parse)
 
 
 def guard(main):
@@ -44,11 +41,31 @@ def guard(main):
         _fail(error)
 
 
-def _first_line(error) -> str:
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return (str(message).strip().splitlines() or [type(error).__name__])[0]
+def _parse(argv):
+    for argument in argv:
+        path = Path(argument.removeprefix("--config=").split(":")[0])
+        if argument.startswith("--config=") and not path.is_file():
+            _fail(f"{path} does not exist: --config expects a configuration file, such as configs/demo.py")
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError) as error:
+        _fail(_explain(error, argv))
+
+
+def _explain(error, argv) -> str:
+    """What went wrong, in one line."""
+    cause = error
+    while cause and not isinstance(cause, KeyError):
+        cause = cause.__context__
+    if cause:
+        key = str(cause.args[0]).strip("'")
+        given = [a for a in argv if a.startswith("--config.") and key in a.split("=")[0].split(".")]
+        return f"unknown configuration key {key!r} in {', '.join(given)}: prom_jax/config.py lists them all"
+    return (
+        str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+    )  # a config file's come with a traceback
 
 
 def _fail(message):
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(MISTAKE)

@@ -38,6 +38,8 @@ from prom_jax.optimization import make_optimizer, make_schedule, make_update
 
 REQUEUE = 75  # exit status (EX_TEMPFAIL) after a save on SIGTERM or SIGINT: run the same command again
 
+BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
+
 # What may change between a run and its resumption, as it does not change the result.
 MAY_CHANGE = ("mesh", "checkpoint", "export", "remat", "attention", "batch.accumulation", "eval.every")
 
@@ -60,7 +62,7 @@ def train(config, workdir, dry_run: bool = False) -> dict:
         claim(job.workdir, config)
         checkpoints = Checkpoints(job.workdir / "checkpoints", keep=config.checkpoint.keep)
         start = checkpoints.latest() or 0
-        log = MetricsLog(job.workdir, start)
+        log = MetricsLog(job.workdir, start or BEFORE_BASE)
         params, opt_state = begin(job, checkpoints, start, abstract)
         if not start:
             evaluate(job, params, log, 0)
@@ -87,12 +89,9 @@ class Job:
     model: llama.Llama  # shapes alone
     data: Prepared
     batches: Batches
+    held_out: list[HeldOut]
     schedule: optax.Schedule
     flops: float  # of the whole run
-
-    @property
-    def batch_shape(self) -> dict:
-        return {"sequences": self.config.batch.sequences, "seq_len": self.config.data.seq_len}
 
     @property
     def details(self) -> dict:
@@ -135,14 +134,15 @@ def plan(config, workdir: Path) -> Job:
         console.print(f"method    {config.method}")
     console.print(f"mesh      {dict(mesh.shape)} on {jax.device_count()} × {jax.devices()[0].device_kind}")
     data = prepare(recipe(config, objective), tokenizer, workdir / "records")
+    shape = {"sequences": config.batch.sequences, "seq_len": config.data.seq_len}
     batches = Batches(
-        data.train,
-        sequences=config.batch.sequences,
-        seq_len=config.data.seq_len,
-        seed=config.seed,
-        epochs=config.optimizer.epochs,
-        steps=config.steps,
+        data.train, **shape, seed=config.seed, epochs=config.optimizer.epochs, steps=config.steps
     )
+    held_out = [
+        HeldOut(model, objective, mesh, records, **shape, prefix=prefix)
+        for prefix, records in (("", data.holdout), ("text_", data.text))
+        if records is not None
+    ]
     schedule = make_schedule(
         config.optimizer.learning_rate,
         config.optimizer.warmup_ratio,
@@ -158,7 +158,7 @@ def plan(config, workdir: Path) -> Job:
     )
     return Job(
         config, workdir, mesh, reader, tokenizer, objective, regulation, pivot_layer, model, data, batches,
-        schedule, flops,
+        held_out, schedule, flops,
     )  # fmt: skip
 
 
@@ -257,7 +257,7 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
     due = lambda step, every: step == num_steps or (every and step % every == 0)
     stopping = catch_signals()
     upcoming = feed(job, start)
-    batch, tokens = next(upcoming)
+    batch, tokens = next(upcoming, (None, 0))
     with progress(num_steps, start) as show:
         for step in range(start + 1, num_steps + 1):
             begun = time.perf_counter()
@@ -307,11 +307,7 @@ def catch_signals() -> list:
 
 def evaluate(job: Job, params, log: MetricsLog, step: int):
     """Held-out losses, on record and in a line."""
-    results = {}
-    for prefix, records in (("", job.data.holdout), ("text_", job.data.text)):
-        if records is not None:
-            held_out = HeldOut(job.model, job.objective, job.mesh, records, **job.batch_shape, prefix=prefix)
-            results |= held_out(params)
+    results = {key: value for held_out in job.held_out for key, value in held_out(params).items()}
     if results:
         log.write(step, results)
         numbers = (

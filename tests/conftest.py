@@ -1,11 +1,66 @@
-"""Eight virtual CPU devices and exact float32 products for the whole suite."""
+"""Eight virtual CPU devices and exact float32 products for the whole suite, and two small tokenizers:
+byte-level BPE without BOS, and a SentencePiece-like one with BOS that marks the start of a text alone with a
+space, as LLaMA-2's does."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The same small programs are compiled again and again, in this process and in those that it starts.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prom_jax_tests_")
 
 import jax
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+CORPUS = [
+    "Below is an instruction that describes a task, paired with an input.",
+    "Write a response that appropriately completes the request. ### Instruction: Response: Input:",
+    "Habari ya asubuhi? Nzuri sana, asante. สวัสดีครับ ภาษาไทย ภาษาไทย",
+] * 3
+
+
+def train(model, pre_tokenizer, alphabet):
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_level():
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = train(models.BPE(), split, pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def metaspace():
+    split = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    alphabet = [chr(c) for c in range(33, 127)] + ["\n", "▁"]
+    tokenizer = train(models.BPE(unk_token="<unk>"), split, alphabet)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(params=["byte_level", "metaspace"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)

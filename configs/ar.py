@@ -1,0 +1,18 @@
+"""Arabic, as the paper adapts LLaMA-2-7B to it.
+
+python -m prom_jax.train --config=configs/ar.py            # PROM; the model does not pivot: λ = 0
+python -m prom_jax.train --config=configs/ar.py:bactrian   # also :xllama2 :unregulated :published
+"""
+
+from prom_jax import config as configuration
+
+
+def get_config(variant: str = ""):
+    """The paper's configuration for Arabic, or a variant of it."""
+    config = configuration.default()
+    config.language = "ar"
+    # Alpaca and Dolly with responses in either language; to use your own translation of Alpaca, name its file.
+    config.data.english = ("MBZUAI/Bactrian-X:en",)
+    config.data.target = ("MBZUAI/Bactrian-X:ar",)
+    config.data.translation = ("Helsinki-NLP/opus-100:ar-en@train[:20000]",)
+    return configuration.apply_variant(config, variant)

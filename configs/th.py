@@ -1,0 +1,32 @@
+"""Thai, as the paper adapts LLaMA-2-7B to it.
+
+python -m prom_jax.train --config=configs/th.py            # PROM; the model pivots through English: λ = 0.1
+python -m prom_jax.train --config=configs/th.py:bactrian   # also :xllama2 :unregulated :published, and those below
+"""
+
+from prom_jax import config as configuration
+
+# The other rows of the paper's table 4: label smoothing α, pivot layer n, weight λ.
+ABLATION = {
+    "smoothing_0": {"pivot.label_smoothing": 0.0},
+    "smoothing_0.03": {"pivot.label_smoothing": 0.03},
+    "smoothing_0.3": {"pivot.label_smoothing": 0.3},
+    "layer_22": {"pivot.layer": 22},
+    "layer_23": {"pivot.layer": 23},
+    "layer_25": {"pivot.layer": 25},
+    "layer_26": {"pivot.layer": 26},
+    "weight_0.3": {"pivot.weight": 0.3},
+    "weight_0.5": {"pivot.weight": 0.5},
+    "weight_1": {"pivot.weight": 1.0},
+}
+
+
+def get_config(variant: str = ""):
+    """The paper's configuration for Thai, or a variant of it."""
+    config = configuration.default()
+    config.language = "th"
+    # Alpaca and Dolly with responses in either language; to use your own translation of Alpaca, name its file.
+    config.data.english = ("MBZUAI/Bactrian-X:en",)
+    config.data.target = ("MBZUAI/Bactrian-X:th",)
+    config.data.translation = ("Helsinki-NLP/opus-100:en-th@train[:20000]",)
+    return configuration.apply_variant(config, variant, ABLATION)

@@ -1,0 +1,350 @@
+"""The main job on a tiny random model: what it writes, that it resumes exactly, and what it refuses."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import prom_jax
+from prom_jax import train as door
+from prom_jax.config import VARIANTS, apply_variant, default
+from prom_jax.errors import UserError
+from tests.reference import hf_model
+
+TIMINGS = {"tokens_per_second", "model_flops_per_second"}
+WORDS = {
+    "en": "the cow eats grass and gives milk every morning on a small farm near our river".split(),
+    "sw": "ng'ombe anakula nyasi na hutoa maziwa kila asubuhi katika shamba dogo karibu na mto".split(),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, byte_level):
+    """A folder with a model of 4 layers and instruction pairs and translations beside it."""
+    root = tmp_path_factory.mktemp("tiny")
+    hf = hf_model("smollm2", vocab_size=len(byte_level), eos_token_id=byte_level.eos_token_id)
+    hf.save_pretrained(root / "model")
+    byte_level.save_pretrained(root / "model")
+    chance = random.Random(0)
+    text = lambda language, n: " ".join(chance.choices(WORDS[language], k=n))
+    for language in ("en", "sw"):
+        rows = [
+            {"id": i, "instruction": text(language, 4), "output": text(language, 3 + i % 7)}
+            for i in range(40)
+        ]
+        (root / f"{language}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"en": text("en", 5), "sw": text("sw", 5)} for _ in range(12)]
+    (root / "parallel.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+@pytest.fixture
+def config(tiny):
+    """Eight steps of PROM, as short as they can be."""
+    c = default()
+    c.model, c.language = str(tiny / "model"), "sw"
+    c.data.english = (str(tiny / "en.jsonl"),)
+    c.data.target = (str(tiny / "sw.jsonl"),)
+    c.data.translation = (str(tiny / "parallel.jsonl"),)
+    c.data.seq_len = 256
+    c.batch.sequences = 8
+    c.steps = 8
+    c.optimizer.learning_rate = 3e-3
+    c.pivot.weight = 0.5
+    c.eval.every, c.eval.holdout, c.eval.samples = 4, 6, 2
+    c.checkpoint.every = 3
+    c.compute_dtype = "float32"
+    return c
+
+
+def metrics(workdir):
+    """Rows of metrics.jsonl without what depends on the machine."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """A run that was never disturbed: its work directory and summary."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, door.train(config.__wrapped__(tiny), workdir)
+
+
+def test_a_run_learns_and_reports(finished):
+    workdir, summary = finished
+    rows = metrics(workdir)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert [row["step"] for row in rows if "loss" not in row] == [0, 4, 8]
+    for row in steps:
+        assert row["loss"] == pytest.approx(row["loss_target"] + 0.5 * row["loss_english"], rel=1e-5)
+        assert row["weight_target"] > 0 and row["weight_english"] > 0
+    assert summary["final"]["eval_target_bits_per_byte"] < 0.9 * summary["base"]["eval_target_bits_per_byte"]
+    assert summary["final"]["eval_pivot_nats"] < summary["base"]["eval_pivot_nats"]
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((workdir / "samples_adapted.json").read_text())) == 2
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_held_out_loss_against_transformers(finished, tiny, byte_level):
+    """The last evaluation row, from the exported model and the held-out text, by transformers."""
+    workdir, summary = finished
+    hf = transformers.AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
+    from prom_jax.data.records import prepare
+
+    held_out = prepare(door.recipe(*_recipe(tiny)), byte_level, workdir / "records").holdout
+    nats, tokens = 0.0, 0
+    for example in held_out.read(range(len(held_out))):
+        ids, loss = torch.tensor(example["target_tokens"]).long(), example["target_loss"]
+        with torch.no_grad():
+            scores = hf(ids[None]).logits[0].log_softmax(-1)
+        for t in np.flatnonzero(loss):
+            nats -= float(scores[t - 1, ids[t]])
+            tokens += 1
+    assert summary["final"]["eval_target_nats"] == pytest.approx(nats / tokens, rel=1e-4)
+    bits = nats / math.log(2) / held_out.target_bytes.sum()
+    assert summary["final"]["eval_target_bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+
+
+def _recipe(tiny):
+    c = config.__wrapped__(tiny)
+    return c, door.Objective(c.method, c.pivot.weight)
+
+
+def test_the_export_loads_everywhere(finished):
+    _, summary = finished
+    model, tokenizer = prom_jax.load(summary["export"])
+    assert model.pivot_layer == 3 and model.pivot_head is not None
+    hf = transformers.AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
+    ids = tokenizer("Habari ya asubuhi")["input_ids"]
+    theirs = hf(torch.tensor([ids])).logits.detach().numpy()
+    np.testing.assert_allclose(model(jnp.array([ids])), theirs, atol=2e-4)
+    prompt = transformers.AutoTokenizer.from_pretrained(summary["export"]).apply_chat_template(
+        [{"role": "user", "content": "Habari?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert "### Instruction:\nHabari?" in prompt
+
+
+def test_a_work_directory_loads_as_its_export(finished):
+    workdir, summary = finished
+    tokens = jnp.arange(20)[None]
+    ours, exported = prom_jax.load(workdir)[0], prom_jax.load(summary["export"])[0]
+    np.testing.assert_array_equal(ours(tokens), exported(tokens))
+    np.testing.assert_array_equal(ours.pivot_head[...], exported.pivot_head[...])
+
+
+class Crash(Exception):
+    """Stands for whatever ends a process in the middle of a step."""
+
+
+@pytest.mark.parametrize("crash_at", [2, 7])
+def test_a_crashed_run_goes_on_as_if_it_had_not(finished, config, tmp_path, monkeypatch, crash_at):
+    write = door.MetricsLog.write
+
+    def crash(log, step, values):
+        write(log, step, values)
+        if step == crash_at and "loss" in values:
+            log._file.write('{"step": 99, "lo')  # a torn line
+            log._file.flush()
+            raise Crash
+
+    monkeypatch.setattr(door.MetricsLog, "write", crash)
+    with pytest.raises(Crash):
+        door.train(config, tmp_path)
+    monkeypatch.undo()
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    door.train(config, tmp_path)
+    assert metrics(tmp_path) == metrics(finished[0])
+
+
+def test_a_finished_run_is_left_as_it_is(finished, config):
+    workdir, summary = finished
+    again = door.train(config, workdir)
+    assert again["final"] == summary["final"] and len(metrics(workdir)) == 11
+
+
+def test_sigterm_saves_and_asks_to_be_run_again(finished, config, tmp_path, monkeypatch):
+    write = door.MetricsLog.write
+
+    def interrupt(log, step, values):
+        write(log, step, values)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(door.MetricsLog, "write", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        door.train(config, tmp_path)
+    assert stop.value.code == door.REQUEUE
+    monkeypatch.undo()
+    assert door.Checkpoints(tmp_path / "checkpoints").latest() in (2, 3)
+    door.train(config, tmp_path)
+    assert metrics(tmp_path) == metrics(finished[0])
+
+
+def test_the_mesh_and_accumulation_do_not_change_a_run(finished, config, tmp_path):
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
+    config.batch.accumulation = 2
+    config.remat = "none"
+    door.train(config, tmp_path)
+    for ours, theirs in zip(metrics(tmp_path), metrics(finished[0]), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+
+
+def test_prom_of_weight_zero_is_bactrian(config, tmp_path):
+    config.pivot.weight = 0.0
+    door.train(config, tmp_path / "zero")
+    config.method, config.pivot.weight = "bactrian", 0.5
+    door.train(config, tmp_path / "bactrian")
+    assert metrics(tmp_path / "zero") == metrics(tmp_path / "bactrian")
+    assert "loss_english" not in metrics(tmp_path / "zero")[-2]
+
+
+@pytest.mark.parametrize("variant", ["xllama2", "published"])
+def test_variants_run(config, tmp_path, variant):
+    apply_variant(config, variant, {"published": VARIANTS["published"] | {"pivot.layer": 2}})
+    config.data.seq_len, config.steps = 256, 2
+    summary = door.train(config, tmp_path)
+    assert math.isfinite(summary["final"]["eval_target_nats"])
+
+
+def test_a_dry_run_loads_no_weights(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(door.weights, "load_params")
+    assert door.train(config, tmp_path, dry_run=True) == {}
+    printed = capsys.readouterr().out
+    assert "steps     8" in printed and "FLOPs" in printed and "GiB a device" in printed and "fits" in printed
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(config, tmp_path):
+    config.checkpoint.every, config.optimizer.learning_rate, config.optimizer.clip = 1, 1e30, 0.0
+    with pytest.raises(UserError, match=r"step \d: loss .*last good checkpoint is step [12] in"):
+        door.train(config, tmp_path)
+    assert all("loss" not in row or math.isfinite(row["loss"]) for row in metrics(tmp_path))
+
+
+def set_(path, value):
+    return lambda c, tmp: c.update_from_flattened_dict({path: value})
+
+
+def no_output(c, tmp):
+    (tmp / "rows.jsonl").write_text('{"id": 0, "instruction": "hi"}')
+    c.data.target = (str(tmp / "rows.jsonl"),)
+
+
+def lengths_differ(c, tmp):
+    for name, number in (("en", 3), ("sw", 2)):
+        rows = [{"instruction": "a", "output": "b"}] * number
+        (tmp / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    c.data.english, c.data.target = (str(tmp / "en.jsonl"),), (str(tmp / "sw.jsonl"),)
+
+
+def truncated_weights(c, tmp):
+    import shutil
+
+    shutil.copytree(c.model, tmp / "model")
+    path = tmp / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    c.model = str(tmp / "model")
+
+
+def corrupt_gguf(c, tmp):
+    (tmp / "model.gguf").write_bytes(b"GGUF" + bytes(range(200)))
+    c.model = str(tmp / "model.gguf")
+
+
+def another_architecture(c, tmp):
+    import shutil
+
+    shutil.copytree(c.model, tmp / "model")
+    path = tmp / "model" / "config.json"
+    path.write_text(path.read_text().replace('"LlamaForCausalLM"', '"GemmaForCausalLM"'))
+    c.model = str(tmp / "model")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (set_("model", "/no/such/model"), "/no/such/model does not exist"),
+        (set_("model", "nobody/nothing"), "nobody/nothing is no local path.*hf auth login"),
+        (another_architecture, "unsupported architecture.*GemmaForCausalLM"),
+        (truncated_weights, "model.safetensors"),
+        (corrupt_gguf, "model.gguf"),
+        (lengths_differ, "3 .*2 "),
+        (no_output, "rows.jsonl.*'output'"),
+        (set_("data.seq_len", 8), "seq_len"),
+        (set_("pivot.layer", 4), "pivot.layer=4: expected 1 to 3"),
+        (set_("mesh.tensor", 3), "mesh.tensor=3 does not match the 8 devices"),
+        (set_("pivot.regulate", "auto"), "needs the cloze probe"),
+        (set_("pivot.regulate", "maybe"), "pivot.regulate='maybe': expected one of"),
+        (set_("method", "promm"), "method='promm'"),
+        (set_("language", ""), "language is not set"),
+        (set_("batch.accumulation", 3), "batch.accumulation=3"),
+        (set_("eval.holdout", 1000), "holdout"),
+        (set_("compute_dtype", "int4"), "compute_dtype='int4'"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(config, tmp_path, spoil, message):
+    spoil(config, tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        door.train(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_another_configuration_is_refused(finished, config):
+    config.optimizer.learning_rate = 1.0
+    with pytest.raises(UserError, match=r"holds a run with optimizer.learning_rate=0.003, now 1.0"):
+        door.train(config, finished[0])
+
+
+def command(tiny, workdir, *more):
+    c = config.__wrapped__(tiny)
+    path = workdir.parent / f"{workdir.name}.py"
+    path.write_text(
+        "from prom_jax import config as configuration\n\n\ndef get_config(variant=''):\n"
+        f"    c = configuration.default()\n    c.update({json.loads(c.to_json())!r})\n    return c\n"
+    )
+    return [sys.executable, "-m", "prom_jax.train", f"--config={path}", f"--workdir={workdir}", *more]
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.pivot.wait=0.3", "unknown configuration key 'wait' in --config.pivot.wait=0.3"),
+        ("--config=configs/xx.py", "xx.py"),
+        ("--config.steps=many", "flag --config.steps=many: invalid"),
+        ("--wrokdir=x", "wrokdir"),
+    ],
+)
+def test_bad_flags_are_one_line(tiny, tmp_path, flag, message):
+    done = subprocess.run(command(tiny, tmp_path / "run", flag), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(tiny, finished, tmp_path):
+    """The process is killed three times, wherever it happens to be; the end is that of an unbroken run."""
+    chance, workdir = random.Random(time.time_ns()), tmp_path / "run"
+    for _ in range(3):
+        before = len(metrics(workdir)) if (workdir / "metrics.jsonl").exists() else 0
+        process = subprocess.Popen(command(tiny, workdir))
+        while process.poll() is None and (
+            not (workdir / "metrics.jsonl").exists() or len(metrics(workdir)) <= before
+        ):
+            time.sleep(0.05)
+        time.sleep(chance.uniform(0, 1))
+        process.kill()
+        process.wait()
+    subprocess.run(command(tiny, workdir), check=True)
+    assert metrics(workdir) == metrics(finished[0])
