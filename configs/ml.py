@@ -11,7 +11,7 @@ def get_config(variant: str = ""):
     """The paper's configuration for Malayalam, or a variant of it."""
     config = configuration.default()
     config.language = "ml"
-    # Alpaca and Dolly with responses in either language; to use your own translation of Alpaca, name its file.
+    # Alpaca and Dolly, with responses in either language. Your own translation of Alpaca is as good: name it.
     config.data.english = ("MBZUAI/Bactrian-X:en",)
     config.data.target = ("MBZUAI/Bactrian-X:ml",)
     config.data.translation = ("Helsinki-NLP/opus-100:en-ml@train[:20000]",)

@@ -1,7 +1,7 @@
 """Thai, as the paper adapts LLaMA-2-7B to it.
 
 python -m prom_jax.train --config=configs/th.py            # PROM; the model pivots through English: λ = 0.1
-python -m prom_jax.train --config=configs/th.py:bactrian   # also :xllama2 :unregulated :published, and those below
+python -m prom_jax.train --config=configs/th.py:bactrian   # :xllama2 :unregulated :published and more
 """
 
 from prom_jax import config as configuration
@@ -25,7 +25,7 @@ def get_config(variant: str = ""):
     """The paper's configuration for Thai, or a variant of it."""
     config = configuration.default()
     config.language = "th"
-    # Alpaca and Dolly with responses in either language; to use your own translation of Alpaca, name its file.
+    # Alpaca and Dolly, with responses in either language. Your own translation of Alpaca is as good: name it.
     config.data.english = ("MBZUAI/Bactrian-X:en",)
     config.data.target = ("MBZUAI/Bactrian-X:th",)
     config.data.translation = ("Helsinki-NLP/opus-100:en-th@train[:20000]",)

@@ -12,9 +12,9 @@ from prom_jax.objective import Objective
 def training_flops(config: LlamaConfig, objective: Objective, pivot_layer: int, records, examples) -> float:
     """Model FLOPs of training on `examples` (indices into `records`, repeated as they come).
 
-    Two a multiply-add, three passes (forward, and backward in inputs and weights): 6 · parameters · tokens for
-    matrices, causal attention, and a head for loss-bearing tokens alone. Padding and recomputation are not
-    counted, as they are not the model's.
+    Two a multiply-add, three passes (forward, and backward in inputs and weights): 6 · parameters · tokens
+    for matrices, causal attention, and a head for loss-bearing tokens alone. Padding and recomputation are
+    not counted, as they are not the model's.
     """
     layers = config.num_hidden_layers
     total = _flops(config, layers, records.target_lengths[examples], records.target_weights[examples])

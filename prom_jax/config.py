@@ -46,7 +46,7 @@ def default() -> ConfigDict:
     c.model = "meta-llama/Llama-2-7b-hf"
     # ISO 639-1 code of the target language; names it in translation prompts.
     c.language = ""
-    # prom: English at the pivot head, target at the main head. bactrian: target alone. xllama2: both at the main.
+    # prom: English at the pivot head, target at the main one. bactrian: target alone. xllama2: both at main.
     c.method = "prom"
 
     c.pivot = ConfigDict()
@@ -62,11 +62,11 @@ def default() -> ConfigDict:
     c.pivot.english_prompt = "english"
     # Whether the English sentence of a translation also feeds the pivot head.
     c.pivot.translation_source = False
-    # Who decides whether λ is 0: 'paper' (its table for LLaMA-2-7B), 'never' (λ as set here), 'auto' (a probe).
+    # Who decides whether λ is 0: 'paper' (its table for LLaMA-2-7B), 'never' (λ as set), 'auto' (a probe).
     c.pivot.regulate = "paper"
 
     c.data = ConfigDict()
-    # Sources of each role: local .json .jsonl .csv .parquet, a hub id `owner/name[:config][@split]`, or 'sample'.
+    # Sources of each role: a .json .jsonl .csv .parquet, hub id `owner/name[:config][@split]`, or 'sample'.
     # English and target instructions pair up by id, or else by order.
     c.data.english = ()
     c.data.target = ()

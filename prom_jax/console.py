@@ -25,3 +25,9 @@ def progress(total: int, start: int = 0):
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total, completed=start, text="")
         yield lambda step, text: bar.update(task, completed=step, text=text)
+
+
+def track(items, what: str, total: int | None = None):
+    """Goes through `items`, `total` of them, with a bar that is gone afterwards; in a log file, silently."""
+    with Progress(transient=True, disable=not console.is_terminal, console=console) as bar:
+        yield from bar.track(items, total=total, description=what)

@@ -62,8 +62,8 @@ class LlamaConfig:
             )
         if self.model_type == "llama" and self.sliding_window is not None:
             raise UserError(
-                f"sliding_window={self.sliding_window}: a model of type 'llama' has none; remove the key from "
-                "config.json, or make it a 'mistral'"
+                f"sliding_window={self.sliding_window}: a model of type 'llama' has none; remove the "
+                "key from config.json, or make it a 'mistral'"
             )
 
     @classmethod

@@ -32,8 +32,8 @@ def load(source, mesh=None, compute_dtype: str | None = None):
       source: Hugging Face directory or hub id, `.gguf` file, or Orbax checkpoint (a work directory too).
       mesh: of `sharding.make_mesh`; None for one device.
       compute_dtype: 'float32' or 'bfloat16'; None for float32 on CPU and bfloat16 elsewhere.
-    Returns: a `llama.Llama`, with parameters in the source's dtype and a pivot head if the source has one, and
-      a transformers tokenizer.
+    Returns: a `llama.Llama`, with parameters in the source's dtype and a pivot head if the source has one,
+      and a transformers tokenizer.
     Raises:
       UserError: as `open_source`, and for missing or misshapen tensors.
     """

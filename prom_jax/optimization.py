@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from prom_jax import llama
 from prom_jax.objective import Objective, weight_sums
@@ -27,6 +28,16 @@ def make_optimizer(schedule, weight_decay, clip):
     """AdamW (betas 0.9 and 0.999) on gradients of norm at most `clip`; 0 for no clipping."""
     adamw = optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
+
+
+def abstract_state(optimizer, params: dict, mesh):
+    """The optimizer's state for abstract parameters: moments lie as these do, the rest whole everywhere."""
+    state = jax.eval_shape(optimizer.init, params)
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = optax.tree.map_params(
+        optimizer, lambda _, param: param.sharding, state, params, transform_non_params=lambda _: whole
+    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
 def make_update(model: llama.Llama, objective: Objective, optimizer, accumulation: int):

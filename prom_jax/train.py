@@ -1,8 +1,8 @@
 """python -m prom_jax.train --config=configs/th.py[:variant] [--workdir=DIR] [--dry_run]
 
 Adapts a model to a language. The work directory, by default runs/<config>[-variant], gets the records,
-checkpoints, metrics.jsonl, TensorBoard events, summary.json and the result, hf/. Run the same command again to
-go on after a stop.
+checkpoints, metrics.jsonl, TensorBoard events, summary.json and the result, hf/. Run the same command again
+to go on after a stop.
 """
 
 import dataclasses
@@ -34,14 +34,12 @@ from prom_jax.evaluation import samples
 from prom_jax.evaluation.heldout import HeldOut
 from prom_jax.metrics import MetricsLog
 from prom_jax.objective import Objective
-from prom_jax.optimization import make_optimizer, make_schedule, make_update
+from prom_jax.optimization import abstract_state, make_optimizer, make_schedule, make_update
+from prom_jax.workdir import claim, write_json
 
 REQUEUE = 75  # exit status (EX_TEMPFAIL) after a save on SIGTERM or SIGINT: run the same command again
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
-
-# What may change between a run and its resumption, as it does not change the result.
-MAY_CHANGE = ("mesh", "checkpoint", "export", "remat", "attention", "batch.accumulation", "eval.every")
 
 
 def train(config, workdir, dry_run: bool = False) -> dict:
@@ -59,7 +57,7 @@ def train(config, workdir, dry_run: bool = False) -> dict:
         update, abstract = compile_update(job)
         if dry_run:
             return {}
-        claim(job.workdir, config)
+        claim(job.workdir, json.loads(config.to_json()))
         checkpoints = Checkpoints(job.workdir / "checkpoints", keep=config.checkpoint.keep)
         start = checkpoints.latest() or 0
         log = MetricsLog(job.workdir, start or BEFORE_BASE)
@@ -91,6 +89,7 @@ class Job:
     batches: Batches
     held_out: list[HeldOut]
     schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
     flops: float  # of the whole run
 
     @property
@@ -149,6 +148,7 @@ def plan(config, workdir: Path) -> Job:
         config.optimizer.schedule,
         batches.num_steps,
     )
+    optimizer = make_optimizer(schedule, config.optimizer.weight_decay, config.optimizer.clip)
     flops = budget.training_flops(reader.config, objective, pivot_layer, data.train, batches.examples)
     for line in describe_data(data, batches):
         console.print(f"data      {line}")
@@ -158,7 +158,7 @@ def plan(config, workdir: Path) -> Job:
     )
     return Job(
         config, workdir, mesh, reader, tokenizer, objective, regulation, pivot_layer, model, data, batches,
-        held_out, schedule, flops,
+        held_out, schedule, optimizer, flops,
     )  # fmt: skip
 
 
@@ -191,44 +191,28 @@ def describe_data(data: Prepared, batches: Batches):
             )
     rows = [("target", batches.target_shape, batches.target_fill)]
     rows += [("english", batches.english_shape, batches.english_fill)] if batches.english_shape else []
+    if data.report["unmatched"]:
+        yield f"{data.report['unmatched']:,} instruction rows without a partner of the same id are left out"
     yield "an update: " + ", ".join(
         f"{role} {shape[0]} × {shape[1]}, {fill:.0%} full" for role, shape, fill in rows
     )
 
 
 def compile_update(job: Job):
-    """The compiled update, and its state in shapes with their places; says what memory it takes."""
-    config = job.config
-    optimizer = make_optimizer(job.schedule, config.optimizer.weight_decay, config.optimizer.clip)
+    """The compiled update and the state it takes, in shapes with their places; says what memory it needs."""
+    parts = job.config.batch.accumulation
     params = placed(llama.to_params(job.model), job.mesh)
-    init = jax.jit(optimizer.init, out_shardings=state_shardings(optimizer, params, job.mesh))
-    opt_state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(optimizer.init, params),
-        state_shardings(optimizer, params, job.mesh),
-    )
-    update = make_update(job.model, job.objective, optimizer, config.batch.accumulation)
-    batch = sharding.place_rows(job.mesh, job.batches[0], config.batch.accumulation)
-    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, opt_state, batch).compile()
+    opt_state = abstract_state(job.optimizer, params, job.mesh)
+    update = jax.jit(make_update(job.model, job.objective, job.optimizer, parts), donate_argnums=(0, 1))
+    batch = sharding.place_rows(job.mesh, job.batches[0], parts)
+    compiled = update.lower(params, opt_state, batch).compile()
     console.print(f"memory    {budget.summary(budget.device_bytes(compiled))}")
-    return compiled, (params, opt_state, init)
-
-
-def state_shardings(optimizer, params, mesh):
-    """Moments lie as their parameters, the rest whole on every device."""
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, param: param.sharding,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda _: whole,
-    )
+    return compiled, (params, opt_state)
 
 
 def begin(job: Job, checkpoints: Checkpoints, start: int, abstract):
     """Parameters and optimizer state: of the checkpoint `start`, or of the base model."""
-    params, opt_state, init = abstract
+    params, opt_state = abstract
     if start:
         console.print(f"resumed   after step {start}")
         return checkpoints.restore(start, params=params, opt_state=opt_state)
@@ -243,7 +227,8 @@ def begin(job: Job, checkpoints: Checkpoints, start: int, abstract):
         pivot_head=job.objective.has_pivot,
         dtype="float32",
     )
-    return params, init(params)
+    shardings = jax.tree.map(lambda x: x.sharding, opt_state)
+    return params, jax.jit(job.optimizer.init, out_shardings=shardings)(params)
 
 
 def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: MetricsLog, start: int):
@@ -269,8 +254,8 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
             if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
                 checkpoints.close()
                 raise UserError(
-                    f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the last good "
-                    f"checkpoint is step {checkpoints.latest()} in {job.workdir}/checkpoints: lower "
+                    f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the last "
+                    f"good checkpoint is step {checkpoints.latest()} in {job.workdir}/checkpoints: lower "
                     "optimizer.learning_rate, set optimizer.clip, or look at the data, with another --workdir"
                 )
             metrics["learning_rate"] = job.schedule(step - 1)
@@ -370,40 +355,6 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
         f"result: {summary['export']} (load it with transformers or prom_jax.load)"
     )
     return summary
-
-
-def claim(workdir: Path, config):
-    """Makes the work directory this configuration's.
-
-    Raises:
-      UserError: if it is another's; what differs is named.
-    """
-    path, ours = workdir / "config.json", json.loads(config.to_json())
-    if path.exists():
-        theirs = flat(json.loads(path.read_text()))
-        for key, value in flat(ours).items():
-            if theirs.get(key) != value and not key.startswith(MAY_CHANGE):
-                raise UserError(
-                    f"{workdir} holds a run with {key}={theirs.get(key)!r}, now {value!r}: give another "
-                    "--workdir, or remove it to start afresh"
-                )
-    write_json(path, ours)
-
-
-def flat(tree: dict, prefix: str = "") -> dict:
-    """A nested dict with dotted keys."""
-    items = {}
-    for key, value in tree.items():
-        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return items
-
-
-def write_json(path: Path, content):
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def default_workdir() -> Path:

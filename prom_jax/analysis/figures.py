@@ -13,7 +13,7 @@ LABELS = {
 
 
 def learning_curves(rows: list[dict], path: Path):
-    """Draws training loss (nats per token) and held-out bits per byte over steps, from rows of metrics.jsonl."""
+    """Draws training loss (nats per token) and held-out bits per byte by step, from metrics.jsonl's rows."""
     training = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "loss" not in row]
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from rich.progress import track
 
+from prom_jax.console import track
 from prom_jax.data import prompts, sources
 from prom_jax.data.prompts import Span
 from prom_jax.data.sources import Row, Sentence, Turn
@@ -337,7 +337,7 @@ def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
     report = {"unmatched": unmatched}
     for name, examples in splits.items():
         report[name], statistics = {}, []
-        for first in track(range(0, len(examples), CHUNK), f"Tokenising {name}"):
+        for first in track(range(0, len(examples), CHUNK), f"tokenising {name}"):
             chunk = examples[first : first + CHUNK]
             records = list(_tokenise(chunk, tokenizer, recipe.seq_len, report[name]))
             statistics += [_statistics(target, english) for _, target, english in records]

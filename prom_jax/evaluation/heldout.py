@@ -5,6 +5,7 @@ import math
 import jax
 
 from prom_jax import llama
+from prom_jax.console import track
 from prom_jax.data.loader import Batches
 from prom_jax.objective import Objective, main_loss
 from prom_jax.sharding import place_rows
@@ -47,7 +48,7 @@ class HeldOut:
         bytes do not.
         """
         totals = {}
-        for batch in self._batches.iterate():
+        for batch in track(self._batches.iterate(), "evaluating", len(self._batches)):
             sums = jax.device_get(self._sums(params, place_rows(self._mesh, batch)))
             totals = {key: totals.get(key, 0.0) + float(value) for key, value in sums.items()}
         results = {}

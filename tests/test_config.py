@@ -1,0 +1,140 @@
+"""Every configuration, its variants, and what they say of the paper."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from prom_jax import config as configuration
+from prom_jax.errors import UserError
+from prom_jax.llama import LlamaConfig
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+LANGUAGES = ("ar", "bn", "el", "ml", "mr", "sw", "ta", "te", "th")
+LLAMA2 = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128)
+
+
+def module_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load(path, variant=""):
+    return module_of(path).get_config(variant)
+
+
+def test_there_is_one_file_a_language():
+    assert {path.stem for path in CONFIGS} == {*LANGUAGES, "demo"}
+
+
+@pytest.mark.parametrize("variant", configuration.VARIANTS)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_variant_is_valid(path, variant):
+    config = load(path, variant)
+    configuration.check(config)
+    assert not config.eval.text  # no default names a source for evaluation
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_papers_values(language):
+    config = load(Path(f"configs/{language}.py"))
+    assert config.language == language and config.model == "meta-llama/Llama-2-7b-hf"
+    assert (config.pivot.weight, config.pivot.label_smoothing, config.pivot.norm) == (0.1, 0.1, "none")
+    assert (config.batch.sequences, config.data.seq_len) == (32, 1024)
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.warmup_ratio, optimizer.epochs) == (2e-5, 0.03, 3.0)
+    assert (optimizer.schedule, optimizer.weight_decay, optimizer.clip) == ("cosine", 0.0, 1.0)
+    # The asterisks of the paper's tables.
+    weight, reason = configuration.regulated_weight(config, LLAMA2)
+    assert weight == (0.0 if language in ("ar", "ta", "ml", "te") else 0.1)
+    assert "WARNING" not in reason
+
+
+def test_the_published_script():
+    config = load(Path("configs/th.py"), "published")
+    assert (config.pivot.layer, config.pivot.english_prompt, config.pivot.translation_source) == (
+        23, "target", True,
+    )  # fmt: skip
+    assert (config.optimizer.schedule, config.optimizer.clip, config.data.seq_len) == ("linear", 0.0, 2048)
+
+
+def test_thai_has_the_rows_of_table_4():
+    module, rows = module_of(Path("configs/th.py")), set()
+    for variant in ("bactrian", *module.ABLATION):
+        config = module.get_config(variant)
+        pivot = config.pivot
+        rows.add((config.method, pivot.layer or 24, pivot.label_smoothing, pivot.weight))
+    assert rows == {
+        ("bactrian", 24, 0.1, 0.1),
+        *(("prom", 24, smoothing, 0.1) for smoothing in (0.0, 0.03, 0.3)),
+        *(("prom", layer, 0.1, 0.1) for layer in (22, 23, 25, 26)),
+        *(("prom", 24, 0.1, weight) for weight in (0.3, 0.5, 1.0)),
+    }
+
+
+def test_every_key_can_be_overridden_and_keeps_its_type(monkeypatch):
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    given, expected = ["test", "--config=configs/demo.py"], {}
+
+    def collect(node, prefix):
+        for key, value in node.items():
+            if isinstance(value, dict):
+                collect(value, f"{prefix}.{key}")
+            else:
+                other = {str: "other", float: 0.25, int: 7, bool: not value}.get(type(value), "a.jsonl")
+                given.append(f"{prefix}.{key}={other}")
+                expected[f"{prefix}.{key}"] = [other] if isinstance(value, list) else other
+
+    collect(json.loads(load(Path("configs/demo.py")).to_json()), "--config")
+    monkeypatch.setattr(sys, "argv", given)  # ml_collections looks for overrides there
+    values(given)
+    result = json.loads(holder.value.to_json())
+    for path, value in expected.items():
+        node = result
+        for key in path.split(".")[1:]:
+            node = node[key]
+        assert node == value, path
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("batch.accumulation", 0, "batch.accumulation=0: expected 1 or more"),
+        ("optimizer.learning_rate", -1.0, "optimizer.learning_rate=-1.0"),
+        ("optimizer.schedule", "step", "optimizer.schedule='step': expected one of 'cosine', 'linear'"),
+        ("optimizer.warmup_ratio", 2.0, "expected a share"),
+        ("export.dtype", "int8", "export.dtype='int8'"),
+    ],
+)
+def test_values_that_no_run_could_use(key, value, message):
+    config = load(Path("configs/demo.py"))
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        configuration.check(config)
+
+
+def test_an_unknown_variant_is_named():
+    with pytest.raises(UserError, match=r"unknown variant 'bactrain': expected one of bactrian"):
+        load(Path("configs/th.py"), "bactrain")
+
+
+def test_regulation():
+    config = load(Path("configs/ar.py"))
+    small = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64)
+    weight, reason = configuration.regulated_weight(config, small)
+    assert weight == 0 and "WARNING: this model is not LLaMA-2-7B" in reason
+    config.pivot.regulate = "never"
+    assert configuration.regulated_weight(config, small)[0] == 0.1
+    config.pivot.regulate, config.language = "paper", "fi"
+    with pytest.raises(UserError, match="no decision for language 'fi'"):
+        configuration.regulated_weight(config, LLAMA2)
+    config.pivot.regulate = "auto"
+    with pytest.raises(UserError, match="needs the cloze probe, which this version does not have yet"):
+        configuration.regulated_weight(config, LLAMA2)
