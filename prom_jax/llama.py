@@ -226,6 +226,8 @@ class Compute:
         ):
             if value not in allowed:
                 raise UserError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise UserError(f"attention='cudnn' computes in bfloat16 alone, not {self.dtype}: use 'xla'")
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:

@@ -8,11 +8,10 @@ from jax.sharding import PartitionSpec
 
 from prom_jax.sharding import BATCH, num_batch_shards
 
-# Tokens whose logits are in memory at a time, on each device.
-CHUNK = 1024
+MAX_CHUNK = 1024  # tokens whose logits are in memory at a time, on each device
 
 
-def cross_entropy(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing=0.0, chunk=CHUNK):
+def cross_entropy(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing=0.0, chunk=None):
     """Sum of weighted token losses, the targets smoothed to (1-α)·onehot + α/V.
 
     Only tokens of non-zero weight reach the head. Their gradient is computed in the forward pass, chunk by
@@ -25,7 +24,8 @@ def cross_entropy(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing=0.
       labels_RT: int32 token ids.
       weights_RT: float32; 0 where the token bears no loss.
       label_smoothing: α.
-      chunk: tokens at a time.
+      chunk: tokens at a time; None for a quarter of a shard's tokens, MAX_CHUNK at most, as all tokens of the
+        last chunk are computed whether they bear loss or not.
     Returns: float32 scalar, the sum; divide by the sum of weights of the whole update.
     """
     loss = functools.partial(_shard_loss, label_smoothing=label_smoothing, chunk=chunk)
@@ -86,7 +86,7 @@ class _Chunks:
 
     def __init__(self, hidden_MD, head_VD, labels_M, weights_M, label_smoothing, chunk):
         tokens = weights_M.shape[0]
-        self.chunk = min(chunk, tokens)
+        self.chunk = min(chunk or min(MAX_CHUNK, -(-tokens // 4)), tokens)
         self.hidden, self.labels, self.weights = hidden_MD, labels_M, weights_M
         self.head = head_VD.astype(hidden_MD.dtype)
         self.label_smoothing = label_smoothing

@@ -12,7 +12,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from prom_jax.errors import UserError
-from prom_jax.losses import CHUNK, cross_entropy
+from prom_jax.losses import cross_entropy
 
 METHODS = ("prom", "bactrian", "xllama2")
 NORMS = ("none", "final")
@@ -26,13 +26,14 @@ class Objective:
     weight: λ of the pivot loss; 0 drops the English rows and makes `prom` the same as `bactrian`.
     label_smoothing: α of the pivot loss.
     norm: before the pivot head, 'none' (the raw residual stream) or 'final' (the model's last norm).
+    chunk: as in `losses.cross_entropy`.
     """
 
     method: str = "prom"
     weight: float = 0.1
     label_smoothing: float = 0.1
     norm: str = "none"
-    chunk: int = CHUNK
+    chunk: int | None = None
 
     def __post_init__(self):
         for name, value, allowed in (("method", self.method, METHODS), ("pivot.norm", self.norm, NORMS)):
@@ -91,7 +92,7 @@ class Objective:
         return {role: scale[role] / weight for role, weight in safe.items()}
 
 
-def main_loss(model, rows, chunk=CHUNK):
+def main_loss(model, rows, chunk=None):
     """Sum of token losses at h_N through the main head, float32."""
     states = model.final_states(rows["tokens"], rows["positions"], rows["segments"])
     return cross_entropy(states, model.output_embedding, rows["labels"], rows["weights"], chunk=chunk)

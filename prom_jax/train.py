@@ -5,6 +5,7 @@ checkpoints, metrics.jsonl, TensorBoard events, summary.json and the result, hf/
 to go on after a stop.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -240,10 +241,9 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
     """
     config, num_steps = job.config, job.batches.num_steps
     due = lambda step, every: step == num_steps or (every and step % every == 0)
-    stopping = catch_signals()
     upcoming = feed(job, start)
     batch, tokens = next(upcoming, (None, 0))
-    with progress(num_steps, start) as show:
+    with progress(num_steps, start) as show, caught_signals() as stopping:
         for step in range(start + 1, num_steps + 1):
             begun = time.perf_counter()
             with jax.transfer_guard("disallow"):
@@ -282,12 +282,19 @@ def feed(job: Job, start: int):
         yield sharding.place_rows(job.mesh, batch, job.config.batch.accumulation), tokens
 
 
-def catch_signals() -> list:
-    """A list that is filled when SIGTERM or SIGINT comes, so that the step under way can end and be saved."""
+@contextlib.contextmanager
+def caught_signals():
+    """A list that fills when SIGTERM or SIGINT comes, so that the step under way can end and be saved."""
     caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: caught.append(number))
-    return caught
+    before = {
+        number: signal.signal(number, lambda number, _: caught.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def evaluate(job: Job, params, log: MetricsLog, step: int):
