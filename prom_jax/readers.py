@@ -13,6 +13,7 @@ A reader has
 import dataclasses
 import functools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -275,7 +276,17 @@ class GGUFReader:
 
 
 def open_gguf(path) -> gguf.GGUFReader:
-    """Raises UserError if the file is not a whole GGUF file."""
+    """A GGUF file, parsed once for weights and tokenizer: that takes seconds for a large vocabulary.
+
+    Raises:
+      UserError: if it is not one whole GGUF file.
+    """
+    status = os.stat(path)
+    return _parse_gguf(str(path), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _parse_gguf(path: str, *state_of_the_file: int) -> gguf.GGUFReader:
     try:
         file = gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
 from safetensors.numpy import load_file, save_file
-from test_weights import SIZES, hf_model, save, tensors
+from tests.test_weights import SIZES, hf_model, save, tensors
 from transformers import AutoModelForCausalLM
 
 from prom_jax import sharding

@@ -348,3 +348,22 @@ def test_kill_9_at_random_moments(tiny, finished, tmp_path):
         process.wait()
     subprocess.run(command(tiny, workdir), check=True)
     assert metrics(workdir) == metrics(finished[0])
+
+
+@pytest.mark.slow
+def test_the_main_job_on_real_weights(tmp_path):
+    """SmolLM2-135M learns Swahili: a few steps of the demo, through the command."""
+    arguments = [
+        "--config=configs/demo.py",
+        f"--config.model={os.environ['SMOLLM2']}",
+        f"--workdir={tmp_path}",
+    ]
+    arguments += ["--config.steps=5", "--config.eval.every=0", "--config.eval.holdout=8"]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    subprocess.run([sys.executable, "-m", "prom_jax.train", *arguments], check=True, env=environment)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    base, final = summary["base"], summary["final"]
+    assert final["eval_target_bits_per_byte"] < 0.95 * base["eval_target_bits_per_byte"]
+    assert final["eval_english_bits_per_byte"] < 1.02 * base["eval_english_bits_per_byte"]
+    hf = transformers.AutoModelForCausalLM.from_pretrained(summary["export"])
+    assert sum(p.numel() for p in hf.parameters()) == 134_515_008
