@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from prom_jax import checkpoints, llama, readers, tokenizer, weights
-from prom_jax.data.prompts import chat_template
+from prom_jax.data.chat import chat_template
 
 
 def open_source(source):

@@ -27,8 +27,8 @@ from prom_jax import config as configuration
 from prom_jax.analysis.figures import learning_curves
 from prom_jax.checkpoints import Checkpoints, Description, describe, placed
 from prom_jax.console import console, progress
+from prom_jax.data.chat import chat_template
 from prom_jax.data.loader import Batches
-from prom_jax.data.prompts import chat_template
 from prom_jax.data.records import Prepared, Recipe, prepare
 from prom_jax.errors import UserError
 from prom_jax.evaluation import samples

@@ -1,8 +1,6 @@
 import pytest
 
 from prom_jax.data import prompts
-from prom_jax.data.records import encode
-from prom_jax.data.sources import Turn
 from prom_jax.errors import UserError
 
 
@@ -33,32 +31,3 @@ def test_translation_source_ends_with_the_english_sentence():
     (span,) = prompts.translation_source("Hello", "Habari", "sw", "v")
     assert span.text == prompts.translation("Hello", "Habari", "sw", "v")[0].text
     assert span.text[span.start : span.stop] == "Hello" and not span.eos
-
-
-@pytest.mark.parametrize(
-    "turns",
-    [
-        (Turn("Say hi", "", "Habari ya asubuhi"),),
-        (Turn("Add", "1, 2", "3"),),
-        (Turn("Say hi", "", "Hi"), Turn("Again", "", "Hi"), Turn(" spaced ", "", " \nout\n")),
-    ],
-)
-def test_chat_template_gives_the_ids_of_training(tokenizer, turns):
-    template = prompts.chat_template(tokenizer)
-    messages = []
-    for turn in turns:
-        messages.append({"role": "user", "content": turn.instruction, "input": turn.input})
-        messages.append({"role": "assistant", "content": turn.output})
-    ids = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False)
-    (trained,) = encode(tokenizer, [prompts.conversation(turns)], 1000)
-    assert ids == trained.tokens.tolist()
-
-
-def test_generation_prompt_is_the_prompt(tokenizer):
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Say hi"}],
-        chat_template=prompts.chat_template(tokenizer),
-        add_generation_prompt=True,
-        return_dict=False,
-    )
-    assert ids == tokenizer(prompts.prompt("Say hi"))["input_ids"]
