@@ -8,8 +8,6 @@ Hugging Face directory or hub id, a .gguf file, an Orbax checkpoint or a work di
 import argparse
 from pathlib import Path
 
-import jax
-
 from prom_jax import checkpoints, cli, llama, models
 from prom_jax.errors import UserError
 
@@ -32,10 +30,10 @@ def main(argv=None):
 
 def to_hf(source, destination, dtype=None):
     """Writes `source` as a Hugging Face directory, in its own dtype or another."""
-    reader, _ = models.open_source(source)
-    model, model_tokenizer = models.load(source)
-    card = getattr(reader, "details", None) or {"base_model": str(source)}
-    models.save_hf(model, model_tokenizer, destination, dtype=dtype or reader.dtype, card=card)
+    model, model_tokenizer = models.load(source, param_dtype=dtype)
+    directory = checkpoints.find(source)
+    card = checkpoints.Description.read(directory).details if directory else {"base_model": str(source)}
+    models.save_hf(model, model_tokenizer, destination, card=card)
 
 
 def from_hf(source, destination, dtype=None):
@@ -43,13 +41,13 @@ def from_hf(source, destination, dtype=None):
     destination = Path(destination)
     if destination.exists() and any(destination.iterdir()):
         raise UserError(f"{destination} is not empty: give a new place")
-    model, model_tokenizer = models.load(source)
+    model, model_tokenizer = models.load(source, param_dtype=dtype)
     params = llama.to_params(model)
-    dtype = dtype or params["embed_tokens"].dtype.name
+    dtype = params["embed_tokens"].dtype.name
     description = checkpoints.Description(model.config, model.pivot_layer, dtype, {"base_model": str(source)})
     checkpoints.describe(destination, description, model_tokenizer)
     store = checkpoints.Checkpoints(destination)
-    store.save(0, params=jax.tree.map(lambda x: x.astype(dtype), params))
+    store.save(0, params=params)
     store.close()
 
 

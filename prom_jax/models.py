@@ -25,23 +25,23 @@ def default_compute_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def load(source, mesh=None, compute_dtype: str | None = None):
+def load(source, mesh=None, compute_dtype: str | None = None, param_dtype: str | None = None):
     """Loads a model to compute with.
 
     Args:
       source: Hugging Face directory or hub id, `.gguf` file, or Orbax checkpoint (a work directory too).
       mesh: of `sharding.make_mesh`; None for one device.
       compute_dtype: 'float32' or 'bfloat16'; None for float32 on CPU and bfloat16 elsewhere.
-    Returns: a `llama.Llama`, with parameters in the source's dtype and a pivot head if the source has one,
-      and a transformers tokenizer.
+      param_dtype: of the parameters; None for the source's.
+    Returns: a `llama.Llama`, with a pivot head if the source has one, and a transformers tokenizer.
     Raises:
       UserError: as `open_source`, and for missing or misshapen tensors.
     """
     reader, model_tokenizer = open_source(source)
     compute = llama.Compute(dtype=compute_dtype or default_compute_dtype())
     pivot = {"pivot_layer": reader.pivot_layer, "pivot_head": reader.pivot_layer > 0}
-    params = weights.load_params(reader, mesh, **pivot)
-    model = llama.abstract(reader.config, compute=compute, param_dtype=reader.dtype, **pivot)
+    params = weights.load_params(reader, mesh, dtype=param_dtype, **pivot)
+    model = llama.abstract(reader.config, compute=compute, **pivot)
     return llama.with_params(model, params), model_tokenizer
 
 
