@@ -1,0 +1,62 @@
+"""Greedy decoding against transformers' generate, which gets the prompts one at a time and unpadded."""
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from prom_jax import llama, sharding
+from prom_jax.evaluation.decode import greedy
+from tests.reference import hf_model, place_params, to_model
+
+NEW = 12
+# On either side of the bucket of 64, and far longer than the window.
+PROMPTS = [np.random.default_rng(length).integers(0, 199, length).tolist() for length in (1, 5, 23, 70)]
+MODELS = {"smollm2": {}, "llama3": {}, "mistral": {"sliding_window": 6}}
+
+
+def generate(hf, prompt, eos=None):
+    """New tokens up to and without the first of `eos`."""
+    with torch.no_grad():
+        tokens = torch.tensor([prompt])
+        new = hf.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=0,
+        )
+    new = new[0, len(prompt) :].tolist()
+    return new[:-1] if eos and new[-1] in eos else new
+
+
+@pytest.mark.parametrize(("family", "pivot_layer"), [("smollm2", 0), ("llama3", 3), ("mistral", 3)])
+def test_greedy_equals_transformers(family, pivot_layer):
+    hf = hf_model(family, **MODELS[family])
+    model = to_model(hf, pivot_layer)
+    expected = [generate(hf, prompt) for prompt in PROMPTS]
+    assert len({token for new in expected for token in new}) > NEW  # not one token over and over
+    assert greedy(model, PROMPTS, NEW, []) == expected
+
+    # One prompt stops on the way, then another at once, and others where they meet these tokens.
+    for eos in ([expected[1][4]], [expected[3][0]], [expected[1][4], expected[3][0]]):
+        stopped = [generate(hf, prompt, eos) for prompt in PROMPTS]
+        assert any(len(new) < NEW for new in stopped)
+        assert greedy(model, PROMPTS, NEW, eos) == stopped
+
+
+@pytest.mark.parametrize(
+    ("sizes", "context"),
+    [({"fsdp": 8}, jax.set_mesh), ({"data": 2, "fsdp": 2, "tensor": 2}, contextlib.nullcontext)],
+)
+def test_greedy_on_a_mesh(sizes, context):
+    hf = hf_model("smollm2")
+    mesh = sharding.make_mesh(**sizes)
+    model = to_model(hf, pivot_layer=3)
+    model = llama.with_params(model, place_params(mesh, llama.to_params(model)))
+    prompts = PROMPTS[:3]  # rows that its devices do not divide
+    with context(mesh):
+        assert greedy(model, prompts, NEW, []) == [generate(hf, prompt) for prompt in prompts]

@@ -1,0 +1,141 @@
+"""An update is the same in parts and on meshes; schedules and AdamW against transformers and torch."""
+
+import copy
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from prom_jax import llama, sharding
+from prom_jax.objective import Objective
+from prom_jax.optimization import make_optimizer, make_schedule, make_update
+from tests.reference import (
+    gradients,
+    hf_model,
+    pack,
+    place_params,
+    random_examples,
+    relative_errors,
+    to_model,
+)
+
+OBJECTIVE = Objective(weight=0.7, chunk=16)
+STEPS, RATE = 5, 1e-4
+
+
+def batch(step):
+    """Rows that differ much in their number of loss-bearing tokens; the last English one has none."""
+    target = random_examples(step, [24, 9, 12, 5, 24, 20, 3, 11, 17, 6, 21])
+    english = random_examples(100 + step, [14, 7, 6, 15, 4, 1])
+    return {
+        "target": pack(target, [[0], [1, 2], [3], [4], [5, 6], [7], [8, 9], [10]], 24),
+        "english": pack(english, [[0], [1, 2], [3], [4], [5]], 15),
+    }
+
+
+@pytest.fixture(scope="module")
+def model():
+    hf = hf_model("llama3")
+    return to_model(hf, pivot_layer=3, pivot_head=copy.deepcopy(hf.lm_head).weight)
+
+
+def mesh_of(**sizes):
+    return sharding.make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
+
+
+def run(model, mesh, accumulation=1):
+    """Five steps. Returns the metrics of each, the gradients of the first and the parameters after the last.
+
+    Adam's first moment after one step is a tenth of the gradient.
+    """
+    optimizer = make_optimizer(make_schedule(RATE, 0.0, "linear", STEPS), weight_decay=0.1, clip=1.0)
+    update = jax.jit(make_update(model, OBJECTIVE, optimizer, accumulation))
+    with jax.set_mesh(mesh):
+        params = place_params(mesh, llama.to_params(model))
+        start, opt_state, metrics, first = params, optimizer.init(params), [], None
+        for step in range(STEPS):
+            rows = sharding.place_rows(mesh, batch(step), accumulation)
+            params, opt_state, result = update(params, opt_state, rows)
+            metrics.append(jax.device_get(result))
+            first = first or jax.device_get(opt_state[1][0].mu)
+    unclipped = 10 * max(1.0, metrics[0]["grad_norm"])
+    first = jax.tree.map(lambda moment: unclipped * moment, first)
+    stays = lambda x, was: x.sharding.is_equivalent_to(was.sharding, x.ndim)
+    assert all(jax.tree.leaves(jax.tree.map(stays, params, start)))
+    return metrics, first, jax.device_get(params)
+
+
+@pytest.fixture(scope="module")
+def one_device(model):
+    return run(model, mesh_of(fsdp=1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulation"), [({"fsdp": 8}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 2)]
+)
+def test_five_steps_on_a_mesh_equal_one_device(model, one_device, sizes, accumulation):
+    (metrics, first, params), theirs = run(model, mesh_of(**sizes), accumulation), one_device
+    for step, (ours, expected) in enumerate(zip(metrics, theirs[0], strict=True)):
+        assert set(ours) == set(expected)
+        for key in expected:
+            assert ours[key] == pytest.approx(expected[key], rel=2e-5), (step, key)
+    errors = relative_errors(first, theirs[1])
+    assert max(errors.values()) <= 2e-5
+
+    # AdamW divides by the gradient's size. A gradient that is nothing but rounding has either sign, and moves
+    # its parameter by up to the learning rate: a single value may differ so much, a tensor's movement hardly.
+    for ours, expected, start in zip(*map(jax.tree.leaves, (params, theirs[2], llama.to_params(model)))):
+        assert np.abs(ours - expected).max() <= RATE
+        assert np.linalg.norm(ours - expected) <= 0.01 * np.linalg.norm(expected - start)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulated_equals_whole(model, one_device, accumulation):
+    rows = sharding.place_rows(mesh_of(fsdp=1), batch(0), accumulation)
+    metrics, parts = jax.device_get(gradients(model, OBJECTIVE, rows, accumulation))
+    for key, value in one_device[0][0].items():
+        assert metrics[key] == pytest.approx(value, rel=1e-5), key
+    assert max(relative_errors(parts, one_device[1]).values()) <= 2e-5
+
+
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.25])
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_schedules_are_those_of_transformers(name, warmup_ratio):
+    steps = 50
+    make = getattr(transformers, f"get_{name}_schedule_with_warmup")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2e-5)
+    theirs = make(optimizer, math.ceil(warmup_ratio * steps), steps)
+    ours = make_schedule(2e-5, warmup_ratio, name, steps)
+    for step in range(steps + 1):
+        assert float(ours(step)) == pytest.approx(theirs.get_last_lr()[0], rel=1e-4, abs=1e-11), step
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_optimizer_is_that_of_torch(clip):
+    random = np.random.default_rng(0)
+    values = {"a": random.normal(size=(4, 3)), "b": random.normal(size=5)}
+    ours = {key: jnp.asarray(value, jnp.float32) for key, value in values.items()}
+    theirs = {key: torch.tensor(value, dtype=torch.float32) for key, value in values.items()}
+    optimizer = make_optimizer(lambda step: 0.01 / (1 + step), weight_decay=0.1, clip=clip)
+    state = optimizer.init(ours)
+    their_optimizer = torch.optim.AdamW(theirs.values(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    for step in range(4):
+        size = (0.1, 10)[step % 2]  # the large ones alone are clipped
+        gradient = {key: size * random.normal(size=value.shape) for key, value in values.items()}
+        gradient = {key: value.astype(np.float32) for key, value in gradient.items()}
+        updates, state = optimizer.update({k: jnp.asarray(g) for k, g in gradient.items()}, state, ours)
+        ours = jax.tree.map(jnp.add, ours, updates)
+        for key, tensor in theirs.items():
+            tensor.grad = torch.from_numpy(gradient[key])
+        if clip:
+            torch.nn.utils.clip_grad_norm_(theirs.values(), clip)
+        their_optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)
+        their_optimizer.step()
+        for key in values:
+            np.testing.assert_allclose(ours[key], theirs[key].numpy(), rtol=1e-5, atol=1e-6)
