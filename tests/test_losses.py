@@ -103,6 +103,17 @@ def test_meshes_equal_one_device(sizes):
             assert not any(np.any(x) for x in jax.tree.leaves(ours))
 
 
+def test_a_shard_computes_its_own_rows_alone():
+    mesh = sharding.make_mesh(fsdp=8)
+    hidden, head, labels, weights = inputs()
+    rows = sharding.place_rows(mesh, (hidden, labels, weights))
+    with jax.set_mesh(mesh):
+        program = chunked.lower(rows[0], head, *rows[1:], 0.0, ROWS * LENGTH).compile().as_text()
+    logits = lambda tokens: f"f32[{tokens},{VOCABULARY}]"
+    assert logits(LENGTH) in program
+    assert logits(ROWS * LENGTH) not in program
+
+
 # Memory: 512 tokens, and a vocabulary whose size, or half of it on a tensor axis, is no other dimension's.
 
 VOCAB, TOKENS, CHUNK = 1018, 512, 32
