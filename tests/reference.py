@@ -143,12 +143,12 @@ def pack(examples, layout, length):
 
 @functools.partial(jax.jit, static_argnames=("objective", "accumulation"))
 def gradients(model, objective, batch, accumulation=1):
-    """The metrics of an update and the gradients that its optimizer is given."""
+    """The losses and weights among the metrics of an update, and the gradients that its optimizer is given."""
     keep = optax.GradientTransformation(
         lambda params: None, lambda updates, state, params: (updates, updates)
     )
     _, kept, metrics = make_update(model, objective, keep, accumulation)(llama.to_params(model), None, batch)
-    return metrics, kept
+    return {key: value for key, value in metrics.items() if key.startswith(("loss", "weight"))}, kept
 
 
 def relative_error(ours, theirs):

@@ -110,7 +110,7 @@ def models(family, has_pivot=True):
 def test_losses_and_all_gradients_equal_torch(objective, family):
     hf, head, model = models(family, objective.has_pivot)
     ours, theirs = gradients(model, objective, PACKED), torch_objective(hf, head, objective)
-    assert set(ours[0]) == {"grad_norm", *theirs[0]}
+    assert set(ours[0]) == set(theirs[0])
     assert_same(ours, theirs, tolerance=1e-4)
 
 
