@@ -143,7 +143,7 @@ def pack(examples, layout, length):
 
 @functools.partial(jax.jit, static_argnames=("objective", "accumulation"))
 def gradients(model, objective, batch, accumulation=1):
-    """The losses and weights among the metrics of an update, and the gradients that its optimizer is given."""
+    """The losses and weights of an update, and the gradients that its optimizer is given."""
     keep = optax.GradientTransformation(
         lambda params: None, lambda updates, state, params: (updates, updates)
     )
