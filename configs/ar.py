@@ -11,8 +11,9 @@ def get_config(variant: str = ""):
     """The paper's configuration for Arabic, or a variant of it."""
     config = configuration.default()
     config.language = "ar"
-    # Alpaca and Dolly, with responses in either language. Your own translation of Alpaca is as good: name it.
-    config.data.english = ("MBZUAI/Bactrian-X:en",)
-    config.data.target = ("MBZUAI/Bactrian-X:ar",)
-    config.data.translation = ("Helsinki-NLP/opus-100:ar-en@train[:20000]",)
+    config.data.english = ("tatsu-lab/alpaca",)
+    # Its translation: instruction, input and output, in the same order (or with the same ids).
+    config.data.target = ("data/alpaca.ar.jsonl",)
+    # Aligned sentences, in the columns en and ar.
+    config.data.translation = ("data/parallel.ar.tsv",)
     return configuration.apply_variant(config, variant)

@@ -11,9 +11,9 @@ def get_config(variant: str = ""):
     """The paper's configuration for Greek, or a variant of it."""
     config = configuration.default()
     config.language = "el"
-    # No public set of instructions in Greek pairs with English ones: translate Alpaca into this file
-    # (instruction, input, output; as many rows, in the same order).
     config.data.english = ("tatsu-lab/alpaca",)
+    # Its translation: instruction, input and output, in the same order (or with the same ids).
     config.data.target = ("data/alpaca.el.jsonl",)
-    config.data.translation = ("Helsinki-NLP/opus-100:el-en@train[:20000]",)
+    # Aligned sentences, in the columns en and el.
+    config.data.translation = ("data/parallel.el.tsv",)
     return configuration.apply_variant(config, variant)

@@ -11,9 +11,9 @@ def get_config(variant: str = ""):
     """The paper's configuration for Swahili, or a variant of it."""
     config = configuration.default()
     config.language = "sw"
-    # Alpaca and Dolly, with responses in either language. Your own translation of Alpaca is as good: name it.
-    config.data.english = ("MBZUAI/Bactrian-X:en",)
-    config.data.target = ("MBZUAI/Bactrian-X:sw",)
-    # Aligned sentences of your own, such as a .tsv with the columns en and sw; OPUS-100 has no Swahili.
-    config.data.translation = ()
+    config.data.english = ("tatsu-lab/alpaca",)
+    # Its translation: instruction, input and output, in the same order (or with the same ids).
+    config.data.target = ("data/alpaca.sw.jsonl",)
+    # Aligned sentences, in the columns en and sw.
+    config.data.translation = ("data/parallel.sw.tsv",)
     return configuration.apply_variant(config, variant)

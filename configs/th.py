@@ -25,8 +25,9 @@ def get_config(variant: str = ""):
     """The paper's configuration for Thai, or a variant of it."""
     config = configuration.default()
     config.language = "th"
-    # Alpaca and Dolly, with responses in either language. Your own translation of Alpaca is as good: name it.
-    config.data.english = ("MBZUAI/Bactrian-X:en",)
-    config.data.target = ("MBZUAI/Bactrian-X:th",)
-    config.data.translation = ("Helsinki-NLP/opus-100:en-th@train[:20000]",)
+    config.data.english = ("tatsu-lab/alpaca",)
+    # Its translation: instruction, input and output, in the same order (or with the same ids).
+    config.data.target = ("data/alpaca.th.jsonl",)
+    # Aligned sentences, in the columns en and th.
+    config.data.translation = ("data/parallel.th.tsv",)
     return configuration.apply_variant(config, variant, ABLATION)

@@ -60,7 +60,7 @@ def summary(needed: dict[str, int]) -> str:
     """One line: what is needed on each device, what there is, and whether it fits."""
     total, there = sum(needed.values()), available_bytes()
     verdict = (
-        "fits" if total <= there else "DOES NOT FIT: raise batch.accumulation, set remat=full or add devices"
+        "fits" if total <= there else "DOES NOT FIT: set remat=full, raise batch.accumulation, or add devices"
     )
     return (
         f"{total / 2**30:.2f} GiB a device (state {needed['state'] / 2**30:.2f}, temporary "

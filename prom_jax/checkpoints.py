@@ -96,7 +96,7 @@ def describe(directory: Path, description: Description, tokenizer):
     """Writes what the checkpoints in `directory` are, and their tokenizer."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, directory / "tokenizer", chat_template=None)
+    save_tokenizer(tokenizer, directory / "tokenizer", tokenizer.chat_template)
     description.write(directory)
 
 
@@ -123,7 +123,7 @@ class CheckpointReader:
         self.step = checkpoints.latest()
         if self.step is None:
             raise UserError(f"{directory} holds no whole checkpoint: train on, or give another source")
-        host = SingleDeviceSharding(jax.devices("cpu")[0])
+        host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         abstract = llama.to_params(description.abstract())
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
         (self._params,) = checkpoints.restore(self.step, params=jax.tree.map(place, abstract))

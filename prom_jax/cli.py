@@ -48,7 +48,7 @@ def _parse(argv):
             _fail(f"{path} does not exist: --config expects a configuration file, such as configs/demo.py")
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError) as error:
+    except (flags.Error, AttributeError, KeyError) as error:
         _fail(_explain(error, argv))
 
 
@@ -58,7 +58,7 @@ def _explain(error, argv) -> str:
     while cause and not isinstance(cause, KeyError):
         cause = cause.__context__
     if cause:
-        key = str(cause.args[0]).strip("'")
+        key = str(cause.args[0]).splitlines()[0].strip("'\"")  # a suggestion may follow
         given = [a for a in argv if a.startswith("--config.") and key in a.split("=")[0].split(".")]
         return f"unknown configuration key {key!r} in {', '.join(given)}: prom_jax/config.py lists them all"
     return (

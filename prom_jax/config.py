@@ -5,6 +5,7 @@ type, so that each can be overridden on the command line: `--config.pivot.weight
 """
 
 import functools
+import math
 
 from ml_collections import ConfigDict
 
@@ -158,7 +159,7 @@ def check(config: ConfigDict) -> None:
         "export.dtype": ("", "float32", "bfloat16", "float16"),
     }
     for key, least in at_least.items():
-        if _get(config, key) < least:
+        if not least <= _get(config, key) < math.inf:
             raise UserError(f"{key}={_get(config, key)}: expected {least} or more")
     for key, allowed in one_of.items():
         if _get(config, key) not in allowed:
@@ -191,6 +192,8 @@ def regulated_weight(config: ConfigDict, model) -> tuple[float, str]:
       UserError: for 'paper' with a language that the paper has not, and for 'auto'.
     """
     weight, language = config.pivot.weight, config.language
+    if config.method != "prom":
+        return weight, "no pivot loss to regulate"
     if config.pivot.regulate == "auto":
         raise UserError(
             "pivot.regulate='auto' needs the cloze probe, which this version does not have yet: "

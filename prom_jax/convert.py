@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prom_jax import checkpoints, cli, llama, models
 from prom_jax.errors import UserError
+from prom_jax.workdir import make_directory
 
 
 def main(argv=None):
@@ -33,13 +34,16 @@ def to_hf(source, destination, dtype=None):
     model, model_tokenizer = models.load(source, param_dtype=dtype)
     directory = checkpoints.find(source)
     card = checkpoints.Description.read(directory).details if directory else {"base_model": str(source)}
-    models.save_hf(model, model_tokenizer, destination, card=card)
+    # A model that was not trained here keeps the chat template that it came with.
+    template = None if "method" in card else model_tokenizer.chat_template
+    models.save_hf(model, model_tokenizer, destination, card=card, template=template)
 
 
 def from_hf(source, destination, dtype=None):
     """Writes `source` as an Orbax checkpoint, in its own dtype or another."""
     destination = Path(destination)
-    if destination.exists() and any(destination.iterdir()):
+    make_directory(destination)
+    if any(destination.iterdir()):
         raise UserError(f"{destination} is not empty: give a new place")
     model, model_tokenizer = models.load(source, param_dtype=dtype)
     params = llama.to_params(model)

@@ -148,7 +148,6 @@ _FIXED = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "attention_dropout": (0.0, 0, None),
-    "pretraining_tp": (1, None),
     "partial_rotary_factor": (1.0, None),
     "rope_interleaved": (False, None),
     "quantization_config": (None,),
@@ -166,9 +165,9 @@ _METADATA = {
     "_attn_implementation_autoset", "_name_or_path", "attn_implementation", "decoder_start_token_id",
     "dtype", "finetuning_task", "id2label", "initializer_range", "is_llama_config", "label2id",
     "max_sequence_length", "name_or_path", "output_attentions", "output_hidden_states", "prefix",
-    "problem_type", "return_dict", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype",
-    "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
-    "use_cache",
+    "pretraining_tp", "problem_type", "return_dict", "sep_token_id", "task_specific_params",
+    "tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version",
+    "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
 
 
@@ -226,8 +225,11 @@ class Compute:
         ):
             if value not in allowed:
                 raise UserError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
-        if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise UserError(f"attention='cudnn' computes in bfloat16 alone, not {self.dtype}: use 'xla'")
+        if self.attention == "cudnn" and (self.dtype != "bfloat16" or jax.default_backend() != "gpu"):
+            raise UserError(
+                f"attention='cudnn' needs compute_dtype='bfloat16' and a GPU, not {self.dtype} on "
+                f"{jax.default_backend()}: use 'xla'"
+            )
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -445,14 +447,22 @@ class Llama(nnx.Module):
         head = self.output_embedding.astype(hidden_BTD.dtype)
         return jnp.einsum("...d,vd->...v", hidden_BTD, head, preferred_element_type=jnp.float32)
 
-    @functools.partial(jax.jit, static_argnames="layers")
     def hidden_states(self, tokens_BT, positions_BT=None, segments_BT=None, layers=None):
         """The residual stream without final norm: 0 the embeddings, i the output of block i.
 
-        Args: as in `__call__`; layers: a tuple of layers in 0 … N, default all of them.
+        Args: as in `__call__`; layers: which of 0 … N, default all of them.
         Returns: [len(layers), B, T, D] in the compute dtype.
+        Raises:
+          UserError: for a layer that the model has not.
         """
-        layers = tuple(range(self.config.num_hidden_layers + 1)) if layers is None else layers
+        deepest = self.config.num_hidden_layers
+        layers = tuple(range(deepest + 1) if layers is None else layers)
+        if any(not 0 <= layer <= deepest for layer in layers):
+            raise UserError(f"layers={layers}: expected each in 0 to {deepest}")
+        return self._hidden_states(tokens_BT, positions_BT, segments_BT, layers)
+
+    @functools.partial(jax.jit, static_argnames="layers")
+    def _hidden_states(self, tokens_BT, positions_BT, segments_BT, layers):
         context = self._context(tokens_BT, positions_BT, segments_BT)
         x = self.embed(tokens_BT)
         hiddens = [x[None]]

@@ -45,13 +45,16 @@ def load(source, mesh=None, compute_dtype: str | None = None, param_dtype: str |
     return llama.with_params(model, params), model_tokenizer
 
 
-def save_hf(model: llama.Llama, model_tokenizer, directory, *, dtype=None, card=None):
+def save_hf(model: llama.Llama, model_tokenizer, directory, *, dtype=None, card=None, template=None):
     """Writes a directory that transformers' `from_pretrained` loads as it is.
 
     The tokenizer gets the training prompt as its chat template. A pivot head goes into a file beside, which
     `load` picks up.
 
-    Args: dtype: of the tensors, default that of the parameters; card: rows of the model card.
+    Args:
+      dtype: of the tensors, default that of the parameters.
+      card: rows of the model card.
+      template: a chat template (jinja) in place of the training prompt.
     Raises:
       UserError: if the directory holds something else, or cannot be written.
     """
@@ -62,6 +65,6 @@ def save_hf(model: llama.Llama, model_tokenizer, directory, *, dtype=None, card=
         model_tokenizer,
         directory,
         dtype=dtype or np.dtype(params["embed_tokens"].dtype).name,
-        chat_template=chat_template(model_tokenizer),
+        chat_template=chat_template(model_tokenizer) if template is None else template,
         card=card or {},
     )

@@ -8,6 +8,7 @@ The one room that knows what English is. With h_i the hidden state after block i
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -39,7 +40,7 @@ class Objective:
         for name, value, allowed in (("method", self.method, METHODS), ("pivot.norm", self.norm, NORMS)):
             if value not in allowed:
                 raise UserError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
-        if self.weight < 0 or not 0 <= self.label_smoothing < 1:
+        if not (0 <= self.weight < math.inf and 0 <= self.label_smoothing < 1):
             raise UserError(
                 f"pivot.weight={self.weight}, pivot.label_smoothing={self.label_smoothing}: "
                 "expected a weight of 0 or more and a smoothing in [0, 1)"

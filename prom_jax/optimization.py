@@ -15,7 +15,7 @@ from prom_jax.sharding import BATCH, constrain, constrain_params
 
 def make_schedule(learning_rate, warmup_ratio, schedule, num_steps):
     """Learning rate by update: linear warmup from 0, then 'cosine' or 'linear' decay to 0."""
-    warmup = math.ceil(warmup_ratio * num_steps)
+    warmup = min(math.ceil(warmup_ratio * num_steps), num_steps - 1)
     rest = max(1, num_steps - warmup)
     if schedule == "cosine":
         decay = optax.cosine_decay_schedule(learning_rate, rest)
@@ -25,9 +25,16 @@ def make_schedule(learning_rate, warmup_ratio, schedule, num_steps):
 
 
 def make_optimizer(schedule, weight_decay, clip):
-    """AdamW (betas 0.9 and 0.999) on gradients of norm at most `clip`; 0 for no clipping."""
-    adamw = optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=weight_decay)
+    """AdamW (betas 0.9 and 0.999) on gradients of norm at most `clip`; 0 for no clipping.
+
+    Norm scales do not decay, as in the trainer that the paper used.
+    """
+    adamw = optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=weight_decay, mask=_decays)
     return optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
+
+
+def _decays(params: dict) -> dict:
+    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].key, params)
 
 
 def abstract_state(optimizer, params: dict, mesh):
@@ -47,7 +54,8 @@ def make_update(model: llama.Llama, objective: Objective, optimizer, accumulatio
       model: abstract, the structure that `params` fill.
       accumulation: into how many parts the batch is split; gradients are summed over them, each loss
         divided by the weights of the whole update, so the result is that of the whole batch.
-    Returns: metrics are float32 scalars: loss, and by role loss_… (per token) and weight_…; grad_norm.
+    Returns: metrics are float32 scalars: loss, and by role loss_… (per token) and weight_…; grad_norm;
+        param_norm after the update.
     """
 
     def update(params, opt_state, batch):
@@ -66,7 +74,9 @@ def make_update(model: llama.Llama, objective: Objective, optimizer, accumulatio
             metrics[f"weight_{role}"] = weights[role]
         metrics["grad_norm"] = optax.global_norm(gradients)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, metrics
+        params = optax.apply_updates(params, updates)
+        metrics["param_norm"] = optax.global_norm(params)
+        return params, opt_state, metrics
 
     return update
 

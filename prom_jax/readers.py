@@ -285,10 +285,19 @@ def open_gguf(path) -> gguf.GGUFReader:
     return _parse_gguf(str(path), status.st_mtime_ns, status.st_size)
 
 
+class _WholeFile(gguf.GGUFReader):
+    """A reader that stops where the file ends: a damaged length would keep the package's own going on."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError("it ends early")
+        return super()._get(offset, dtype, count, override_order)
+
+
 @functools.lru_cache(maxsize=1)
 def _parse_gguf(path: str, *state_of_the_file: int) -> gguf.GGUFReader:
     try:
-        file = gguf.GGUFReader(path)
+        file = _WholeFile(path)
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
         raise UserError(
             f"{path} is not a whole GGUF file ({error}): it was cut short or damaged, fetch it again"

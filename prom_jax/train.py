@@ -7,7 +7,6 @@ to go on after a stop.
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import statistics
@@ -36,7 +35,7 @@ from prom_jax.evaluation.heldout import HeldOut
 from prom_jax.metrics import MetricsLog
 from prom_jax.objective import Objective
 from prom_jax.optimization import abstract_state, make_optimizer, make_schedule, make_update
-from prom_jax.workdir import claim, write_json
+from prom_jax.workdir import CONFIG_FILE, as_dict, check_owner, write_json
 
 REQUEUE = 75  # exit status (EX_TEMPFAIL) after a save on SIGTERM or SIGINT: run the same command again
 
@@ -53,16 +52,20 @@ def train(config, workdir, dry_run: bool = False) -> dict:
     """
     started = time.time()
     configuration.check(config)
-    job = plan(config, Path(workdir))
+    workdir, identity = Path(workdir), as_dict(config)
+    check_owner(workdir, identity)
+    job = plan(config, workdir)
+    identity |= {"records": job.data.fingerprint}  # of what the sources hold
+    check_owner(workdir, identity)
     with jax.set_mesh(job.mesh):
         update, abstract = compile_update(job)
         if dry_run:
             return {}
-        claim(job.workdir, json.loads(config.to_json()))
-        checkpoints = Checkpoints(job.workdir / "checkpoints", keep=config.checkpoint.keep)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         start = checkpoints.latest() or 0
-        log = MetricsLog(job.workdir, start or BEFORE_BASE)
+        log = MetricsLog(workdir, start or BEFORE_BASE)
         params, opt_state = begin(job, checkpoints, start, abstract)
+        write_json(workdir / CONFIG_FILE, identity)
         if not start:
             evaluate(job, params, log, 0)
             respond(job, params, "base")
@@ -115,9 +118,7 @@ def plan(config, workdir: Path) -> Job:
     weight, regulation = configuration.regulated_weight(config, reader.config)
     objective = Objective(config.method, weight, config.pivot.label_smoothing, config.pivot.norm)
     layers = reader.config.num_hidden_layers
-    pivot_layer = config.pivot.layer or round(0.75 * layers)
-    llama.check_pivot_layer(pivot_layer, layers)
-    pivot_layer = pivot_layer if objective.has_pivot else 0
+    pivot_layer = (config.pivot.layer or round(0.75 * layers)) if objective.has_pivot else 0
     compute = llama.Compute(
         config.compute_dtype or models.default_compute_dtype(), config.remat, config.attention
     )
@@ -133,13 +134,29 @@ def plan(config, workdir: Path) -> Job:
     else:
         console.print(f"method    {config.method}")
     console.print(f"mesh      {dict(mesh.shape)} on {jax.device_count()} × {jax.devices()[0].device_kind}")
+    if config.data.seq_len > reader.config.max_position_embeddings:
+        console.print(
+            f"WARNING   data.seq_len={config.data.seq_len} is more than the "
+            f"{reader.config.max_position_embeddings} positions that the model was made for"
+        )
     data = prepare(recipe(config, objective), tokenizer, workdir / "records")
-    shape = {"sequences": config.batch.sequences, "seq_len": config.data.seq_len}
+    rows, seq_len = config.batch.sequences, config.data.seq_len
     batches = Batches(
-        data.train, **shape, seed=config.seed, epochs=config.optimizer.epochs, steps=config.steps
+        data.train,
+        sequences=rows,
+        seq_len=seq_len,
+        seed=config.seed,
+        epochs=config.optimizer.epochs,
+        steps=config.steps,
     )
+    if objective.uses_english and not batches.english_shape:
+        raise UserError(
+            f"method={config.method!r} trains on English, and there is none: set data.english, or use the "
+            "variant :bactrian"
+        )
+    rows //= config.batch.accumulation  # what fits in training fits in evaluation
     held_out = [
-        HeldOut(model, objective, mesh, records, **shape, prefix=prefix)
+        HeldOut(model, objective, mesh, records, sequences=rows, seq_len=seq_len, prefix=prefix)
         for prefix, records in (("", data.holdout), ("text_", data.text))
         if records is not None
     ]
@@ -158,9 +175,22 @@ def plan(config, workdir: Path) -> Job:
         f"{flops / batches.num_steps:.3g} a step"
     )
     return Job(
-        config, workdir, mesh, reader, tokenizer, objective, regulation, pivot_layer, model, data, batches,
-        held_out, schedule, optimizer, flops,
-    )  # fmt: skip
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        reader=reader,
+        tokenizer=tokenizer,
+        objective=objective,
+        regulation=regulation,
+        pivot_layer=pivot_layer,
+        model=model,
+        data=data,
+        batches=batches,
+        held_out=held_out,
+        schedule=schedule,
+        optimizer=optimizer,
+        flops=flops,
+    )
 
 
 def recipe(config, objective: Objective) -> Recipe:
@@ -251,13 +281,7 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
             done, (batch, tokens) = tokens, next(upcoming, (None, 0))  # while the devices work
             metrics = jax.device_get(metrics)
             seconds = time.perf_counter() - begun
-            if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-                checkpoints.close()
-                raise UserError(
-                    f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the last "
-                    f"good checkpoint is step {checkpoints.latest()} in {job.workdir}/checkpoints: lower "
-                    "optimizer.learning_rate, set optimizer.clip, or look at the data, with another --workdir"
-                )
+            check_finite(job, metrics, step, checkpoints)
             metrics["learning_rate"] = job.schedule(step - 1)
             metrics["tokens_per_second"] = done / seconds
             metrics["model_flops_per_second"] = job.flops / num_steps / seconds
@@ -273,6 +297,18 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
                 raise SystemExit(REQUEUE)
     checkpoints.close()
     return params
+
+
+def check_finite(job: Job, metrics: dict, step: int, checkpoints: Checkpoints):
+    """Raises UserError if the step went wrong, before it reaches a record or a checkpoint."""
+    norms = {name: float(metrics[name]) for name in ("loss", "grad_norm", "param_norm")}
+    if not all(map(np.isfinite, norms.values())):
+        checkpoints.close()
+        raise UserError(
+            f"step {step}: {', '.join(f'{name} {value:g}' for name, value in norms.items())}; the last good "
+            f"checkpoint is step {checkpoints.latest() or 'none'} in {job.workdir}/checkpoints: lower "
+            "optimizer.learning_rate, set optimizer.clip, or look at the data, with another --workdir"
+        )
 
 
 def feed(job: Job, start: int):

@@ -20,6 +20,11 @@ from prom_jax.readers import PIVOT_FILE, PIVOT_NAME, TENSORS
 from prom_jax.sharding import param_sharding
 
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+ADAPTED = (
+    "A language model adapted to another language by instruction tuning with prom_jax.\n"
+    "Prompts follow the chat template of its tokenizer."
+)
+CONVERTED = "A language model converted by prom_jax."
 _CARD_TAG = "- prom_jax"  # in its model card marks a folder as an export, which the next may replace
 
 
@@ -313,7 +318,7 @@ def _write_json(path: Path, content: dict):
 def _model_card(card: Mapping[str, object]) -> str:
     card = dict(card)
     base = str(card.get("base_model", ""))
-    if Path(base).exists():  # a place on this machine says nothing to others
+    if base and Path(base).exists():  # a place on this machine says nothing to others
         base = card["base_model"] = Path(base).name
     front = {"base_model": base if "/" in base else "", "language": card.get("language", "")}
     front = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value]
@@ -330,8 +335,7 @@ def _model_card(card: Mapping[str, object]) -> str:
             "",
             "# Model card",
             "",
-            "A language model adapted to another language by instruction tuning with prom_jax.",
-            "Prompts follow the chat template of its tokenizer.",
+            ADAPTED if "method" in card else CONVERTED,
             "",
             "| | |",
             "|---|---|",

@@ -10,27 +10,41 @@ from prom_jax.errors import UserError
 MAY_CHANGE = ("mesh", "checkpoint", "export", "remat", "attention", "batch.accumulation", "eval.every")
 
 
-def claim(workdir: Path, config: dict):
-    """Makes the folder this configuration's.
+CONFIG_FILE = "config.json"
 
-    Raises:
-      UserError: if it is another's; what differs is named.
-    """
-    path = workdir / "config.json"
+
+def as_dict(config) -> dict:
+    """An ml_collections configuration in JSON's types."""
+    return json.loads(config.to_json())
+
+
+def check_owner(workdir: Path, config: dict):
+    """Raises UserError if the folder holds a run of another configuration; what differs is named."""
+    path = workdir / CONFIG_FILE
     if path.exists():
-        theirs = _flat(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            theirs = _flat(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is damaged ({error}): remove it, or give another --workdir") from error
         for key, value in _flat(config).items():
             if theirs.get(key) != value and not key.startswith(MAY_CHANGE):
                 raise UserError(
                     f"{workdir} holds a run with {key}={theirs.get(key)!r}, now {value!r}: give another "
                     "--workdir, or remove it to start afresh"
                 )
-    write_json(path, config)
+
+
+def make_directory(path: Path):
+    """Makes a folder if there is none; raises UserError where none can be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made a folder ({error.strerror}): give another place") from error
 
 
 def write_json(path: Path, content):
     """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

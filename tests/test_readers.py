@@ -12,13 +12,13 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
 from safetensors.numpy import load_file, save_file
-from tests.test_weights import SIZES, hf_model, save, tensors
 from transformers import AutoModelForCausalLM
 
 from prom_jax import sharding
 from prom_jax.errors import UserError
 from prom_jax.readers import open_reader
 from prom_jax.weights import load_params
+from tests.test_weights import SIZES, hf_model, save, tensors
 
 
 @pytest.mark.parametrize("equal", [True, False])

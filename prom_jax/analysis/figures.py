@@ -19,7 +19,8 @@ def learning_curves(rows: list[dict], path: Path):
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, label in (("loss_target", "target, last layer"), ("loss_english", "English, smoothed")):
-        points = [(row["step"], row[name]) for row in training if name in row]
+        weight = name.replace("loss", "weight")
+        points = [(row["step"], row[name]) for row in training if row.get(weight, 0) > 0]
         if points:
             left.plot(*zip(*points), label=label)
     left.set(xlabel="step", ylabel="training loss (nats per token)")

@@ -122,25 +122,22 @@ class Layout(NamedTuple):
 def layout_english(plan: Plan, english_lengths: np.ndarray, *, sequences: int, seq_len: int) -> Layout | None:
     """Pack the English sides of every update of a whole run into one shape; None without any.
 
-    The number of rows is the largest divisor of `sequences` whose fill is within 10 % of the best
-    one's, as more rows can be spread over more devices; where no divisor has enough room, the
-    least multiple. The length is the least multiple of 32 (of 8 when `seq_len` < 128), at most
-    `seq_len`, with which best-fit decreasing succeeds in every update.
+    Of the numbers of rows whose fill is within 10 % of the best one's, the most often even is taken,
+    as it spreads over most devices. The length is the least multiple of 32 (of 8 when `seq_len` <
+    128), at most `seq_len`, with which best-fit decreasing succeeds in every update.
     """
     lengths = np.asarray(english_lengths)[plan.examples]
     if not lengths.any():
         return None
     order, table = _descending_by_update(plan, lengths)
-    divisors = [rows for rows in range(1, sequences + 1) if sequences % rows == 0]
-    shapes = [(rows, _least_length(table, rows, seq_len)) for rows in divisors]
-    shapes = [(rows, length) for rows, length in shapes if length]
-    num_rows = sequences
-    while not shapes:
-        num_rows += sequences
-        length = _least_length(table, num_rows, seq_len)
-        shapes = [(num_rows, length)] if length else []
+    most, shapes = sequences, []
+    while not shapes:  # English may need more room than the target language
+        shapes = [(rows, _least_length(table, rows, seq_len)) for rows in range(1, most + 1)]
+        shapes = [(rows, length) for rows, length in shapes if length]
+        most *= 2
     least = min(rows * length for rows, length in shapes)
-    num_rows, length = max(shape for shape in shapes if 0.9 * shape[0] * shape[1] <= least)
+    near = (shape for shape in shapes if 0.9 * shape[0] * shape[1] <= least)
+    num_rows, length = max(near, key=lambda shape: (shape[0] & -shape[0], shape[0]))
     placed = _best_fit_decreasing(table, num_rows, length)
     rows, offsets = np.zeros_like(lengths), np.zeros_like(lengths)
     real = order >= 0

@@ -23,6 +23,7 @@ from prom_jax.data.prompts import Span
 from prom_jax.data.sources import Row, Sentence, Turn
 from prom_jax.data.tokens import Side, encode
 from prom_jax.errors import UserError
+from prom_jax.workdir import make_directory
 
 VERSION = 1  # part of the fingerprint: raise it whenever the same recipe gives other records
 CHUNK = 512  # examples tokenised at once
@@ -198,10 +199,12 @@ class Records:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Training records, the held-out pairs and plain texts (None where not asked for), and the
-    report: {"unmatched": rows, split: {role: {"examples", "tokens", "loss_tokens", "truncated",
-    "dropped"}}}, the roles being target, english, translation, translation_source and text."""
+    """What `prepare` made or found: training records, the held-out pairs and plain texts (None where not
+    asked for), and the report: {"unmatched": rows, split: {role: {"examples", "tokens", "loss_tokens",
+    "truncated", "dropped"}}}, the roles being target, english, translation, translation_source and text.
+    """
 
+    fingerprint: str
     train: Records
     holdout: Records | None
     text: Records | None
@@ -225,7 +228,7 @@ def prepare(recipe: Recipe, tokenizer, directory) -> Prepared:
     directory = Path(directory)
     final = directory / fingerprint(recipe, tokenizer)
     if not final.is_dir():
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=directory))
         try:
             _write(recipe, tokenizer, partial)
@@ -240,7 +243,7 @@ def prepare(recipe: Recipe, tokenizer, directory) -> Prepared:
         name: Records(final, name) if (final / f"{name}.npz").is_file() else None
         for name in ("train", "holdout", "text")
     }
-    return Prepared(**splits, report=report)
+    return Prepared(final.name, **splits, report=report)
 
 
 def fingerprint(recipe: Recipe, tokenizer) -> str:

@@ -10,7 +10,6 @@ A *source* is a string:
 
 import csv
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -89,12 +88,20 @@ def read_parallel(sources: tuple[str, ...], language: str) -> list[Sentence]:
 def pair(english: list[Row], target: list[Row]) -> tuple[list[tuple[Row, Row]], int]:
     """(English row, target row) pairs, and how many rows found no partner.
 
-    By id when every row has one, else by order.
+    By id when rows have one, else by order.
 
     Raises:
-      UserError: an id that occurs twice; no id on both sides; without ids, sides of different lengths.
+      UserError: a row without id where others on both sides have one; an id that occurs twice; no id on
+        both sides; without ids, sides of different lengths.
     """
-    if all(row.id is not None for row in itertools.chain(english, target)):
+    named = [[row.id is not None for row in side] for side in (english, target)]
+    if all(map(any, named)):
+        for side, name in zip(named, ("English", "target")):
+            if not all(side):
+                raise UserError(
+                    f"The {name} row {side.index(False) + 1} has no id, and others have: give all rows of "
+                    "both sides an 'id', or none."
+                )
         by_id, wanted = _by_id(english, "English"), _by_id(target, "target")
         pairs = [(by_id[key], row) for key, row in wanted.items() if key in by_id]
         if not pairs:
@@ -143,7 +150,7 @@ def _rows(source: str, sample: str) -> Iterator[tuple[int, dict]]:
             f"{', '.join(READERS)}, a hub data set 'owner/name[:config][@split]', or 'sample'."
         )
     number = 0
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_readable(rows, source), 1):
         if not isinstance(row, dict):
             raise UserError(f"{source}, row {number} is not an object with keys: {row!r:.60}.")
         yield number, row
@@ -194,6 +201,13 @@ def _read_parquet(path: Path) -> Iterator[dict]:
         raise UserError(f"{path} is not a Parquet file ({error}): fetch it again.") from None
 
 
+def _readable(rows: Iterable, source: str) -> Iterator:
+    try:
+        yield from rows
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"Source '{source}' cannot be read ({error}): save it as UTF-8 text.") from error
+
+
 READERS: dict[str, Callable[[Path], Iterable]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
@@ -238,7 +252,7 @@ def _aligned_text(source: str) -> list[Sentence]:
 def _existing(name: str) -> Path:
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"There is no file '{name}': check the path (data.* in the config).")
+        raise UserError(f"There is no file '{name}': give data.* a local file or a hub data set.")
     return path
 
 
@@ -262,6 +276,7 @@ def _instruction(raw: dict, where: str) -> Row:
 
 
 def _conversation(messages, where: str) -> tuple[Turn, ...]:
+    messages = messages if isinstance(messages, list) else [messages]
     roles = [m.get("role") if isinstance(m, dict) else m for m in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UserError(

@@ -36,10 +36,10 @@ def show(base: Path, adapted: Path):
     pairs = zip(*(json.loads(path.read_text(encoding="utf-8")) for path in (base, adapted)))
     for before, after in pairs:
         question = before["prompt"].split("### Instruction:")[-1].split("### Response:")[0].strip()
-        console.print(f"\n[bold]{escape(question)}[/bold]")
+        console.print(f"\n[bold]{escape(question)}[/bold]", markup=True)
         for name, text in (
             ("before", before["answer"]),
             ("after", after["answer"]),
             ("reference", after["reference"]),
         ):
-            console.print(f"  [cyan]{name:<9}[/cyan] {escape(' '.join(text.split()))}")
+            console.print(f"  [cyan]{name:<9}[/cyan] {escape(' '.join(text.split()))}", markup=True)

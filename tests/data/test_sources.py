@@ -94,9 +94,11 @@ def test_pairs_by_id_or_by_order():
     english, target = rows("a", "b", "c"), rows("c", "a", "d")
     pairs, unmatched = sources.pair(english, target)
     assert [(e.id, t.id) for e, t in pairs] == [("c", "c"), ("a", "a")] and unmatched == 2
-    assert sources.pair(rows("a", None), rows("b", "c"))[0] == list(
-        zip(rows("a", None), rows("b", "c"), strict=True)
+    assert sources.pair(rows(None, None), rows("b", "c"))[0] == list(
+        zip(rows(None, None), rows("b", "c"), strict=True)
     )
+    with pytest.raises(UserError, match="The English row 2 has no id, and others have"):
+        sources.pair(rows("a", None), rows("b", "c"))
     with pytest.raises(UserError, match=r"2 English and 1 target rows.*'id'"):
         sources.pair(rows(None, None), rows(None))
     with pytest.raises(UserError, match=r"No English row.*'a' and 'b'"):
