@@ -1,6 +1,7 @@
 """Untouched weights through from_hf and to_hf, from every kind of source."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import prom_jax
-from prom_jax import checkpoints, convert
+from prom_jax import checkpoints, convert, llama, readers, weights
 from prom_jax.errors import UserError
 from tests.reference import hf_model
 
@@ -53,10 +54,6 @@ def test_another_dtype(tmp_path, byte_level):
 def test_a_pivot_head_travels(tmp_path, byte_level):
     source = folder(tmp_path / "source", byte_level, torch.float32, False)
     model, tokenizer = prom_jax.load(source)
-    from flax import nnx
-
-    from prom_jax import llama, readers, weights
-
     params = weights.load_params(readers.open_reader(source), pivot_layer=3, pivot_head=True)
     params["pivot_head"] = params["pivot_head"] + 1
     split = llama.abstract(model.config, pivot_layer=3, pivot_head=True)
@@ -66,7 +63,7 @@ def test_a_pivot_head_travels(tmp_path, byte_level):
     back, _ = prom_jax.load(tmp_path / "back")
     assert back.pivot_layer == 3
     np.testing.assert_array_equal(back.pivot_head[...], params["pivot_head"])
-    np.testing.assert_array_equal(nnx.state(back)["upper"]["q_proj"][...], params["upper"]["q_proj"])
+    np.testing.assert_array_equal(back.upper.q_proj[...], params["upper"]["q_proj"])
     assert json.loads((tmp_path / "orbax" / "model.json").read_text())["pivot_layer"] == 3
 
 
@@ -81,8 +78,6 @@ def test_a_place_in_use_is_refused(tmp_path, byte_level):
 def test_a_folder_without_a_whole_step_is_refused(tmp_path, byte_level):
     source = folder(tmp_path / "source", byte_level, torch.float32, True)
     convert.from_hf(source, tmp_path / "orbax")
-    import shutil
-
     shutil.rmtree(tmp_path / "orbax" / "0")
     with pytest.raises(UserError, match="holds no whole checkpoint"):
         convert.to_hf(tmp_path / "orbax", tmp_path / "back")

@@ -249,6 +249,14 @@ def test_number_of_parameters():
     assert llama.num_parameters(with_pivot) == 6_738_415_616 + 131_072_000
 
 
+def test_a_layer_that_is_not_there_is_named():
+    model = to_model(hf_model("llama2"))
+    tokens = np.arange(8)[None]
+    assert model.hidden_states(tokens, layers=[4, 0]).shape[0] == 2
+    with pytest.raises(UserError, match=r"layers=\(5,\): expected each in 0 to 4"):
+        model.hidden_states(tokens, layers=(5,))
+
+
 def test_pivot_layer_is_checked():
     config = LlamaConfig.from_hf({"model_type": "llama", **{key: SIZES[key] for key in REQUIRED}})
     for pivot_layer in (-1, 4, 5):

@@ -392,3 +392,18 @@ def test_bad_gguf_files_are_refused(tmp_path):
     write_gguf(path, gguf_settings(SIZES), {"token_embd.weight": q5})
     with pytest.raises(UserError, match=r"token_embd\.weight is of type Q5_0"):
         open_reader(path)
+
+
+def test_a_damaged_length_in_a_gguf_file_ends_at_once(tmp_path):
+    """An array that claims more elements than the file has bytes: the package alone would read on."""
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("tokenizer.ggml.token_type", [1, 2, 3])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    data = path.read_bytes()
+    length = data.index(b"token_type") + len("token_type") + 8  # after the types of array and element
+    path.write_bytes(data[:length] + (2**40).to_bytes(8, "little") + data[length + 8 :])
+    with pytest.raises(UserError, match=r"not a whole GGUF file .*ends early"):
+        open_reader(path)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import transformers
 import prom_jax
 from prom_jax import train as door
 from prom_jax.config import VARIANTS, apply_variant, default
+from prom_jax.data.records import prepare
 from prom_jax.errors import UserError
 from tests.reference import hf_model
 
@@ -101,8 +103,6 @@ def test_held_out_loss_against_transformers(finished, tiny, byte_level):
     """The last evaluation row, from the exported model and the held-out text, by transformers."""
     workdir, summary = finished
     hf = transformers.AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
-    from prom_jax.data.records import prepare
-
     held_out = prepare(door.recipe(*_recipe(tiny)), byte_level, workdir / "records").holdout
     nats, tokens = 0.0, 0
     for example in held_out.read(range(len(held_out))):
@@ -250,8 +250,6 @@ def lengths_differ(c, tmp):
 
 
 def truncated_weights(c, tmp):
-    import shutil
-
     shutil.copytree(c.model, tmp / "model")
     path = tmp / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -264,8 +262,6 @@ def corrupt_gguf(c, tmp):
 
 
 def another_architecture(c, tmp):
-    import shutil
-
     shutil.copytree(c.model, tmp / "model")
     path = tmp / "model" / "config.json"
     path.write_text(path.read_text().replace('"LlamaForCausalLM"', '"GemmaForCausalLM"'))
@@ -285,6 +281,10 @@ def another_architecture(c, tmp):
         (set_("data.seq_len", 8), "seq_len"),
         (set_("pivot.layer", 4), "pivot.layer=4: expected 1 to 3"),
         (set_("mesh.tensor", 3), "mesh.tensor=3 does not match the 8 devices"),
+        (set_("data.english", ()), "trains on English, and there is none"),
+        (set_("pivot.weight", math.nan), "pivot.weight=nan"),
+        (set_("optimizer.learning_rate", math.nan), "optimizer.learning_rate=nan"),
+        (set_("attention", "cudnn"), "attention='cudnn' needs .* a GPU"),
         (set_("pivot.regulate", "auto"), "needs the cloze probe"),
         (set_("pivot.regulate", "maybe"), "pivot.regulate='maybe': expected one of"),
         (set_("method", "promm"), "method='promm'"),
@@ -305,6 +305,31 @@ def test_another_configuration_is_refused(finished, config):
     config.optimizer.learning_rate = 1.0
     with pytest.raises(UserError, match=r"holds a run with optimizer.learning_rate=0.003, now 1.0"):
         door.train(config, finished[0])
+
+
+def test_changed_data_is_another_run(config, tmp_path):
+    rows = tmp_path / "sw.jsonl"
+    shutil.copy(config.data.target[0], rows)
+    config.data.target, config.steps = (str(rows),), 1
+    door.train(config, tmp_path / "run")
+    rows.write_text(rows.read_text().replace("maziwa", "chai"))
+    with pytest.raises(UserError, match="holds a run with records="):
+        door.train(config, tmp_path / "run")
+
+
+def test_a_start_that_failed_leaves_the_work_directory_free(config, tmp_path):
+    good = config.model
+    truncated_weights(config, tmp_path)
+    with pytest.raises(UserError):
+        door.train(config, tmp_path / "run")
+    config.model, config.steps = good, 1
+    assert door.train(config, tmp_path / "run")["steps"] == 1
+
+
+def test_a_work_directory_that_cannot_be(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file.* cannot be made a folder"):
+        door.train(config, tmp_path / "file")
 
 
 def command(tiny, workdir, *more):
