@@ -92,6 +92,8 @@ def default() -> ConfigDict:
     # Largest gradient norm; 0 for no clipping.
     c.optimizer.clip = 1.0
     c.optimizer.epochs = 3.0
+    # Of AdamW's first moment: 'float32', or 'bfloat16' to save memory.
+    c.optimizer.moment_dtype = "float32"
     # Number of updates; 0: as many as the epochs have.
     c.steps = 0
 
@@ -156,6 +158,7 @@ def check(config: ConfigDict) -> None:
     one_of = {
         "pivot.regulate": REGULATE,
         "optimizer.schedule": ("cosine", "linear"),
+        "optimizer.moment_dtype": ("float32", "bfloat16"),
         "export.dtype": ("", "float32", "bfloat16", "float16"),
     }
     for key, least in at_least.items():

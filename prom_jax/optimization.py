@@ -24,12 +24,14 @@ def make_schedule(learning_rate, warmup_ratio, schedule, num_steps):
     return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, max(1, warmup)), decay], [warmup])
 
 
-def make_optimizer(schedule, weight_decay, clip):
+def make_optimizer(schedule, weight_decay, clip, moment_dtype="float32"):
     """AdamW (betas 0.9 and 0.999) on gradients of norm at most `clip`; 0 for no clipping.
 
-    Norm scales do not decay, as in the trainer that the paper used.
+    Norm scales do not decay, as in the trainer that the paper used. `moment_dtype`: of the first moment.
     """
-    adamw = optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=weight_decay, mask=_decays)
+    adamw = optax.adamw(
+        schedule, b1=0.9, b2=0.999, weight_decay=weight_decay, mask=_decays, mu_dtype=moment_dtype
+    )
     return optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
 
 

@@ -96,7 +96,7 @@ def local_path(source) -> Path:
         )
     except GatedRepoError as error:
         raise UserError(
-            f"{source} is gated: ask for access on https://huggingface.co/{source} and log in with "
+            f"{source} is gated: ask for access on its page on the hub and log in with "
             "`hf auth login`, or give the path of a local copy"
         ) from error
     except Exception as error:  # the client's own, the network library's and the system's

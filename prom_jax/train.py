@@ -166,7 +166,9 @@ def plan(config, workdir: Path) -> Job:
         config.optimizer.schedule,
         batches.num_steps,
     )
-    optimizer = make_optimizer(schedule, config.optimizer.weight_decay, config.optimizer.clip)
+    optimizer = make_optimizer(
+        schedule, config.optimizer.weight_decay, config.optimizer.clip, config.optimizer.moment_dtype
+    )
     flops = budget.training_flops(reader.config, objective, pivot_layer, data.train, batches.examples)
     for line in describe_data(data, batches):
         console.print(f"data      {line}")

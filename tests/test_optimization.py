@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
@@ -139,3 +140,16 @@ def test_optimizer_is_that_of_torch(clip):
         their_optimizer.step()
         for key in values:
             np.testing.assert_allclose(ours[key], theirs[key].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_first_moment_in_bfloat16():
+    params = {"lm_head": jnp.ones((4, 8)), "norm": jnp.ones(8)}
+    gradients = jax.tree.map(lambda x: 0.3 * x, params)
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(1e-2, 0.0, 1.0, dtype)
+        updates, state = optimizer.update(gradients, optimizer.init(params), params)
+        first, second = (optax.tree.get(state, name)["lm_head"].dtype for name in ("mu", "nu"))
+        assert (first, second) == (jnp.dtype(dtype), jnp.float32)
+        results.append(updates["lm_head"])
+    np.testing.assert_allclose(*results, rtol=1e-2)

@@ -114,7 +114,7 @@ def test_a_gated_model_says_where_to_ask(monkeypatch):
         raise GatedRepoError.__new__(GatedRepoError)  # its constructor wants a real response
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", gated)
-    with pytest.raises(UserError, match=r"ask for access on https://huggingface\.co/owner/model"):
+    with pytest.raises(UserError, match=r"ask for access on its page on the hub"):
         open_reader("owner/model")
 
 
