@@ -291,9 +291,10 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
             show(step, f"loss {metrics['loss']:.3f}  {done / seconds:,.0f} tokens/s")
             if due(step, config.eval.every):
                 evaluate(job, params, log, step)
-            if due(step, config.checkpoint.every) or stopping:
+            stop = bool(stopping) and step < num_steps  # asked once: a signal may come at any time
+            if due(step, config.checkpoint.every) or stop:
                 checkpoints.save(step, params=params, opt_state=opt_state)
-            if stopping and step < num_steps:
+            if stop:
                 checkpoints.close()
                 console.print(f"stopped after step {step}, which is saved; run the same command to go on")
                 raise SystemExit(REQUEUE)
