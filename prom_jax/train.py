@@ -26,7 +26,6 @@ from prom_jax import config as configuration
 from prom_jax.analysis.figures import learning_curves
 from prom_jax.checkpoints import Checkpoints, Description, describe, placed
 from prom_jax.console import console, progress
-from prom_jax.data.chat import chat_template
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Prepared, Recipe, prepare
 from prom_jax.errors import UserError
@@ -357,13 +356,11 @@ def respond(job: Job, params, name: str):
 
 def export(job: Job, params):
     """The result as a Hugging Face directory."""
-    weights.save_hf(
-        params,
-        job.reader.config,
+    models.save_hf(
+        llama.with_params(job.model, params),
         job.tokenizer,
         job.workdir / "hf",
         dtype=job.config.export.dtype or job.reader.dtype,
-        chat_template=chat_template(job.tokenizer),
         card=job.details,
     )
 
