@@ -5,7 +5,7 @@ import os
 import jax
 import numpy as np
 
-from prom_jax.llama import LlamaConfig
+from prom_jax.architecture import LlamaConfig
 from prom_jax.objective import Objective
 
 

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from prom_jax import llama
+from prom_jax.architecture import LlamaConfig
 from prom_jax.errors import UserError
 from prom_jax.readers import PIVOT_NAME
 from prom_jax.sharding import param_sharding, path_keys
@@ -38,7 +39,7 @@ class Description:
     details: for the model card.
     """
 
-    config: llama.LlamaConfig
+    config: LlamaConfig
     pivot_layer: int
     dtype: str
     details: dict
@@ -52,7 +53,7 @@ class Description:
     def read(cls, directory: Path) -> "Description":
         """Reads `model.json`."""
         fields = json.loads((Path(directory) / DESCRIPTION).read_text())
-        return cls(**fields | {"config": llama.LlamaConfig.from_hf(fields["config"])})
+        return cls(**fields | {"config": LlamaConfig.from_hf(fields["config"])})
 
     def abstract(self, **kwargs) -> llama.Llama:
         """The model in shapes; the keywords are `llama.Llama`'s."""

@@ -24,8 +24,9 @@ import numpy as np
 from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 
+from prom_jax.architecture import LlamaConfig, RopeScaling
 from prom_jax.errors import UserError
-from prom_jax.llama import LlamaConfig, RopeScaling, rope_frequencies
+from prom_jax.llama import rope_frequencies
 
 # Every tensor by its three names: ours, Hugging Face's, GGUF's. Those with a layer lie stacked in ours.
 TENSORS = (

@@ -14,8 +14,8 @@ from jax.sharding import SingleDeviceSharding
 from transformers import PreTrainedTokenizerFast
 
 from prom_jax import llama, tokenizer
+from prom_jax.architecture import LlamaConfig
 from prom_jax.errors import UserError
-from prom_jax.llama import LlamaConfig
 from prom_jax.readers import PIVOT_FILE, PIVOT_NAME, TENSORS
 from prom_jax.sharding import param_sharding
 

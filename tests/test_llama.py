@@ -12,9 +12,9 @@ import transformers
 
 import prom_jax
 from prom_jax import llama
+from prom_jax.architecture import LlamaConfig, RopeScaling
 from prom_jax.errors import UserError
 from prom_jax.evaluation.decode import greedy
-from prom_jax.llama import LlamaConfig, RopeScaling
 from prom_jax.objective import main_loss
 from tests.reference import FAMILIES, SIZES, hf_model, pack, random_examples, relative_error, to_model
 
