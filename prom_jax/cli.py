@@ -11,14 +11,35 @@ from prom_jax.errors import UserError
 MISTAKE = 2  # exit status
 
 
-def define_config_flag():
-    """Defines `--config=FILE[:variant]`, locked: a key that the file does not have is an error."""
-    return config_flags.DEFINE_config_file(
+def define_run_flags():
+    """Defines `--config=FILE[:variant]`, locked: a key that the file does not have is an error; and
+    `--workdir`."""
+    config_flags.DEFINE_config_file(
         "config",
         None,
         "Configuration file, with an optional variant: configs/th.py:bactrian",
         lock_config=True,
     )
+    flags.DEFINE_string("workdir", None, "Where the run goes; default runs/<config>[-variant]")
+
+
+def config():
+    """The configuration that was given.
+
+    Raises:
+      UserError: none was.
+    """
+    if flags.FLAGS.config is None:
+        raise UserError("--config is missing: for example --config=configs/demo.py")
+    return flags.FLAGS.config
+
+
+def workdir() -> Path:
+    """The folder of the run, by default runs/<name of the config file>[-variant]."""
+    if flags.FLAGS.workdir:
+        return Path(flags.FLAGS.workdir)
+    name, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")
+    return Path("runs") / "-".join(filter(None, (Path(name).stem, variant)))
 
 
 def run(main):

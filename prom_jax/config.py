@@ -67,12 +67,16 @@ def default() -> ConfigDict:
     c.pivot.regulate = "paper"
 
     c.data = ConfigDict()
-    # Sources of each role: a .json .jsonl .csv .parquet, hub id `owner/name[:config][@split]`, or 'sample'.
-    # English and target instructions pair up by id, or else by order.
+    # Sources of each role: a .json .jsonl .csv .tsv .parquet, hub id `owner/name[:config][@split]`, or
+    # 'sample'; `?ours=theirs&…` after it renames columns. English and target instructions pair up by id, or
+    # else by order. `prepare --translate` writes data.target from data.english.
     c.data.english = ()
     c.data.target = ()
-    # Aligned sentences (keys 'en' and the language): .tsv .jsonl, a hub id, 'sample', or 'en.txt|target.txt'.
+    # Aligned sentences (keys 'en' and the language): as above, a .tmx, or 'english|target', each a text file
+    # or a source with a column 'text'.
     c.data.translation = ()
+    # Language of the template and the translation requests around target text: 'english' or 'target'.
+    c.data.prompts = "english"
     # Tokens a row; examples are packed into rows, and cut at this length.
     c.data.seq_len = 1024
 
@@ -156,6 +160,7 @@ def check(config: ConfigDict) -> None:
         "checkpoint.every": 0, "checkpoint.keep": 1,
     }  # fmt: skip
     one_of = {
+        "data.prompts": ("english", "target"),
         "pivot.regulate": REGULATE,
         "optimizer.schedule": ("cosine", "linear"),
         "optimizer.moment_dtype": ("float32", "bfloat16"),

@@ -87,8 +87,20 @@ def num_batch_shards(mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH if axis in mesh.shape)
 
 
+def local_rows(mesh, num_rows: int, multiple: int = 1) -> np.ndarray:
+    """Which rows of a batch the devices of this process hold after `place_rows`: bool [num_rows]."""
+    padded = num_rows + -num_rows % (multiple * num_batch_shards(mesh))
+    here = np.zeros(padded, bool)
+    for (rows,) in (
+        NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map((padded,)).values()
+    ):
+        here[rows] = True
+    return here[:num_rows]
+
+
 def place_rows(mesh, batch, multiple: int = 1):
-    """Numpy arrays [rows, …], the same on every process, to arrays with rows spread over the batch axes.
+    """Numpy arrays [rows, …] to arrays with rows spread over the batch axes; a process needs its
+    `local_rows` alone to be right.
 
     Empty rows (zeros) are added until `multiple` times the number of shards divides their number.
     """

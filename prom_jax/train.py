@@ -12,29 +12,26 @@ import signal
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 from absl import flags
-from ml_collections import config_flags
 from rich.table import Table
 
 from prom_jax import budget, cli, llama, models, sharding, weights
-from prom_jax import config as configuration
 from prom_jax.analysis.figures import learning_curves
 from prom_jax.checkpoints import Checkpoints, Description, describe, placed
 from prom_jax.console import console, progress
-from prom_jax.data.loader import Batches
-from prom_jax.data.records import Prepared, Recipe, prepare
+from prom_jax.data import card
+from prom_jax.data.chat import chat_template
 from prom_jax.errors import UserError
 from prom_jax.evaluation import samples
 from prom_jax.evaluation.heldout import HeldOut
+from prom_jax.experiment import Experiment, resolve
 from prom_jax.metrics import MetricsLog
-from prom_jax.objective import Objective
 from prom_jax.optimization import abstract_state, make_optimizer, make_schedule, make_update
-from prom_jax.workdir import CONFIG_FILE, as_dict, check_owner, write_json
+from prom_jax.workdir import CONFIG_FILE, write_json
 
 REQUEUE = 75  # exit status (EX_TEMPFAIL) after a save on SIGTERM or SIGINT: run the same command again
 
@@ -50,12 +47,8 @@ def train(config, workdir, dry_run: bool = False) -> dict:
       UserError: for input that cannot be used, or a loss that is not finite.
     """
     started = time.time()
-    configuration.check(config)
-    workdir, identity = Path(workdir), as_dict(config)
-    check_owner(workdir, identity)
-    job = plan(config, workdir)
-    identity |= {"records": job.data.fingerprint}  # of what the sources hold
-    check_owner(workdir, identity)
+    job = plan(config, Path(workdir))
+    workdir = job.workdir
     with jax.set_mesh(job.mesh):
         update, abstract = compile_update(job)
         if dry_run:
@@ -64,7 +57,7 @@ def train(config, workdir, dry_run: bool = False) -> dict:
         start = checkpoints.latest() or 0
         log = MetricsLog(workdir, start or BEFORE_BASE)
         params, opt_state = begin(job, checkpoints, start, abstract)
-        write_json(workdir / CONFIG_FILE, identity)
+        write_json(workdir / CONFIG_FILE, job.identity)
         if not start:
             evaluate(job, params, log, 0)
             respond(job, params, "base")
@@ -76,86 +69,44 @@ def train(config, workdir, dry_run: bool = False) -> dict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """Everything that a run is made of, before any weight is loaded."""
+class Job(Experiment):
+    """An experiment on a mesh, before any weight is loaded."""
 
-    config: Any
-    workdir: Path
     mesh: jax.sharding.Mesh
-    reader: Any
-    tokenizer: Any
-    objective: Objective
-    regulation: str
-    pivot_layer: int
     model: llama.Llama  # shapes alone
-    data: Prepared
-    batches: Batches
     held_out: list[HeldOut]
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
-    flops: float  # of the whole run
-
-    @property
-    def details(self) -> dict:
-        """The rows of the model card."""
-        config, objective = self.config, self.objective
-        details = {"base_model": config.model, "language": config.language, "method": config.method}
-        if objective.has_pivot:
-            details |= {
-                "pivot.layer": self.pivot_layer,
-                "pivot.weight": objective.weight,
-                "pivot.label_smoothing": objective.label_smoothing,
-                "pivot.norm": objective.norm,
-            }
-        return details | {"regulation": self.regulation, "steps": self.batches.num_steps, "seed": config.seed}
 
 
 def plan(config, workdir: Path) -> Job:
-    """Mesh, model and data, with a line on each; writes nothing but the records."""
+    """Mesh, model and data, with a line on each; writes nothing but the records and their card."""
     mesh = sharding.make_mesh(**config.mesh)
-    reader, tokenizer = models.open_source(config.model)
-    weight, regulation = configuration.regulated_weight(config, reader.config)
-    objective = Objective(config.method, weight, config.pivot.label_smoothing, config.pivot.norm)
-    layers = reader.config.num_hidden_layers
-    pivot_layer = (config.pivot.layer or round(0.75 * layers)) if objective.has_pivot else 0
+    experiment = resolve(config, workdir)
+    objective, data, batches = experiment.objective, experiment.data, experiment.batches
     compute = llama.Compute(
         config.compute_dtype or models.default_compute_dtype(), config.remat, config.attention
     )
     model = llama.abstract(
-        reader.config, compute=compute, pivot_layer=pivot_layer, pivot_head=objective.has_pivot
+        experiment.reader.config,
+        compute=compute,
+        pivot_layer=experiment.pivot_layer,
+        pivot_head=objective.has_pivot,
+    )
+    for line in card.lines(card.write(experiment)):
+        console.print(f"data      {line}")
+    console.print(
+        f"steps     {batches.num_steps} ({batches.steps_per_epoch} an epoch), {experiment.flops:.3g} model "
+        f"FLOPs, {experiment.flops / batches.num_steps:.3g} a step"
     )
     console.print(
-        f"model     {config.model}: {layers} layers, {llama.num_parameters(model):,} parameters"
-        f"{' with the pivot head' * objective.has_pivot}, computed in {compute.dtype}"
+        f"mesh      {dict(mesh.shape)} on {jax.device_count()} × {jax.devices()[0].device_kind}: "
+        f"{llama.num_parameters(model):,} parameters{' with the pivot head' * objective.has_pivot}, computed "
+        f"in {compute.dtype}"
     )
-    if config.method == "prom":
-        console.print(f"method    prom, n = {pivot_layer or 'none'}, {regulation}")
-    else:
-        console.print(f"method    {config.method}")
-    console.print(f"mesh      {dict(mesh.shape)} on {jax.device_count()} × {jax.devices()[0].device_kind}")
-    if config.data.seq_len > reader.config.max_position_embeddings:
-        console.print(
-            f"WARNING   data.seq_len={config.data.seq_len} is more than the "
-            f"{reader.config.max_position_embeddings} positions that the model was made for"
-        )
-    data = prepare(recipe(config, objective), tokenizer, workdir / "records")
-    rows, seq_len = config.batch.sequences, config.data.seq_len
-    batches = Batches(
-        data.train,
-        sequences=rows,
-        seq_len=seq_len,
-        seed=config.seed,
-        epochs=config.optimizer.epochs,
-        steps=config.steps,
-    )
-    if objective.uses_english and not batches.english_shape:
-        raise UserError(
-            f"method={config.method!r} trains on English, and there is none: set data.english, or use the "
-            "variant :bactrian"
-        )
-    rows //= config.batch.accumulation  # what fits in training fits in evaluation
+    rows = config.batch.sequences // config.batch.accumulation  # what fits in training fits in evaluation
     held_out = [
-        HeldOut(model, objective, mesh, records, sequences=rows, seq_len=seq_len, prefix=prefix)
+        HeldOut(model, objective, mesh, records, sequences=rows, seq_len=config.data.seq_len, prefix=prefix)
         for prefix, records in (("", data.holdout), ("text_", data.text))
         if records is not None
     ]
@@ -168,65 +119,8 @@ def plan(config, workdir: Path) -> Job:
     optimizer = make_optimizer(
         schedule, config.optimizer.weight_decay, config.optimizer.clip, config.optimizer.moment_dtype
     )
-    flops = budget.training_flops(reader.config, objective, pivot_layer, data.train, batches.examples)
-    for line in describe_data(data, batches):
-        console.print(f"data      {line}")
-    console.print(
-        f"steps     {batches.num_steps} ({batches.steps_per_epoch} an epoch), {flops:.3g} model FLOPs, "
-        f"{flops / batches.num_steps:.3g} a step"
-    )
     return Job(
-        config=config,
-        workdir=workdir,
-        mesh=mesh,
-        reader=reader,
-        tokenizer=tokenizer,
-        objective=objective,
-        regulation=regulation,
-        pivot_layer=pivot_layer,
-        model=model,
-        data=data,
-        batches=batches,
-        held_out=held_out,
-        schedule=schedule,
-        optimizer=optimizer,
-        flops=flops,
-    )
-
-
-def recipe(config, objective: Objective) -> Recipe:
-    """What the records are made from."""
-    return Recipe(
-        language=config.language,
-        english=tuple(config.data.english),
-        target=tuple(config.data.target),
-        translation=tuple(config.data.translation),
-        seq_len=config.data.seq_len,
-        english_prompt=config.pivot.english_prompt,
-        translation_source=config.pivot.translation_source and objective.has_pivot,
-        use_english=objective.uses_english,
-        holdout=config.eval.holdout,
-        text=tuple(config.eval.text),
-        seed=config.seed,
-    )
-
-
-def describe_data(data: Prepared, batches: Batches):
-    """Lines on the records of each split, and on how full the packed rows are."""
-    for split in ("train", "holdout", "text"):
-        for role, counts in data.report.get(split, {}).items():
-            dropped = f", {counts['dropped']} dropped" * bool(counts["dropped"])
-            cut = f", {counts['truncated']} cut" * bool(counts["truncated"])
-            yield (
-                f"{split}, {role}: {counts['examples']:,} examples, {counts['tokens']:,} tokens, "
-                f"{counts['loss_tokens']:,} bear loss{cut}{dropped}"
-            )
-    rows = [("target", batches.target_shape, batches.target_fill)]
-    rows += [("english", batches.english_shape, batches.english_fill)] if batches.english_shape else []
-    if data.report["unmatched"]:
-        yield f"{data.report['unmatched']:,} instruction rows without a partner of the same id are left out"
-    yield "an update: " + ", ".join(
-        f"{role} {shape[0]} × {shape[1]}, {fill:.0%} full" for role, shape, fill in rows
+        **vars(experiment), mesh=mesh, model=model, held_out=held_out, schedule=schedule, optimizer=optimizer
     )
 
 
@@ -315,9 +209,10 @@ def check_finite(job: Job, metrics: dict, step: int, checkpoints: Checkpoints):
 
 def feed(job: Job, start: int):
     """Batches on the mesh from step `start`, with their numbers of real tokens."""
-    for batch in job.batches.iterate(start):
-        tokens = sum(int((rows["segments"] > 0).sum()) for rows in batch.values())
-        yield sharding.place_rows(job.mesh, batch, job.config.batch.accumulation), tokens
+    parts, shapes = job.config.batch.accumulation, job.batches.shapes
+    here = {side: sharding.local_rows(job.mesh, rows, parts) for side, (rows, _) in shapes.items()}
+    for step, batch in enumerate(job.batches.iterate(start, here), start):
+        yield sharding.place_rows(job.mesh, batch, parts), job.batches.tokens(step)
 
 
 @contextlib.contextmanager
@@ -362,6 +257,7 @@ def export(job: Job, params):
         job.workdir / "hf",
         dtype=job.config.export.dtype or job.reader.dtype,
         card=job.details,
+        template=chat_template(job.tokenizer, job.prompt_language),
     )
 
 
@@ -400,24 +296,14 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
     return summary
 
 
-def default_workdir() -> Path:
-    """runs/<name of the config file>[-variant]."""
-    name = config_flags.get_config_filename(flags.FLAGS["config"])
-    _, _, variant = name.partition(".py:")
-    return Path("runs") / "-".join(filter(None, (Path(name.split(":")[0]).stem, variant)))
-
-
 def main():
     """The command."""
-    if CONFIG.value is None:
-        raise UserError("--config is missing: for example --config=configs/demo.py")
     cache = Path("~/.cache/prom_jax/compiled").expanduser()
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
-    train(CONFIG.value, WORKDIR.value or default_workdir(), DRY_RUN.value)
+    train(cli.config(), cli.workdir(), DRY_RUN.value)
 
 
 if __name__ == "__main__":
-    CONFIG = cli.define_config_flag()
-    WORKDIR = flags.DEFINE_string("workdir", None, "Where the run goes; default runs/<config>[-variant]")
+    cli.define_run_flags()
     DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print steps, FLOPs and memory, then stop")
     cli.run(main)

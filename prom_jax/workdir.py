@@ -44,9 +44,14 @@ def make_directory(path: Path):
 
 def write_json(path: Path, content):
     """Writes a file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str):
+    """Writes a file whole or not at all."""
     make_directory(path.parent)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -21,6 +21,8 @@ from prom_jax import train as door
 from prom_jax.config import VARIANTS, apply_variant, default
 from prom_jax.data.records import prepare
 from prom_jax.errors import UserError
+from prom_jax.experiment import recipe
+from prom_jax.objective import Objective
 from tests.reference import hf_model
 
 TIMINGS = {"tokens_per_second", "model_flops_per_second"}
@@ -103,7 +105,7 @@ def test_held_out_loss_against_transformers(finished, tiny, byte_level):
     """The last evaluation row, from the exported model and the held-out text, by transformers."""
     workdir, summary = finished
     hf = transformers.AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
-    held_out = prepare(door.recipe(*_recipe(tiny)), byte_level, workdir / "records").holdout
+    held_out = prepare(recipe(*_recipe(tiny)), byte_level, workdir / "records").holdout
     nats, tokens = 0.0, 0
     for example in held_out.read(range(len(held_out))):
         ids, loss = torch.tensor(example["target_tokens"]).long(), example["target_loss"]
@@ -119,7 +121,7 @@ def test_held_out_loss_against_transformers(finished, tiny, byte_level):
 
 def _recipe(tiny):
     c = config.__wrapped__(tiny)
-    return c, door.Objective(c.method, c.pivot.weight)
+    return c, Objective(c.method, c.pivot.weight)
 
 
 def test_the_export_loads_everywhere(finished):

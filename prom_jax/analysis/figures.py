@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 LABELS = {
@@ -11,6 +12,8 @@ LABELS = {
     "text_english": "English, plain text",
 }
 COLOURS = {"target": "tab:blue", "english": "tab:orange"}
+ROLES = ("target", "english")
+FAINT, FLOOR = 0.05, 1e-20
 
 
 def learning_curves(rows: list[dict], path: Path):
@@ -20,7 +23,7 @@ def learning_curves(rows: list[dict], path: Path):
     """
     training = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "loss" not in row]
-    roles = [role for role in ("target", "english") if any(f"loss_{role}" in row for row in training)]
+    roles = [role for role in ROLES if any(f"loss_{role}" in row for row in training)]
     figure = Figure(figsize=(4 * len(roles) + 4, 3.5), layout="constrained")
     *panels, right = figure.subplots(1, len(roles) + 1)
     for role, axes in zip(roles, panels):
@@ -41,3 +44,65 @@ def learning_curves(rows: list[dict], path: Path):
             axes.set_ylim(bottom=0)
             axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def length_histogram(lengths: dict, seq_len: int, path: Path):
+    """Draws how many examples of each role have how many tokens, and where rows end.
+
+    Args: lengths: tokens of each example, by role; seq_len: tokens a row.
+    """
+    lengths = {role: values for role, values in lengths.items() if len(values)}
+    figure = Figure(figsize=(6, 1 + 1.3 * len(lengths)), layout="constrained")
+    longest = max(seq_len, *(values.max() for values in lengths.values()))
+    shortest = min(values.min() for values in lengths.values())
+    bins = np.geomspace(max(1, shortest), longest + 1, 41)
+    panels = figure.subplots(len(lengths), 1, sharex=True, squeeze=False).ravel()
+    for axes, (role, values) in zip(panels, lengths.items()):
+        axes.hist(values, bins, color=COLOURS.get(role, "tab:green"))
+        axes.axvline(np.median(values), color="black", lw=1, label=f"median {np.median(values):,.0f}")
+        axes.axvline(seq_len, color="black", lw=1, ls=":", label=f"row {seq_len:,}")
+        axes.set(xscale="log", ylabel="examples", title=f"{LABELS.get(role, role)} ({len(values):,})")
+        axes.legend(frameon=False)
+    panels[-1].set(xlabel="tokens")
+    panels[-1].xaxis.set_major_formatter("{x:,.0f}")
+    figure.savefig(path, dpi=120)
+
+
+def probe_curves(panels: dict[str, list[dict]], path: Path):
+    """Draws mean probabilities of the English and the target word by layer, with 95 % intervals as bands.
+
+    Where no mean reaches FAINT all would lie on the zero line: the axis is logarithmic then, down to FLOOR.
+
+    Args: panels: by language, the entry of a probe.json, or an earlier one (drawn dashed) and a later one.
+    """
+    columns = min(len(panels), 3)
+    figure = Figure(figsize=(3.6 * columns + 1.4, 2.6 * -(-len(panels) // columns) + 1), layout="constrained")
+    grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False, sharex=True, sharey=True)
+    entries = [entry for pair in panels.values() for entry in pair]
+    means = [mean for entry in entries for role in ROLES for mean in entry[f"{role}_mean"]]
+    for axes, (language, pair) in zip(grid.ravel(), panels.items()):
+        for entry, style, when in zip(pair[::-1], ("-", "--"), ("after", "before")):
+            for role in ROLES:
+                _band(axes, entry, role, style, f"{LABELS[role]}{f' {when}' * (len(pair) > 1)}")
+        axes.set_title(f"{language}, {len(pair[-1]['rows'])} words", fontsize="medium")
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelbottom=True)
+        if max(means) < FAINT:
+            axes.set(yscale="log", ylim=(max(FLOOR, min(means) / 2), 2 * max(means)))
+        else:
+            axes.set_ylim(bottom=0)
+    for axes in grid.ravel()[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel("layer")
+    figure.supylabel(f"mean probability, 95 % ({entries[0]['scoring']} scoring)")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _band(axes, entry: dict, role: str, style: str, label: str):
+    """One curve over layers 1 … N and its interval."""
+    low, high = zip(*entry["intervals"][role])
+    layers = range(1, len(low) + 1)
+    axes.plot(layers, entry[f"{role}_mean"], style, color=COLOURS[role], label=label)
+    axes.fill_between(layers, low, high, color=COLOURS[role], alpha=0.2, linewidth=0)

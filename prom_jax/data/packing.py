@@ -1,27 +1,43 @@
-"""Which examples an update takes, and where each lies: a pure function of lengths, seed and epoch.
+"""Which examples an update takes, and where each side lies: a pure function of lengths, seed and epoch.
 
 Nothing here knows of hosts or of the mesh, so that a run continues exactly on any number of them.
 """
 
 import bisect
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-WINDOW = 512  # examples that may wait for a later update because they fit nowhere in this one
+WINDOW = 512  # examples besides an update's own that may fill its gaps
+OWN = 0.95  # share of an update's target places that its own examples, the next in order, take
+TRIAL = 8192  # examples on which shapes of the English rows are tried
+TOLERANCE = (
+    0.015,
+    0.05,
+)  # more places than needed, in all and on the English side, for rows that divide better
+MULTIPLE = 16  # of which the English rows' length is one
+
+
+class Places(NamedTuple):
+    """Where one side of each example lies; without meaning for an example that lacks the side."""
+
+    rows: np.ndarray
+    offsets: np.ndarray
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Updates and their target sides. Update u takes the examples `slice(*ends[u:u + 2])` of the
-    arrays, which have one entry an example: its index in the records and its place in the batch.
+    """Updates: number u takes the examples `slice(*ends[u:u + 2])` of the arrays, which have one
+    entry an example: its index in the records and the place of either side in the batch.
     """
 
     examples: np.ndarray
-    rows: np.ndarray
-    offsets: np.ndarray
+    target: Places
+    english: Places
     ends: np.ndarray  # [updates + 1], from 0
 
     @property
@@ -33,153 +49,144 @@ def plan_epoch(
     target_lengths: np.ndarray,
     english_lengths: np.ndarray,
     *,
-    sequences: int,
-    seq_len: int,
+    target_shape: tuple[int, int],
+    english_shape: tuple[int, int] | None,
     seed: int | None,
     epoch: int,
 ) -> Plan:
-    """Pack every example once into updates of `sequences` rows of `seq_len` tokens.
+    """Pack every example once into updates with target and English rows of the shapes (rows, length).
 
     The examples are shuffled (`seed` None: left in order), those with an English side spread evenly
-    among the others, and each goes to the fullest row that has room. One that fits nowhere waits
-    for the next update, where it comes first; when WINDOW examples wait, or none is left, the
-    update is closed. The last one may be partly filled.
+    among the others. An update takes the next ones, and fills its gaps from the WINDOW that follow;
+    of either the longest comes first, and each goes to the fullest row that has room on both sides.
+    The others wait, and are first in the next update. The last one may be partly filled.
 
     Raises:
-      ValueError: an example longer than `seq_len`.
+      ValueError: an example longer than a row.
     """
-    lengths = np.asarray(target_lengths)
-    if len(lengths) and lengths.max() > seq_len:
-        raise ValueError(f"An example of {lengths.max()} tokens is longer than a row of {seq_len}.")
-    order = np.arange(len(lengths))
+    target_lengths, english_lengths = np.asarray(target_lengths), np.asarray(english_lengths)
+    for lengths, shape in ((target_lengths, target_shape), (english_lengths, english_shape or (0, 0))):
+        if lengths.max(initial=0) > shape[1]:
+            raise ValueError(f"An example of {lengths.max()} tokens is longer than a row of {shape[1]}.")
+    order = np.arange(len(target_lengths))
     if seed is not None:
-        order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-        order = _spread(order, np.asarray(english_lengths)[order] > 0)
-    coming = zip(order.tolist(), lengths[order].tolist(), strict=True)
-    waiting: list[tuple[int, int]] = []
-    places: list[tuple[int, int, int]] = []
+        order = np.random.default_rng([seed, epoch]).permutation(len(order))
+        order = _spread(order, english_lengths[order] > 0)
+    columns = (order, target_lengths[order], english_lengths[order])
+    coming = map(Candidate, *(column.tolist() for column in columns))
+    waiting: list[Candidate] = []
+    placed: list[tuple[int, int, int, int, int]] = []
     ends = [0]
-    while len(places) < len(lengths):
-        waiting = _fill_update(waiting, coming, sequences, seq_len, places)
-        ends.append(len(places))
-    examples, rows, offsets = np.array(places, np.int64).reshape(-1, 3).T
-    return Plan(examples, rows, offsets, np.array(ends))
+    while len(placed) < len(order):
+        waiting = _fill_update(waiting, coming, Rows(target_shape), Rows(english_shape or (0, 0)), placed)
+        ends.append(len(placed))
+    examples, *places = np.array(placed, np.int64).reshape(-1, 5).T
+    return Plan(examples, Places(*places[:2]), Places(*places[2:]), np.array(ends))
 
 
 def _spread(order: np.ndarray, english: np.ndarray) -> np.ndarray:
-    """Interleave the two kinds of examples evenly, each in its own order: English rows have one
-    size for the whole run, so that an update with more of them than the others costs all."""
+    """Interleave the two kinds of examples evenly, each in its own order, so that updates need
+    about as much room for English as each other."""
     rank = np.where(english, np.cumsum(english), np.cumsum(~english)) - 0.5
     return order[np.argsort(rank / np.where(english, english.sum(), (~english).sum()), kind="stable")]
 
 
+class Candidate(NamedTuple):
+    """An example by its index, and the tokens of its sides."""
+
+    example: int
+    target: int
+    english: int
+
+
+class Rows:
+    """The rows of one side of an update, and the room that is left in them."""
+
+    def __init__(self, shape: tuple[int, int]):
+        rows, self.length = shape
+        self.places = rows * self.length
+        self._free = [(self.length, row) for row in range(rows)]  # ascending by room
+
+    def find(self, length: int) -> int | None:
+        """The fullest row that has room, as a number for `place`; None where none has."""
+        slot = bisect.bisect_left(self._free, (length, 0))
+        return slot if slot < len(self._free) else None
+
+    def place(self, slot: int, length: int) -> tuple[int, int]:
+        """Takes the room; returns row and offset."""
+        room, row = self._free.pop(slot)
+        bisect.insort(self._free, (room - length, row))
+        return row, self.length - room
+
+
 def _fill_update(
-    waiting: list, coming: Iterator, sequences: int, seq_len: int, places: list
-) -> list[tuple[int, int]]:
-    """Append to `places` the (example, row, offset) of one update; return those left waiting."""
-    free = [(seq_len, row) for row in range(sequences)]  # room, ascending
-    passed = []
-
-    def place(example: int, length: int) -> None:
-        slot = bisect.bisect_left(free, (length, 0))
-        if slot == len(free):
-            passed.append((example, length))
-            return
-        room, row = free.pop(slot)
-        bisect.insort(free, (room - length, row))
-        places.append((example, row, seq_len - room))
-
-    for example, length in waiting:
-        place(example, length)
-    while len(passed) < WINDOW and (following := next(coming, None)):
-        place(*following)
-    return passed
+    waiting: list[Candidate], coming: Iterator[Candidate], target: Rows, english: Rows, placed: list
+) -> list[Candidate]:
+    """Append to `placed` the examples of one update and their places; return those left waiting."""
+    own, tokens = [], 0
+    following = itertools.chain(waiting, coming)
+    while tokens < OWN * target.places and (candidate := next(following, None)):
+        own.append(candidate)
+        tokens += candidate.target
+    others = list(itertools.islice(following, max(WINDOW, len(waiting) - len(own))))
+    taken = set()
+    for candidates in (own, others):
+        for candidate in sorted(candidates, key=lambda c: -c.target):
+            row = target.find(candidate.target)
+            beside = english.find(candidate.english) if candidate.english else 0
+            if row is None or beside is None:
+                continue
+            places = english.place(beside, candidate.english) if candidate.english else (0, 0)
+            placed.append((candidate.example, *target.place(row, candidate.target), *places))
+            taken.add(candidate.example)
+    return [candidate for candidate in own + others if candidate.example not in taken]
 
 
 def join(plans: list[Plan]) -> Plan:
     """The plans of successive epochs as one."""
     starts = np.cumsum([0] + [len(plan.examples) for plan in plans[:-1]])
     ends = [plan.ends[1:] + start for plan, start in zip(plans, starts, strict=True)]
+    side = lambda name: Places(*map(np.concatenate, zip(*(getattr(plan, name) for plan in plans))))
     return Plan(
-        *(np.concatenate([getattr(p, name) for p in plans]) for name in ("examples", "rows", "offsets")),
+        np.concatenate([plan.examples for plan in plans]),
+        side("target"),
+        side("english"),
         ends=np.concatenate([[0], *ends]),
     )
 
 
-# The English side ------------------------------------------------------------------------------
+def choose_english_shape(
+    target_lengths: np.ndarray, english_lengths: np.ndarray, target_shape: tuple[int, int]
+) -> tuple[int, int] | None:
+    """(rows, length) of the English side of every update of a run; None without English.
 
-
-class Layout(NamedTuple):
-    """English rows of a run: their number and length, and the place of each of the plan's examples
-    ([examples] arrays; without meaning for one that has no English side)."""
-
-    num_rows: int
-    length: int
-    rows: np.ndarray
-    offsets: np.ndarray
-
-
-def layout_english(plan: Plan, english_lengths: np.ndarray, *, sequences: int, seq_len: int) -> Layout | None:
-    """Pack the English sides of every update of a whole run into one shape; None without any.
-
-    Of the numbers of rows whose fill is within 10 % of the best one's, the most often even is taken,
-    as it spreads over most devices. The length is the least multiple of 32 (of 8 when `seq_len` <
-    128), at most `seq_len`, with which best-fit decreasing succeeds in every update.
+    Few long rows fill best, and many rows divide among many devices. So powers of two are tried on an
+    epoch of (a part of) the examples, each with lengths from an average update's need on; of those
+    that take at most TOLERANCE more places than the best, most rows win.
     """
-    lengths = np.asarray(english_lengths)[plan.examples]
-    if not lengths.any():
+    target_lengths, english_lengths = np.asarray(target_lengths), np.asarray(english_lengths)
+    if not english_lengths.any():
         return None
-    order, table = _descending_by_update(plan, lengths)
-    most, shapes = sequences, []
-    while not shapes:  # English may need more room than the target language
-        shapes = [(rows, _least_length(table, rows, seq_len)) for rows in range(1, most + 1)]
-        shapes = [(rows, length) for rows, length in shapes if length]
-        most *= 2
-    least = min(rows * length for rows, length in shapes)
-    near = (shape for shape in shapes if 0.9 * shape[0] * shape[1] <= least)
-    num_rows, length = max(near, key=lambda shape: (shape[0] & -shape[0], shape[0]))
-    placed = _best_fit_decreasing(table, num_rows, length)
-    rows, offsets = np.zeros_like(lengths), np.zeros_like(lengths)
-    real = order >= 0
-    rows[order[real]], offsets[order[real]] = placed[0][real], placed[1][real]
-    return Layout(num_rows, length, rows, offsets)
-
-
-def _descending_by_update(plan: Plan, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[updates, most examples] arrays: positions in the plan by falling length (-1: none), and
-    these lengths (0: none)."""
-    sizes = np.diff(plan.ends)
-    update = np.repeat(np.arange(plan.updates), sizes)
-    sorted_ = np.lexsort((-lengths, update))
-    column = np.arange(len(lengths)) - np.repeat(plan.ends[:-1], sizes)
-    order = np.full((plan.updates, sizes.max()), -1)
-    order[update, column] = sorted_
-    return order, np.where(order >= 0, lengths[order], 0)
-
-
-def _least_length(table: np.ndarray, num_rows: int, seq_len: int) -> int | None:
-    multiple = 32 if seq_len >= 128 else 8
-    length = max(table.max(), -(-table.sum(axis=1).max() // num_rows))
-    while length <= seq_len:
-        length = int(min(-(-length // multiple) * multiple, seq_len))
-        if _best_fit_decreasing(table, num_rows, length):
-            return length
-        length += 1
-    return None
-
-
-def _best_fit_decreasing(table: np.ndarray, num_rows: int, length: int):
-    """(rows, offsets), both shaped like `table`, or None if an update does not fit; all updates
-    are packed side by side, one example of each at a time."""
-    free = np.full((len(table), num_rows), length)
-    updates = np.arange(len(table))
-    rows, offsets = np.zeros_like(table), np.zeros_like(table)
-    for column, lengths in enumerate(table.T):
-        room = np.where(free >= lengths[:, None], free, length + 1)
-        rows[:, column] = row = room.argmin(axis=1)
-        chosen = room[updates, row]
-        if (chosen > length).any():
-            return None
-        offsets[:, column] = length - chosen
-        free[updates, row] -= lengths
-    return rows, offsets
+    sample = np.random.default_rng(0).permutation(len(english_lengths))[:TRIAL]
+    lengths = target_lengths[sample], english_lengths[sample]
+    fixed = {"target_shape": target_shape, "seed": 0, "epoch": 0}
+    updates = lambda shape: plan_epoch(*lengths, **fixed, english_shape=shape).updates
+    longest, longest_row = english_lengths.max(), target_shape[1]
+    fewest = updates((len(sample), longest_row))  # English has room for all
+    average = lengths[1].sum() / fewest
+    needs: dict[tuple[int, int], tuple[int, int]] = {}  # places in all, of English
+    rows = 1
+    while not needs or rows * longest < 2 * average:
+        length = max(longest, average / rows)
+        while length <= longest_row:
+            length = min(-int(-length // MULTIPLE) * MULTIPLE, longest_row)
+            number = updates((rows, length))
+            needs[rows, length] = number * (math.prod(target_shape) + rows * length), number * rows * length
+            if number == fewest:
+                break
+            length = 1.02 * length + 1
+        rows *= 2
+    for kind, tolerance in enumerate(TOLERANCE):
+        least = min(need[kind] for need in needs.values())
+        needs = {shape: need for shape, need in needs.items() if need[kind] <= (1 + tolerance) * least}
+    return max(needs, key=lambda shape: (shape[0], -needs[shape][0]))

@@ -1,48 +1,89 @@
-"""What the model reads: the Alpaca prompt and translation prompts.
+"""What the model reads: the Alpaca prompt and translation prompts, worded in `resources/prompts/`.
 
 An example is rendered into *spans*, each tokenised on its own; a conversation has one a turn.
 """
 
+import functools
 import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
+
+import langcodes
 
 from prom_jax.data.sources import Turn
 from prom_jax.errors import UserError
 
-VERSION = 1  # part of the records' fingerprint: raise it whenever a rendered text changes
+VERSION = 2  # part of the records' fingerprint: raise it whenever a rendered text changes
+TABLES = Path(__file__).parents[1] / "resources" / "prompts"
 
-# Stanford Alpaca's wording and white space, to the letter.
-PREAMBLE = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
-)
-PREAMBLE_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request."
-)
-INSTRUCTION = "\n\n### Instruction:\n"
-INPUT = "\n\n### Input:\n"
-RESPONSE = "\n\n### Response:"
 
-TRANSLATE = (
-    "Translate the following sentences from English to {language}.",
-    "What do the following sentences mean in {language}?",
-    "Please translate this English text into {language}.",
-    "Give the {language} translation of the text below.",
-    "Rewrite this English passage in {language}, keeping its meaning.",
-    "How would you say the following in {language}?",
-)
-LANGUAGES = {
-    "ar": "Arabic",
-    "bn": "Bengali",
-    "el": "Greek",
-    "ml": "Malayalam",
-    "mr": "Marathi",
-    "sw": "Swahili",
-    "ta": "Tamil",
-    "te": "Telugu",
-    "th": "Thai",
-}
+@dataclass(frozen=True)
+class Wording:
+    """The words of prompts in one language.
+
+    name: the language's in English; preamble, preamble_input: what an instruction without and with an
+    input begins with; instruction, input, response: headings; translate: requests to translate from
+    English, in the English table with the place `{language}`.
+    """
+
+    name: str
+    preamble: str
+    preamble_input: str
+    instruction: str
+    input: str
+    response: str
+    translate: tuple[str, ...]
+
+    def prompt(self, instruction: str, input: str = "", first: bool = True) -> str:
+        """The Alpaca prompt; a conversation's later turns leave the preamble out."""
+        preamble = (self.preamble_input if input else self.preamble) if first else ""
+        asked = self.before_instruction + instruction + (self.before_input + input if input else "")
+        return preamble + asked + self.before_response
+
+    @property
+    def before_instruction(self) -> str:
+        """The heading with its white space, to the letter of Stanford Alpaca's; so the next two."""
+        return f"\n\n{self.instruction}\n"
+
+    @property
+    def before_input(self) -> str:
+        return f"\n\n{self.input}\n"
+
+    @property
+    def before_response(self) -> str:
+        return f"\n\n{self.response}"
+
+
+@functools.cache
+def wording(language: str) -> Wording:
+    """The words of `language`.
+
+    Raises:
+      UserError: none are there.
+    """
+    path = TABLES / f"{language}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(table.stem for table in TABLES.glob("*.json")))
+        raise UserError(
+            f"There are no prompts in language '{language}' (there are in {known}): set "
+            f"data.prompts=english, or write {path} like en.json beside it."
+        )
+    table = json.loads(path.read_text("utf-8"))
+    return Wording(**table | {"translate": tuple(table["translate"])})
+
+
+def language_name(language: str) -> str:
+    """The English name of a language by its code, such as 'th'.
+
+    Raises:
+      UserError: for no language's code.
+    """
+    if (TABLES / f"{language}.json").is_file():
+        return wording(language).name
+    if not langcodes.tag_is_valid(language):
+        raise UserError(f"Language '{language}' is not known: give its ISO 639 code, such as 'th'.")
+    return langcodes.get(language).display_name()
 
 
 @dataclass(frozen=True)
@@ -56,44 +97,31 @@ class Span:
     eos: bool = True
 
 
-def prompt(instruction: str, input: str = "", first: bool = True) -> str:
-    """The Alpaca prompt; a conversation's later turns leave the preamble out."""
-    preamble = (PREAMBLE_INPUT if input else PREAMBLE) if first else ""
-    return preamble + INSTRUCTION + instruction + (INPUT + input if input else "") + RESPONSE
-
-
-def conversation(turns: tuple[Turn, ...]) -> list[Span]:
+def conversation(turns: tuple[Turn, ...], words: Wording) -> list[Span]:
     """A prompt and an answer a turn; only the answers bear loss."""
     spans = []
     for number, turn in enumerate(turns):
-        asked = prompt(turn.instruction, turn.input, first=number == 0)
+        asked = words.prompt(turn.instruction, turn.input, first=number == 0)
         text = asked + turn.output
         spans.append(Span(text, len(asked), len(text)))
     return spans
 
 
-def translation(english: str, target: str, language: str, variant: str) -> list[Span]:
-    """A request in English to translate into `language`; its wording depends on `variant` alone."""
-    return conversation((Turn(_translate(language, variant), english, target),))
+def translation(english: str, target: str, language: str, variant: str, words: Wording) -> list[Span]:
+    """A request to translate into `language`; which of the wordings depends on `variant` alone."""
+    digest = hashlib.sha256(variant.encode()).digest()
+    request = words.translate[int.from_bytes(digest[:8]) % len(words.translate)]
+    turn = Turn(request.replace("{language}", language_name(language)), english, target)
+    return conversation((turn,), words)
 
 
-def translation_source(english: str, target: str, language: str, variant: str) -> list[Span]:
+def translation_source(english: str, target: str, language: str, variant: str, words: Wording) -> list[Span]:
     """The text of `translation` up to the end of the English sentence, which bears the loss."""
-    (span,) = translation(english, target, language, variant)
-    stop = span.start - len(RESPONSE)
+    (span,) = translation(english, target, language, variant, words)
+    stop = span.start - len(words.before_response)
     return [Span(span.text, stop - len(english), stop, eos=False)]
 
 
 def plain(text: str) -> list[Span]:
     """Text without a prompt."""
     return [Span(text, 0, len(text))]
-
-
-def _translate(language: str, variant: str) -> str:
-    if language not in LANGUAGES:
-        raise UserError(
-            f"Language '{language}' has no English name here: expected one of "
-            f"{', '.join(LANGUAGES)}; add it to LANGUAGES in prom_jax/data/prompts.py."
-        )
-    digest = hashlib.sha256(variant.encode()).digest()
-    return TRANSLATE[int.from_bytes(digest[:8]) % len(TRANSLATE)].format(language=LANGUAGES[language])

@@ -1,162 +1,44 @@
 """Tokenised examples on disk: TFDS ArrayRecord files in a folder named by what determines them.
 
-An example has a *target* side and perhaps an *English* side (see `Recipe`); a side is its tokens
-and a mask of those that bear loss.
+A side of an example (see `examples`) is its tokens and a mask of those that bear loss.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from prom_jax.console import track
 from prom_jax.data import prompts, sources
-from prom_jax.data.prompts import Span
-from prom_jax.data.sources import Row, Sentence, Turn
+from prom_jax.data.examples import Example, Recipe, read_examples
 from prom_jax.data.tokens import Side, encode
 from prom_jax.errors import UserError
 from prom_jax.workdir import make_directory
 
-VERSION = 1  # part of the fingerprint: raise it whenever the same recipe gives other records
+VERSION = 2  # part of the fingerprint: raise it whenever the same recipe gives other records
 CHUNK = 512  # examples tokenised at once
+SHARD = 4096  # examples a file, and a task of a worker
+PARALLEL = 16_384  # from so many examples on, workers are worth the seconds that they take to start
+ROLES = ("target", "english", "translation", "translation_source", "text")
+COUNTS = ("examples", "tokens", "loss_tokens", "text_tokens", "bytes", "words", "truncated", "dropped")
+_shared: tuple = ()  # of a process that writes shards: tokenizer, seq_len, features
 STATISTICS = tuple(
     f"{side}_{what}" for side in ("target", "english") for what in ("lengths", "weights", "bytes")
 )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that determines the records, but for the tokenizer and what the sources hold.
-
-    Instruction pairs: the target side is the target-language example, the English side the
-    English one, its prompt in English or, with `english_prompt='target'`, the target's prompt
-    before the English response. Translations: the target side asks in English for the target
-    sentence; with `translation_source` the English side is the same text up to the end of the
-    English sentence, which bears the loss. Without `use_english` no English side is made.
-
-    `holdout` pairs are taken off training; they always have an English side, with an English
-    prompt, so that forgetting can be measured. `text` names aligned sentences that are kept plain,
-    for held-out perplexity. `seed` chooses the held-out pairs and the translation wordings.
-    """
-
-    language: str
-    target: tuple[str, ...] = ()
-    english: tuple[str, ...] = ()
-    translation: tuple[str, ...] = ()
-    seq_len: int = 2048
-    english_prompt: str = "english"
-    translation_source: bool = False
-    use_english: bool = True
-    holdout: int = 0
-    text: tuple[str, ...] = ()
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.english_prompt not in ("english", "target"):
-            raise UserError(f"english_prompt is '{self.english_prompt}': expected 'english' or 'target'.")
-        if self.english and not self.target:
-            raise UserError(
-                f"English source '{self.english[0]}' has no target-language counterpart: set "
-                "data.target too, or leave data.english empty."
-            )
-        if not (self.target or self.translation):
-            raise UserError("There is nothing to train on: set data.target or data.translation.")
-
-
-# Examples -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Example:
-    """An example before tokenisation; its sides are counted under their roles."""
-
-    id: str
-    role: str
-    target: list[Span]
-    english: list[Span] | None = None
-    english_role: str = "english"
-
-
-def _examples(recipe: Recipe) -> tuple[dict[str, list[Example]], int]:
-    """The examples of each split ('train'; 'holdout' and 'text' where asked for), and the number
-    of instruction rows that found no partner."""
-    target = sources.read_instructions(recipe.target, recipe.language)
-    english = sources.read_instructions(recipe.english, "en")
-    pairs, unmatched = sources.pair(english, target) if english else ([(None, t) for t in target], 0)
-    sentences = sources.read_parallel(recipe.translation, recipe.language)
-    held, kept = _split(len(pairs or sentences), recipe)
-    if pairs:
-        holdout = [_instruction(i, *pairs[i], recipe, held_out=True) for i in held]
-        train = [_instruction(i, *pairs[i], recipe) for i in kept]
-        train += [_translation(i, s, recipe) for i, s in enumerate(sentences)]
-    else:
-        holdout = [_translation(i, sentences[i], recipe, held_out=True) for i in held]
-        train = [_translation(i, sentences[i], recipe) for i in kept]
-    text = [
-        Example(f"text-{i}", "text", prompts.plain(s.target), prompts.plain(s.english))
-        for i, s in enumerate(sources.read_parallel(recipe.text, recipe.language))
-    ]
-    splits = {"train": train, "holdout": holdout, "text": text}
-    return {name: examples for name, examples in splits.items() if examples}, unmatched
-
-
-def _split(number: int, recipe: Recipe) -> tuple[list[int], list[int]]:
-    """Indices of the held-out examples and of the others."""
-    if recipe.holdout >= number:
-        raise UserError(
-            f"{recipe.holdout} held-out pairs were asked for and there are {number}: lower "
-            "eval.holdout, so that some are left to train on."
-        )
-    order = np.random.default_rng([recipe.seed, number]).permutation(number).tolist()
-    return sorted(order[: recipe.holdout]), sorted(order[recipe.holdout :])
-
-
-def _instruction(index: int, english: Row | None, target: Row, recipe: Recipe, held_out=False):
-    name = target.id or f"instruction-{index}"
-    turns = None
-    if english and (recipe.use_english or held_out):
-        turns = english.turns
-        if recipe.english_prompt == "target" and not held_out:
-            turns = _asked_in_target(name, turns, target.turns)
-    return Example(
-        id=name,
-        role="target",
-        target=prompts.conversation(target.turns),
-        english=turns and prompts.conversation(turns),
-    )
-
-
-def _asked_in_target(name: str, english: tuple[Turn, ...], target: tuple[Turn, ...]):
-    if len(english) != len(target):
-        raise UserError(
-            f"Row '{name}' has {len(english)} English and {len(target)} target turns: "
-            "english_prompt='target' needs as many on both sides."
-        )
-    return tuple(
-        dataclasses.replace(asked, output=answered.output)
-        for asked, answered in zip(target, english, strict=True)
-    )
-
-
-def _translation(index: int, sentence: Sentence, recipe: Recipe, held_out=False) -> Example:
-    name = sentence.id or f"translation-{index}"
-    rendered = (sentence.english, sentence.target, recipe.language, f"{recipe.seed}:{name}")
-    source = recipe.translation_source and recipe.use_english
-    return Example(
-        id=name,
-        role="translation",
-        target=prompts.translation(*rendered),
-        english=prompts.translation_source(*rendered) if source or held_out else None,
-        english_role="translation_source",
-    )
 
 
 # Records --------------------------------------------------------------------------------------
@@ -168,7 +50,8 @@ class Records:
     `records[i]` is {"id": str, "target_tokens": int32 [T], "target_loss": bool [T],
     "english_tokens", "english_loss"}; the English arrays are empty where there is no English side.
 
-    Attributes (int64 arrays, one entry an example):
+    Attributes (arrays, one entry an example; int64 but for the roles):
+      roles: indices into ROLES, of the target side.
       target_lengths, english_lengths: tokens; 0 where there is no English side.
       target_weights, english_weights: tokens that bear loss.
       target_bytes, english_bytes: UTF-8 bytes under them, EOS not counted (for bits per byte).
@@ -177,7 +60,7 @@ class Records:
     def __init__(self, directory: Path, split: str):
         self._source = tfds.builder_from_directory(str(directory)).as_data_source(split)
         with np.load(directory / f"{split}.npz") as statistics:
-            for name in STATISTICS:
+            for name in ("roles", *STATISTICS):
                 setattr(self, name, statistics[name])
 
     def __len__(self) -> int:
@@ -200,8 +83,9 @@ class Records:
 @dataclass(frozen=True)
 class Prepared:
     """What `prepare` made or found: training records, the held-out pairs and plain texts (None where not
-    asked for), and the report: {"unmatched": rows, split: {role: {"examples", "tokens", "loss_tokens",
-    "truncated", "dropped"}}}, the roles being target, english, translation, translation_source and text.
+    asked for), and the report: {"unmatched": rows, split: {role: counts}}, the roles being ROLES and
+    the counts "examples", "tokens", "loss_tokens", "bytes" and "words" (of the text that bears loss),
+    "text_tokens" (those without EOS), "truncated", "dropped" and "reasons" ({why: dropped}).
     """
 
     fingerprint: str
@@ -262,87 +146,184 @@ def fingerprint(recipe: Recipe, tokenizer) -> str:
 
 
 def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
-    splits, unmatched = _examples(recipe)
-    writer = _writer(directory)
-    writer.initialize_splits(list(splits))
-    report = {"unmatched": unmatched}
-    for name, examples in splits.items():
-        report[name], statistics = {}, []
-        for first in track(range(0, len(examples), CHUNK), f"tokenising {name}"):
-            chunk = examples[first : first + CHUNK]
-            records = list(_tokenise(chunk, tokenizer, recipe.seq_len, report[name]))
-            statistics += [_statistics(target, english) for _, target, english in records]
-            writer.add_examples({name: [_record(*record) for record in records]})
-        if not statistics:
-            raise UserError(
-                f"Nothing is left of the {len(examples)} examples for {name} when cut at "
-                f"data.seq_len = {recipe.seq_len}: raise it, or give examples that have a response."
-            )
-        columns = np.array(statistics, np.int64).T
-        np.savez(directory / f"{name}.npz", **dict(zip(STATISTICS, columns, strict=True)))
-    writer.close_all()
+    splits, unmatched = read_examples(recipe)
+    report, infos = {"unmatched": unmatched}, []
+    with _workers(sum(map(len, splits.values())), tokenizer, recipe.seq_len) as each:
+        for split, examples in splits.items():
+            parts = [examples[first : first + SHARD] for first in range(0, len(examples), SHARD)]
+            tasks = [(directory / f"{split}-{number}.partial", part) for number, part in enumerate(parts)]
+            shards = list(track(each(tasks), f"tokenising {split}", len(tasks)))
+            if not any(shard.statistics for shard in shards):
+                raise UserError(
+                    f"Nothing is left of the {len(examples)} examples for {split} when cut at "
+                    f"data.seq_len = {recipe.seq_len}: raise it, or give examples that have a response."
+                )
+            infos.append(_name_shards(directory, split, [shard for shard in shards if shard.statistics]))
+            columns = np.concatenate([np.array(s.statistics, np.int64) for s in shards if s.statistics]).T
+            np.savez(directory / f"{split}.npz", **dict(zip(("roles", *STATISTICS), columns, strict=True)))
+            report[split] = _summed(shard.counts for shard in shards)
+    _write_info(directory, infos)
     (directory / "report.json").write_text(json.dumps(report, indent=2))
 
 
-def _writer(directory: Path) -> tfds.core.SequentialWriter:
+@dataclass(frozen=True)
+class Shard:
+    """A file that was written: a row of statistics an example, and counts by role."""
+
+    path: Path
+    statistics: list[list[int]]
+    counts: dict[str, Counter]
+
+
+@contextlib.contextmanager
+def _workers(examples: int, tokenizer, seq_len: int) -> Iterator[Callable]:
+    """Gives a map of `_write_shard` over tasks: in processes, or here when there is little to do."""
+    _begin(tokenizer, seq_len)
+    number = min(os.cpu_count() or 1, -(-examples // SHARD))
+    if examples < PARALLEL or number == 1:
+        yield lambda tasks: map(_write_shard, tasks)
+        return
+    # Not forked: JAX has threads by now.
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(number, context, _begin, (tokenizer, seq_len)) as pool:
+            yield lambda tasks: pool.map(_write_shard, tasks)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"One of the {number} processes that tokenise was killed, for want of memory perhaps: free "
+            "some and run the same command again."
+        ) from error
+
+
+def _begin(tokenizer, seq_len: int) -> None:
+    """What all tasks of a process share."""
+    if multiprocessing.parent_process() is not None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core a process
+    global _shared
+    _shared = tokenizer, seq_len, _features()
+
+
+def _write_shard(task: tuple[Path, list[Example]]) -> Shard:
+    """Tokenise examples and write those that keep something to learn."""
+    path, examples = task
+    tokenizer, seq_len, features = _shared
+    shard = Shard(path, [], {})
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    try:
+        for first in range(0, len(examples), CHUNK):
+            chunk = examples[first : first + CHUNK]
+            for example, target, english in _tokenise(chunk, tokenizer, seq_len, shard.counts):
+                writer.write(features.serialize_example(_record(example.id, target, english)))
+                shard.statistics.append([ROLES.index(example.role), *_statistics(target, english)])
+    finally:
+        writer.close()
+    return shard
+
+
+def _features() -> tfds.features.FeaturesDict:
     tokens = tfds.features.Tensor(shape=(None,), dtype=np.int32)
     loss = tfds.features.Tensor(shape=(None,), dtype=np.uint8)
-    features = {
-        "id": tfds.features.Text(),
-        "target_tokens": tokens,
-        "target_loss": loss,
-        "english_tokens": tokens,
-        "english_loss": loss,
-    }
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "target_tokens": tokens,
+            "target_loss": loss,
+            "english_tokens": tokens,
+            "english_loss": loss,
+        }
+    )
+
+
+def _name_shards(directory: Path, split: str, shards: list[Shard]) -> tfds.core.SplitInfo:
+    """Give the files the names that TFDS looks for."""
+    template = tfds.core.ShardedFileTemplate(
+        dataset_name="prom", split=split, filetype_suffix="array_record", data_dir=directory
+    )
+    for number, shard in enumerate(shards):
+        os.rename(shard.path, template.sharded_filepath(shard_index=number, num_shards=len(shards)))
+    lengths = [len(shard.statistics) for shard in shards]
+    size = sum(path.stat().length for path in template.sharded_filepaths(num_shards=len(shards)))
+    return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
+
+
+def _write_info(directory: Path, splits: list[tfds.core.SplitInfo]) -> None:
+    """What makes the folder a data set that `tfds.builder_from_directory` opens."""
     identity = tfds.core.dataset_info.DatasetIdentity(
         name="prom",
         version=tfds.core.Version("1.0.0"),
         data_dir=str(directory),
         module_name=__name__,
     )
-    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
-    return tfds.core.SequentialWriter(info, 1 << 20, file_format="array_record")
+    info = tfds.core.DatasetInfo(builder=identity, features=_features())
+    info.set_file_format("array_record")
+    info.set_splits(tfds.core.splits.SplitDict(splits))
+    info.write_to_directory(str(directory))
 
 
-def _tokenise(examples: list[Example], tokenizer, seq_len: int, report: dict) -> Iterator[tuple]:
-    """(id, target side, English side or None) of each example that keeps something to learn."""
+def _tokenise(
+    examples: list[Example], tokenizer, seq_len: int, counts: dict[str, Counter]
+) -> Iterator[tuple[Example, Side, Side | None]]:
+    """(example, target side, English side or None) of those that keep something to learn."""
     targets = encode(tokenizer, [example.target for example in examples], seq_len)
     asked = [example.english for example in examples if example.english]
     english = iter(encode(tokenizer, asked, seq_len) if asked else ())
     for example, target in zip(examples, targets, strict=True):
         other = next(english) if example.english else None
-        learns = _count(report, example.role, target)
-        learns_english = other and _count(report, example.english_role, other, with_target=learns)
+        learns = _count(counts.setdefault(example.role, Counter()), target)
+        if other:
+            of_role = counts.setdefault(example.english_role, Counter())
+            other = other if _count(of_role, other, with_target=learns) else None
         if learns:
-            yield example.id, target, other if learns_english else None
+            yield example, target, other
 
 
-def _count(report: dict, role: str, side: Side, with_target: bool = True) -> bool:
-    """Enter `side` in the report; whether it is kept: it has text to learn, and its target too."""
-    counts = report.setdefault(
-        role, {"examples": 0, "tokens": 0, "loss_tokens": 0, "truncated": 0, "dropped": 0}
-    )
+def _count(counts: Counter, side: Side, with_target: bool = True) -> bool:
+    """Enter `side` in its role's counts; whether it is kept: it has text to learn, and its target too."""
     kept = with_target and side.bytes > 0
-    counts["dropped"] += not kept
     if kept:
-        counts["examples"] += 1
-        counts["tokens"] += len(side.tokens)
-        counts["loss_tokens"] += int(side.loss.sum())
-        counts["truncated"] += side.truncated
+        counts.update(
+            examples=1,
+            tokens=len(side.tokens),
+            loss_tokens=int(side.loss.sum()),
+            text_tokens=int(side.loss.sum()) - side.ends,
+            bytes=side.bytes,
+            words=side.words,
+            truncated=int(side.truncated),
+        )
+    else:
+        reason = "nothing left after cutting" if side.truncated else "no response"
+        counts.update({"dropped": 1, ("reason", reason if with_target else "its target is dropped"): 1})
     return kept
+
+
+def _summed(counts: Iterator[dict[str, Counter]]) -> dict[str, dict]:
+    """The counts of all shards by role, as JSON has them."""
+    total: dict[str, Counter] = {}
+    for of_shard in counts:
+        for role, numbers in of_shard.items():
+            total.setdefault(role, Counter()).update(numbers)
+    return {
+        role: {name: numbers[name] for name in COUNTS}
+        | {"reasons": {key[1]: number for key, number in numbers.items() if isinstance(key, tuple)}}
+        for role, numbers in total.items()
+    }
 
 
 def _statistics(*sides: Side | None) -> list[int]:
     """In the order of STATISTICS."""
     return [
-        number
+        int(number)
         for side in sides
         for number in ((len(side.tokens), side.loss.sum(), side.bytes) if side else (0, 0, 0))
     ]
 
 
 def _record(name: str, target: Side, english: Side | None) -> dict:
-    record = {"id": name, "target_tokens": target.tokens, "target_loss": target.loss}
-    record["english_tokens"] = english.tokens if english else np.zeros(0, np.int32)
-    record["english_loss"] = english.loss if english else np.zeros(0, np.uint8)
-    return record | {key: record[key].astype(np.uint8) for key in ("target_loss", "english_loss")}
+    none = np.zeros(0, np.int32)
+    record = {
+        "id": name,
+        "target_tokens": target.tokens,
+        "english_tokens": english.tokens if english else none,
+    }
+    loss = {"target_loss": target.loss, "english_loss": english.loss if english else none}
+    return record | {key: bears.astype(np.uint8) for key, bears in loss.items()}

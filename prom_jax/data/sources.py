@@ -2,10 +2,14 @@
 
 A *source* is a string:
 
-- a local file ending in .json, .jsonl, .csv, .tsv or .parquet;
-- for aligned sentences also ``english.txt|target.txt``, two files aligned line by line;
+- a local file ending in .json, .jsonl, .csv, .tsv or .parquet, for aligned sentences also .tmx;
 - a hub data set, ``owner/name[:config][@split]`` (split ``train`` unless given);
+- for aligned sentences also ``english|target``: two text files aligned line by line, or two of the
+  above with a column ``text``;
 - ``sample``, the corpus that this package carries.
+
+Where columns have other names than ours, ``?ours=theirs&…`` follows, with dots into nested ones:
+``owner/name?instruction=question&output=answer.text``.
 """
 
 import csv
@@ -14,8 +18,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import parse_qsl
+from xml.etree import ElementTree
 
 from prom_jax.errors import UserError
 
@@ -59,10 +65,11 @@ def read_instructions(sources: tuple[str, ...], language: str) -> list[Row]:
     Raises:
       UserError: a source that is missing, empty, unreachable or of an unknown kind; a bad row.
     """
+    keys = ("id", "instruction", "input", "output", "messages")
     return [
         _instruction(raw, f"{source}, row {number}")
         for source in sources
-        for number, raw in _rows(source, f"instructions.{language}.jsonl")
+        for number, raw in _rows(source, keys, f"instructions.{language}.jsonl")
     ]
 
 
@@ -71,91 +78,137 @@ def read_parallel(sources: tuple[str, ...], language: str) -> list[Sentence]:
     at the top or under `translation` as in many hub data sets.
 
     Raises:
-      UserError: as `read_instructions`; text files with different numbers of lines.
+      UserError: as `read_instructions`; sides of different lengths.
     """
     sentences = []
     for source in sources:
         if "|" in source:
-            sentences += _aligned_text(source)
-            continue
-        for number, raw in _rows(source, f"translations.{language}.jsonl"):
-            texts = raw.get("translation", raw)
-            english, target = _strings(texts, ("en", language), f"{source}, row {number}")
-            sentences.append(Sentence(_id(raw), english, target))
+            sentences += _aligned(source)
+        elif _name(source).endswith(".tmx"):
+            sentences += _read_tmx(_existing(_name(source)), language)
+        else:
+            rows = _rows(source, ("id", "en", language), f"translations.{language}.jsonl")
+            for number, raw in rows:
+                texts = raw.get("translation", raw)
+                english, target = _strings(texts, ("en", language), f"{source}, row {number}")
+                sentences.append(Sentence(_id(raw), english, target))
     return sentences
 
 
-def pair(english: list[Row], target: list[Row]) -> tuple[list[tuple[Row, Row]], int]:
-    """(English row, target row) pairs, and how many rows found no partner.
+def numbered(rows: list[Row]) -> list[Row]:
+    """The rows, those without an id named by their place: #1, #2, …"""
+    return [row if row.id else replace(row, id=f"#{n}") for n, row in enumerate(rows, 1)]
 
-    By id when rows have one, else by order.
+
+def pair(english: list[Row], target: list[Row]) -> tuple[list[tuple[Row, Row]], int]:
+    """(English row, target row) pairs by id, and how many rows found no partner.
+
+    A side without ids is numbered, so that without any the rows pair by order.
 
     Raises:
-      UserError: a row without id where others on both sides have one; an id that occurs twice; no id on
+      UserError: a side of which some rows have ids and some not; an id that occurs twice; no id on
         both sides; without ids, sides of different lengths.
     """
-    named = [[row.id is not None for row in side] for side in (english, target)]
-    if all(map(any, named)):
-        for side, name in zip(named, ("English", "target")):
-            if not all(side):
-                raise UserError(
-                    f"The {name} row {side.index(False) + 1} has no id, and others have: give all rows of "
-                    "both sides an 'id', or none."
-                )
-        by_id, wanted = _by_id(english, "English"), _by_id(target, "target")
-        pairs = [(by_id[key], row) for key, row in wanted.items() if key in by_id]
-        if not pairs:
+    named = []
+    for side, name in ((english, "English"), (target, "target")):
+        has_id = [row.id is not None for row in side]
+        named.append(any(has_id))
+        if any(has_id) and not all(has_id):
             raise UserError(
-                f"No English row has the id of a target row (such as '{english[0].id}' and "
-                f"'{target[0].id}'): give counterparts the same id."
+                f"The {name} row {has_id.index(False) + 1} has no id, and others have: give all rows of "
+                "that side an 'id', or none."
             )
-        return pairs, len(english) + len(target) - 2 * len(pairs)
-    if len(english) != len(target):
+    if not any(named) and len(english) != len(target):
         raise UserError(
             f"{len(english)} English and {len(target)} target rows cannot be paired by order: make "
             "them equally many, or give every row of both sides an 'id'."
         )
-    return list(zip(english, target, strict=True)), 0
+    english, target = numbered(english), numbered(target)
+    by_id, wanted = _by_id(english, "English"), _by_id(target, "target")
+    pairs = [(by_id[key], row) for key, row in wanted.items() if key in by_id]
+    if not pairs:
+        raise UserError(
+            f"No English row has the id of a target row (such as '{english[0].id}' and "
+            f"'{target[0].id}', where #n is the n-th row of a side without ids): give counterparts "
+            "the same id."
+        )
+    return pairs, len(english) + len(target) - 2 * len(pairs)
 
 
 def fingerprint(source: str, language: str) -> str:
     """A hash of what `source` holds now: file contents, or the hub data set's own fingerprint."""
-    if HUB_ID.match(source) and not Path(source).exists():
-        return _load_hub(source)._fingerprint
-    if source == "sample":
-        paths = sorted(SAMPLE.glob(f"*.{language}.jsonl"))
-    else:
-        paths = [_existing(name) for name in source.split("|")]
     digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for name in map(_name, source.split("|")):
+        if _on_hub(name):
+            digest.update(_load_hub(name)._fingerprint.encode())
+            continue
+        paths = sorted(SAMPLE.glob(f"*.{language}.jsonl")) if name == "sample" else [_existing(name)]
+        for path in paths:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
 # Rows of a source -----------------------------------------------------------------------------
 
 
-def _rows(source: str, sample: str) -> Iterator[tuple[int, dict]]:
-    """(number counted from 1, row) of a structured source; `sample` is the built-in file."""
-    if source == "sample":
+def _rows(source: str, keys: tuple[str, ...], sample: str) -> Iterator[tuple[int, dict]]:
+    """(number counted from 1, row with its columns renamed) of a structured source.
+
+    `keys`: what columns may be renamed to; `sample`: the built-in file.
+    """
+    name, columns = _name(source), _columns(source, keys)
+    if name == "sample":
         rows = _read_jsonl(_sample(sample))
-    elif reader := READERS.get(Path(source).suffix.lower()):
-        rows = reader(_existing(source))
-    elif HUB_ID.match(source) and not Path(source).exists():
-        rows = _load_hub(source)
+    elif reader := READERS.get(Path(name).suffix.lower()):
+        rows = reader(_existing(name))
+    elif _on_hub(name):
+        rows = _load_hub(name)
     else:
         raise UserError(
             f"Source '{source}' is of no known kind: expected a file ending in "
             f"{', '.join(READERS)}, a hub data set 'owner/name[:config][@split]', or 'sample'."
         )
     number = 0
-    for number, row in enumerate(_readable(rows, source), 1):
+    for number, row in enumerate(_readable(rows, name), 1):
         if not isinstance(row, dict):
-            raise UserError(f"{source}, row {number} is not an object with keys: {row!r:.60}.")
-        yield number, row
+            raise UserError(f"{name}, row {number} is not an object with keys: {row!r:.60}.")
+        yield number, row | {ours: _column(row, theirs, name, number) for ours, theirs in columns.items()}
     if not number:
-        raise UserError(f"Source '{source}' is empty: give a source with at least one row.")
+        raise UserError(f"Source '{name}' is empty: give a source with at least one row.")
+
+
+def _name(source: str) -> str:
+    """The source without its renamed columns."""
+    return source if Path(source).exists() else source.partition("?")[0]
+
+
+def _on_hub(name: str) -> bool:
+    return bool(HUB_ID.match(name)) and not Path(name).exists()
+
+
+def _columns(source: str, keys: tuple[str, ...]) -> dict[str, str]:
+    """{our key: their column} of a source."""
+    query = source.removeprefix(_name(source)).removeprefix("?")
+    columns = dict(parse_qsl(query))
+    if len(columns) != (query.count("&") + 1 if query else 0) or not columns.keys() <= set(keys):
+        raise UserError(
+            f"Source '{source}' renames columns by '?{query}': expected 'ours=theirs', joined by '&', "
+            f"with one of {', '.join(keys)} on the left."
+        )
+    return columns
+
+
+def _column(row: dict, theirs: str, name: str, number: int):
+    """A column, or with dots one inside others."""
+    value = row
+    for key in [theirs] if theirs in row else theirs.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise UserError(
+                f"{name}, row {number} has no column '{theirs}' (found: {', '.join(map(str, row))})."
+            )
+        value = value[key]
+    return value
 
 
 def _read_json(path: Path) -> list:
@@ -180,25 +233,49 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
                     ) from None
 
 
-def _read_csv(path: Path) -> Iterator[dict]:
+def _read_csv(path: Path, **dialect) -> Iterator[dict]:
+    # Not through datasets, nor JSON: it infers types, so that the texts "NA", "007" or "2020-01-01" change.
     with open(path, encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+        yield from csv.DictReader(file, **dialect)
 
 
 def _read_tsv(path: Path) -> Iterator[dict]:
-    with open(path, encoding="utf-8-sig", newline="") as file:  # a quote is text like any other here
-        yield from csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return _read_csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)  # a quote is text like any other here
 
 
-def _read_parquet(path: Path) -> Iterator[dict]:
-    import pyarrow
-    import pyarrow.parquet
+def _read_parquet(path: Path) -> Iterable[dict]:
+    return _load(f"File '{path}'", "fetch it again.", "parquet", data_files=str(path))
 
+
+def _read_tmx(path: Path, language: str) -> Iterator[Sentence]:
+    """The units of a Translation Memory eXchange file that have both languages."""
+    number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file ({error}): fetch it again.") from None
+        for _, unit in ElementTree.iterparse(path):
+            if unit.tag == "tu":
+                texts = {_tmx_language(variant): _tmx_text(variant) for variant in unit.iter("tuv")}
+                if "en" in texts and language in texts:
+                    number += 1
+                    yield Sentence(unit.get("tuid"), texts["en"], texts[language])
+                unit.clear()
+    except ElementTree.ParseError as error:
+        raise UserError(f"{path} is not a TMX file ({error}): fetch it again.") from None
+    if not number:
+        raise UserError(f"{path} has no unit in both 'en' and '{language}': give another file.")
+
+
+def _tmx_language(variant) -> str:
+    code = variant.get("{http://www.w3.org/XML/1998/namespace}lang") or variant.get("lang", "")
+    return re.split("[-_]", code.lower())[0]
+
+
+def _tmx_text(variant) -> str:
+    """The segment without the codes that stand for formatting (all inline elements but `hi`)."""
+    segment = variant.find("seg")
+    pieces = [segment.text or ""]
+    for inline in segment:
+        pieces += [inline.text or ""] * (inline.tag == "hi") + [inline.tail or ""]
+    return "".join(pieces).strip()
 
 
 def _readable(rows: Iterable, source: str) -> Iterator:
@@ -217,36 +294,55 @@ READERS: dict[str, Callable[[Path], Iterable]] = {
 }
 
 
-def _load_hub(source: str):
+def _load_hub(name: str):
+    parts = HUB_ID.match(name)
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    remedy = (
+        "if it is gated, ask for access on its page and log in with `hf auth login`; without a network, "
+        "give the path of a local copy."
+    )
+    split = parts["split"] or "train"
+    return _load(f"Hub data set '{name}'{offline}", remedy, parts["id"], parts["config"], split=split)
+
+
+def _load(what: str, remedy: str, *args, split: str = "train", **kwargs):
     import datasets
 
-    name = HUB_ID.match(source)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises too
     try:
-        return datasets.load_dataset(name["id"], name["config"], split=name["split"] or "train")
-    except Exception as error:  # the hub's client raises a dozen kinds, and not all of them its own
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        reason = str(error).strip().partition("\n")[0]
+        return datasets.load_dataset(*args, split=split, **kwargs)
+    except Exception as error:  # the library raises a dozen kinds, and not all of them its own
+        cause = error.__cause__ or error
+        reason = str(cause).strip().partition("\n")[0]
         raise UserError(
-            f"Hub data set '{source}' cannot be read{offline}: {type(error).__name__}: {reason} "
-            "If it is gated, ask for access on its page and log in with `hf auth login`; without a "
-            "network, give the path of a local copy."
+            f"{what} cannot be read: {type(cause).__name__}: {reason.rstrip('.')}: {remedy}"
         ) from error
 
 
-def _aligned_text(source: str) -> list[Sentence]:
-    files = [_existing(name) for name in source.split("|")]
-    if len(files) != 2:
-        raise UserError(f"Source '{source}' names {len(files)} files: expected 'en.txt|target.txt'.")
-    # not splitlines(), which also splits at the form feeds and separators that texts contain
-    english, target = (path.read_text("utf-8-sig").removesuffix("\n").split("\n") for path in files)
+def _aligned(source: str) -> list[Sentence]:
+    sides = [_side(part) for part in source.split("|")]
+    if len(sides) != 2:
+        raise UserError(f"Source '{source}' names {len(sides)} files: expected 'english|target'.")
+    english, target = sides
     if len(english) != len(target):
         raise UserError(
             f"'{source}' is not aligned: {len(english)} English and {len(target)} target lines, "
             "expected as many on both sides."
         )
-    if english == target == [""]:
-        raise UserError(f"Source '{source}' is empty: give a source with at least one row.")
-    return [Sentence(None, e.strip(), t.strip()) for e, t in zip(english, target, strict=True)]
+    return [Sentence(None, e, t) for e, t in zip(english, target, strict=True)]
+
+
+def _side(source: str) -> list[str]:
+    """The texts of one side: the lines of a file, or a column."""
+    name = _name(source)
+    if _on_hub(name) or Path(name).suffix.lower() in READERS:
+        where = lambda number: f"{name}, row {number}"
+        return [_strings(raw, ("text",), where(n))[0].strip() for n, raw in _rows(source, ("text",), "")]
+    (text,) = _readable((path.read_text("utf-8-sig") for path in [_existing(name)]), name)
+    if not text:
+        raise UserError(f"Source '{name}' is empty: give a source with at least one line.")
+    # not splitlines(), which also splits at the form feeds and separators that texts contain
+    return [line.strip() for line in text.removesuffix("\n").split("\n")]
 
 
 def _existing(name: str) -> Path:

@@ -10,12 +10,15 @@ from prom_jax.data.prompts import Span
 
 @dataclass(frozen=True)
 class Side:
-    """One side of an example: int32 tokens [T], bool loss [T], and the number of UTF-8 bytes
-    under its loss-bearing tokens, EOS not counted."""
+    """One side of an example: int32 tokens [T], bool loss [T], and of its loss-bearing tokens how
+    many are EOS (`ends`), and the UTF-8 bytes and words (white space between) under the others; what
+    was cut off counts among the words alone."""
 
     tokens: np.ndarray
     loss: np.ndarray
+    ends: int
     bytes: int
+    words: int
     truncated: bool
 
 
@@ -37,7 +40,9 @@ def encode(tokenizer, texts: list[list[Span]], seq_len: int) -> list[Side]:
     )
     parts = map(_span, spans, encoded["input_ids"], encoded["offset_mapping"])
     bos, eos = _bos(tokenizer), tokenizer.eos_token_id
-    return [_side(list(itertools.islice(parts, len(text))), bos, eos, seq_len) for text in texts]
+    words = [sum(len(span.text[span.start : span.stop].split()) for span in text) for text in texts]
+    sides = [list(itertools.islice(parts, len(text))) for text in texts]
+    return [_side(side, bos, eos, seq_len, number) for side, number in zip(sides, words, strict=True)]
 
 
 def _span(span: Span, ids: list[int], offsets: list[tuple[int, int]]):
@@ -59,7 +64,7 @@ def _bytes(span: Span, ends: np.ndarray) -> np.ndarray:
     return np.diff(upto[np.clip(ends - span.start, 0, len(code))], prepend=0)
 
 
-def _side(parts: list, bos: list[int], eos: int, seq_len: int) -> Side:
+def _side(parts: list, bos: list[int], eos: int, seq_len: int, words: int) -> Side:
     tokens, loss, widths = [bos], [np.zeros(len(bos), bool)], [np.zeros(len(bos), np.int64)]
     for ids, bears, width, ends in parts:
         tokens += [ids, [eos] * ends]
@@ -69,7 +74,9 @@ def _side(parts: list, bos: list[int], eos: int, seq_len: int) -> Side:
     loss = np.concatenate(loss).astype(bool)
     loss[:1] = False
     width = np.concatenate(widths)[:seq_len] @ loss[:seq_len]
-    return Side(tokens[:seq_len], loss[:seq_len], int(width), len(tokens) > seq_len)
+    kept, loss = tokens[:seq_len], loss[:seq_len]
+    ends = int((kept[loss] == eos).sum())
+    return Side(kept, loss, ends, int(width), words, len(tokens) > seq_len)
 
 
 def _bos(tokenizer) -> list[int]:

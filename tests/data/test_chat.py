@@ -6,6 +6,7 @@ from prom_jax.data.sources import Turn
 from prom_jax.data.tokens import encode
 
 
+@pytest.mark.parametrize("language", ["en", "th", "sw"])
 @pytest.mark.parametrize(
     "turns",
     [
@@ -14,14 +15,14 @@ from prom_jax.data.tokens import encode
         (Turn("Say hi", "", "Hi"), Turn("Again", "", "Hi"), Turn(" spaced ", "", " \nout\n")),
     ],
 )
-def test_chat_template_gives_the_ids_of_training(tokenizer, turns):
-    template = chat_template(tokenizer)
+def test_chat_template_gives_the_ids_of_training(tokenizer, turns, language):
+    template = chat_template(tokenizer, language)
     messages = []
     for turn in turns:
         messages.append({"role": "user", "content": turn.instruction, "input": turn.input})
         messages.append({"role": "assistant", "content": turn.output})
     ids = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False)
-    (trained,) = encode(tokenizer, [prompts.conversation(turns)], 1000)
+    (trained,) = encode(tokenizer, [prompts.conversation(turns, prompts.wording(language))], 1000)
     assert ids == trained.tokens.tolist()
 
 
@@ -32,4 +33,4 @@ def test_generation_prompt_is_the_prompt(tokenizer):
         add_generation_prompt=True,
         return_dict=False,
     )
-    assert ids == tokenizer(prompts.prompt("Say hi"))["input_ids"]
+    assert ids == tokenizer(prompts.wording("en").prompt("Say hi"))["input_ids"]

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from prom_jax.data.examples import Recipe
 from prom_jax.data.loader import Batches
-from prom_jax.data.records import Recipe, prepare
+from prom_jax.data.records import prepare
 from prom_jax.errors import UserError
 
 
@@ -53,16 +56,16 @@ def test_an_epoch_is_every_example_once(records):
 def test_shapes_dtypes_and_fill(records):
     run = batches(records)
     batch = run[0]
-    assert batch["target"]["tokens"].shape == run.target_shape == (2, 256)
-    assert batch["english"]["tokens"].shape == run.english_shape
+    assert batch["target"]["tokens"].shape == run.shapes["target"] == (2, 256)
+    assert batch["english"]["tokens"].shape == run.shapes["english"]
     assert {k: v.dtype for k, v in batch["target"].items()} == {
         **dict.fromkeys(("tokens", "positions", "segments", "labels"), np.int32),
         "weights": np.float32,
     }
-    real = np.mean([(run[i]["target"]["segments"] > 0).mean() for i in range(len(run))])
-    assert real == pytest.approx(run.target_fill)
-    real = np.mean([(run[i]["english"]["segments"] > 0).mean() for i in range(len(run))])
-    assert real == pytest.approx(run.english_fill)
+    for side in ("target", "english"):
+        real = np.mean([(run[i][side]["segments"] > 0).mean() for i in range(len(run))])
+        assert real == pytest.approx(run.fill[side])
+    assert run.tokens(0) == sum((rows["segments"] > 0).sum() for rows in batch.values())
 
 
 def test_sides_of_an_example_meet_in_one_update(records):
@@ -76,9 +79,11 @@ def test_sides_of_an_example_meet_in_one_update(records):
 def test_number_of_steps(records):
     per_epoch = batches(records).steps_per_epoch
     assert per_epoch > 2
-    assert batches(records, epochs=2.0).num_steps == 2 * per_epoch
+    assert batches(records, epochs=1.0).num_steps == per_epoch
     assert batches(records, epochs=1 / per_epoch).num_steps == 1
-    assert batches(records, epochs=1 + 2 / per_epoch).num_steps == per_epoch + 2
+    second = batches(records, epochs=2.0).num_steps - per_epoch
+    assert batches(records, epochs=1 + 2 / second).num_steps == per_epoch + 2
+    assert sorted(batches(records, epochs=2.0).examples) == sorted(2 * list(range(len(records))))
     assert batches(records, steps=3 * per_epoch + 1, epochs=1.0).num_steps == 3 * per_epoch + 1
     assert sorted(batches(records, epochs=1.0).examples) == list(range(len(records)))
     with pytest.raises(UserError, match="steps is 0 and epochs is 0"):
@@ -96,9 +101,65 @@ def test_iteration_from_a_step_equals_random_access(records):
     assert list(run.iterate(len(run))) == []
 
 
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(1, 64), st.integers(0, 64)), min_size=1, max_size=60),
+    st.sampled_from([1, 2, 3, 4, 8]),
+    st.integers(0, 5),
+)
+def test_hosts_read_every_example_once_between_them(lengths, hosts, start):
+    """Each host reads the rows that are its own; together they have the whole batch, of any step on."""
+    run = Batches(Lengths(lengths), sequences=4, seq_len=64, seed=0, epochs=2.0)
+    start = min(start, len(run) - 1)
+    shares = []
+    for host in range(hosts):
+        wanted = {side: np.arange(rows) % hosts == host for side, (rows, _) in run.shapes.items()}
+        shares.append(list(run.iterate(start, wanted)))
+    for step, parts in enumerate(zip(*shares, strict=True), start):
+        for side, whole in run[step].items():
+            for name, array in whole.items():
+                assert np.array_equal(sum(part[side][name] for part in parts), array)
+                for host, part in enumerate(parts):
+                    assert not part[side][name][np.arange(len(array)) % hosts != host].any()
+    seen = [first for step in range(run.steps_per_epoch) for first in first_tokens(run[step]["target"])]
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+class Lengths:
+    """Records of given lengths, whose tokens say which example they are."""
+
+    def __init__(self, lengths):
+        self.target_lengths, self.english_lengths = np.array(lengths).T
+
+    def read(self, indices):
+        return [
+            {
+                f"{side}_{what}": np.full(getattr(self, f"{side}_lengths")[i], i if what == "tokens" else 1)
+                for side in ("target", "english")
+                for what in ("tokens", "loss")
+            }
+            for i in indices
+        ]
+
+
+def first_tokens(rows):
+    begins = (rows["positions"] == 0) & (rows["segments"] > 0)
+    return rows["tokens"][begins].tolist()
+
+
+def test_a_host_reads_no_others_examples(records, monkeypatch):
+    run = batches(records)
+    read, original = [], records.read
+    monkeypatch.setattr(records, "read", lambda indices: read.append(list(indices)) or original(indices))
+    mine = {side: np.arange(rows) == 0 for side, (rows, _) in run.shapes.items()}
+    run.read(0, mine)
+    expected = {example for side in run.shapes for example, row, _ in zip(*run.places(0, side)) if row == 0}
+    assert set(read[0]) == expected and len(read[0]) == len(expected) < len(records)
+
+
 def test_english_is_absent_where_there_is_none(byte_level, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\n')
     recipe = Recipe("sw", (str(path),), (str(path),), seq_len=256, use_english=False)
     run = batches(prepare(recipe, byte_level, tmp_path / "r").train)
-    assert run.english_shape is None and run.english_fill == 0 and "english" not in run[0]
+    assert set(run.shapes) == set(run.fill) == set(run[0]) == {"target"}

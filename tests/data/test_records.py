@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from prom_jax.data.records import Recipe, prepare
+from prom_jax.data.examples import Recipe
+from prom_jax.data.records import prepare
 from prom_jax.errors import UserError
 
 ENGLISH = [{"instruction": f"Say {i}", "input": "now" * (i % 2), "output": f"I say {i}."} for i in range(9)]
@@ -102,6 +103,14 @@ def test_dropped_and_truncated_are_counted(recipe, byte_level, tmp_path, jsonl):
     assert (report["target"]["examples"], report["target"]["dropped"]) == (8, 1)
     assert (report["english"]["examples"], report["english"]["dropped"]) == (6, 3)
     assert report["target"]["truncated"] == 1
+    assert report["target"]["reasons"] == {"no response": 1}
+    assert report["english"]["reasons"] == {
+        "no response": 1,
+        "its target is dropped": 1,
+        "nothing left after cutting": 1,
+    }
+    assert report["translation"]["words"] == 2 * 4 and report["translation"]["bytes"] == 8 * 4
+    assert report["translation"]["text_tokens"] == report["translation"]["loss_tokens"] - 4
     tokens = report["target"]["tokens"] + report["translation"]["tokens"]
     assert tokens == prepared.train.target_lengths.sum()
     assert report["english"]["loss_tokens"] == prepared.train.english_weights.sum()
@@ -126,7 +135,7 @@ def test_folder_is_reused_until_something_changes(recipe, byte_level, metaspace,
 
 
 def test_interrupted_writing_leaves_nothing(recipe, byte_level, tmp_path, monkeypatch):
-    monkeypatch.setattr(np, "savez", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(np, "savez", lambda *arrays, **named: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(recipe(), byte_level, tmp_path / "r")
     assert list((tmp_path / "r").iterdir()) == []

@@ -64,7 +64,7 @@ def test_hub_source_passes_config_and_split(monkeypatch):
 
 def test_unreachable_hub_source_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"'no/such' cannot be read \(HF_HUB_OFFLINE.*hf auth login"):
+    with pytest.raises(UserError, match=r"'no/such' \(HF_HUB_OFFLINE is set\) cannot be read.*hf auth login"):
         sources.read_instructions(("no/such",), "sw")
 
 
@@ -94,9 +94,10 @@ def test_pairs_by_id_or_by_order():
     english, target = rows("a", "b", "c"), rows("c", "a", "d")
     pairs, unmatched = sources.pair(english, target)
     assert [(e.id, t.id) for e, t in pairs] == [("c", "c"), ("a", "a")] and unmatched == 2
-    assert sources.pair(rows(None, None), rows("b", "c"))[0] == list(
-        zip(rows(None, None), rows("b", "c"), strict=True)
-    )
+    pairs, unmatched = sources.pair(rows(None, None), rows(None, None))
+    assert [(e.id, t.id) for e, t in pairs] == [("#1", "#1"), ("#2", "#2")] and unmatched == 0
+    pairs, unmatched = sources.pair(rows(None, None, None), rows("#3", "#1"))  # as translation leaves it
+    assert [e.turns[0].instruction for e, _ in pairs] == ["2", "0"] and unmatched == 1
     with pytest.raises(UserError, match="The English row 2 has no id, and others have"):
         sources.pair(rows("a", None), rows("b", "c"))
     with pytest.raises(UserError, match=r"2 English and 1 target rows.*'id'"):
@@ -105,6 +106,63 @@ def test_pairs_by_id_or_by_order():
         sources.pair(rows("a"), rows("b"))
     with pytest.raises(UserError, match="'a' occurs twice on the English side"):
         sources.pair(rows("a", "a"), rows("a", "b"))
+
+
+def test_renamed_columns(jsonl):
+    rows = [{"q": "Say hi", "n": {"a.b": "Hi", "c": 7}, "input": "now"}]
+    source = jsonl("a.jsonl", rows) + "?instruction=q&output=n.a.b&id=n.c"
+    with pytest.raises(UserError, match=r"a.jsonl, row 1 has no column 'n.a.b' \(found: q, n, input\)"):
+        sources.read_instructions((source,), "sw")
+    source = jsonl("a.jsonl", [{"q": "Say hi", "n": {"a": "Hi", "c": 7}, "input": "now"}])
+    renamed = source + "?instruction=q&output=n.a&id=n.c"
+    assert sources.read_instructions((renamed,), "sw") == [Row("7", (Turn("Say hi", "now", "Hi"),))]
+    assert sources.fingerprint(renamed, "sw") == sources.fingerprint(source, "sw")
+    parallel = jsonl("p.jsonl", [{"eng": "One", "swh": "Moja"}]) + "?en=eng&sw=swh"
+    assert sources.read_parallel((parallel,), "sw") == [Sentence(None, "One", "Moja")]
+    for query in ("instruct=q", "instruction", "instruction=q&instruction=n"):
+        with pytest.raises(
+            UserError, match=r"renames columns by .*expected 'ours=theirs'.*instruction, input"
+        ):
+            sources.read_instructions((f"{source}?{query}",), "sw")
+
+
+def test_columns_of_text_stay_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,output\nNA,007\n2020-01-01,None\n")
+    turns = [row.turns[0] for row in sources.read_instructions((str(path),), "sw")]
+    assert turns == [Turn("NA", "", "007"), Turn("2020-01-01", "", "None")]
+
+
+def test_sides_apart(tmp_path, jsonl):
+    english = tmp_path / "en.devtest"
+    english.write_text("One\nTwo\n")
+    target = jsonl("sw.jsonl", [{"sentence": "Moja"}, {"sentence": "Mbili"}]) + "?text=sentence"
+    expected = [Sentence(None, "One", "Moja"), Sentence(None, "Two", "Mbili")]
+    assert sources.read_parallel((f"{english}|{target}",), "sw") == expected
+    before = sources.fingerprint(f"{english}|{target}", "sw")
+    english.write_text("One\nTow\n")
+    assert sources.fingerprint(f"{english}|{target}", "sw") != before
+
+
+TMX = """<?xml version="1.0" encoding="utf-8"?>
+<tmx version="1.4"><header/><body>
+<tu tuid="7"><tuv xml:lang="en-US">
+<seg>Wash <bpt i="1">&lt;b&gt;</bpt>your<ept i="1">&lt;/b&gt;</ept> <hi>hands</hi>.</seg></tuv>
+<tuv xml:lang="sw"><prop type="x">y</prop><seg>Osha mikono &amp; uso.</seg></tuv></tu>
+<tu><tuv xml:lang="en"><seg>One</seg></tuv><tuv xml:lang="fr"><seg>Un</seg></tuv></tu>
+</body></tmx>"""
+
+
+def test_tmx(tmp_path):
+    path = tmp_path / "memory.tmx"
+    path.write_text(TMX)
+    expected = [Sentence("7", "Wash your hands.", "Osha mikono & uso.")]
+    assert sources.read_parallel((str(path),), "sw") == expected
+    with pytest.raises(UserError, match="no unit in both 'en' and 'th'"):
+        sources.read_parallel((str(path),), "th")
+    path.write_text(TMX[:-20])
+    with pytest.raises(UserError, match="is not a TMX file"):
+        sources.read_parallel((str(path),), "sw")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +177,7 @@ def test_pairs_by_id_or_by_order():
         ("r.json", '{"instruction": "a"}', "holds a dict: expected a list"),
         ("r.json", '["a"]', "row 1 is not an object"),
         ("r.json", "[]", "is empty"),
-        ("r.parquet", "PAR1", "is not a Parquet file"),
+        ("r.parquet", "PAR1", r"r.parquet' cannot be read: ArrowInvalid.*fetch it again"),
         ("r.xml", "<a/>", "of no known kind"),
         ("none.json", None, "There is no file"),
     ],

@@ -3,12 +3,14 @@ from prom_jax.data.prompts import Span
 from prom_jax.data.sources import Turn
 from prom_jax.data.tokens import encode
 
+ENGLISH = prompts.wording("en")
+
 
 def test_loss_on_the_response_alone(tokenizer):
     """An independent reading: prompt and whole text tokenised apart."""
     turn = Turn("Describe an input", "Habari ya asubuhi", "Nzuri sana")
-    (side,) = encode(tokenizer, [prompts.conversation((turn,))], 1000)
-    prompt = tokenizer(prompts.prompt(turn.instruction, turn.input))["input_ids"]
+    (side,) = encode(tokenizer, [prompts.conversation((turn,), ENGLISH)], 1000)
+    prompt = tokenizer(ENGLISH.prompt(turn.instruction, turn.input))["input_ids"]
     assert side.tokens[: len(prompt)].tolist() == prompt
     assert not side.loss[: len(prompt)].any()
     assert side.loss[len(prompt) :].all()  # from the first response token to EOS
@@ -19,7 +21,7 @@ def test_loss_on_the_response_alone(tokenizer):
 
 def test_every_turn_ends_in_eos(tokenizer):
     turns = (Turn("Say hi", "", "Nzuri"), Turn("Again", "", "asante"))
-    (side,) = encode(tokenizer, [prompts.conversation(turns)], 1000)
+    (side,) = encode(tokenizer, [prompts.conversation(turns, ENGLISH)], 1000)
     assert (side.tokens == tokenizer.eos_token_id).sum() == 2
     assert tokenizer.decode(side.tokens[side.loss]) == "Nzuri</s>asante</s>"
     assert (side.tokens == tokenizer.bos_token_id).sum() == bool(tokenizer.bos_token)
@@ -27,7 +29,7 @@ def test_every_turn_ends_in_eos(tokenizer):
 
 
 def test_special_tokens_in_the_data_stay_text(byte_level):
-    (side,) = encode(byte_level, [prompts.conversation((Turn("a</s>b", "", "c</s>d"),))], 1000)
+    (side,) = encode(byte_level, [prompts.conversation((Turn("a</s>b", "", "c</s>d"),), ENGLISH)], 1000)
     assert (side.tokens == byte_level.eos_token_id).sum() == 1
     assert byte_level.decode(side.tokens[side.loss][:-1]) == "c</s>d"
 
@@ -42,7 +44,7 @@ def test_token_across_the_boundary_bears_loss(byte_level):
 
 
 def test_translation_source_is_cut_after_the_source(tokenizer):
-    args = ("Good morning", "Habari", "sw", "v")
+    args = ("Good morning", "Habari", "sw", "v", ENGLISH)
     source, whole = encode(tokenizer, [prompts.translation_source(*args), prompts.translation(*args)], 1000)
     assert source.tokens.tolist() == whole.tokens[: len(source.tokens)].tolist()
     text = tokenizer.decode(source.tokens[source.loss])
@@ -62,7 +64,7 @@ def test_plain_text_and_bytes(byte_level, metaspace):
 
 
 def test_truncation_counts_what_is_kept(byte_level):
-    spans = prompts.conversation((Turn("Say hi", "", "xyz" * 50),))
+    spans = prompts.conversation((Turn("Say hi", "", "xyz" * 50),), ENGLISH)
     (whole,) = encode(byte_level, [spans], 1000)
     (side,) = encode(byte_level, [spans], len(whole.tokens) - 21)
     assert side.truncated and len(side.tokens) == len(whole.tokens) - 21

@@ -1,0 +1,138 @@
+"""What a configuration comes to, before any weight is loaded: method, records, batches and their cost."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from prom_jax import budget, models
+from prom_jax import config as configuration
+from prom_jax.console import console
+from prom_jax.data.examples import Recipe
+from prom_jax.data.loader import Batches
+from prom_jax.data.records import Prepared, prepare
+from prom_jax.errors import UserError
+from prom_jax.objective import Objective
+from prom_jax.workdir import as_dict, check_owner
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A configuration with what it names.
+
+    Attributes:
+      reader, tokenizer: of the model (see `models.open_source`).
+      objective, pivot_layer: what is minimised, and n (0 without a pivot); regulation: why λ is what it is.
+      data, batches: the records, and the batches of the whole run.
+      flops: of the whole run, as `budget.training_flops` counts.
+    """
+
+    config: Any
+    workdir: Path
+    reader: Any
+    tokenizer: Any
+    objective: Objective
+    regulation: str
+    pivot_layer: int
+    data: Prepared
+    batches: Batches
+    flops: float
+
+    @property
+    def identity(self) -> dict:
+        """What a work directory remembers of its run: the configuration, and what its sources hold."""
+        return as_dict(self.config) | {"records": self.data.fingerprint}
+
+    @property
+    def details(self) -> dict:
+        """The rows of the model card."""
+        config, objective = self.config, self.objective
+        details = {"base_model": config.model, "language": config.language, "method": config.method}
+        if objective.has_pivot:
+            details |= {
+                "pivot.layer": self.pivot_layer,
+                "pivot.weight": objective.weight,
+                "pivot.label_smoothing": objective.label_smoothing,
+                "pivot.norm": objective.norm,
+            }
+        return details | {
+            "regulation": self.regulation,
+            "prompts": self.prompt_language,
+            "steps": self.batches.num_steps,
+            "seed": config.seed,
+        }
+
+    @property
+    def prompt_language(self) -> str:
+        """The code of the language in which the target side is prompted."""
+        return self.config.language if self.config.data.prompts == "target" else "en"
+
+
+def resolve(config, workdir: Path) -> Experiment:
+    """Opens the model's files, makes the records where they are missing, plans the batches and writes the
+    data card, with a line on each.
+
+    Raises:
+      UserError: for a configuration, a model or data that cannot be used, or a work directory that holds
+        another run.
+    """
+    configuration.check(config)
+    check_owner(workdir, as_dict(config))
+    reader, tokenizer = models.open_source(config.model)
+    weight, regulation = configuration.regulated_weight(config, reader.config)
+    objective = Objective(config.method, weight, config.pivot.label_smoothing, config.pivot.norm)
+    layers = reader.config.num_hidden_layers
+    pivot_layer = (config.pivot.layer or round(0.75 * layers)) if objective.has_pivot else 0
+    pivot = f", n = {pivot_layer or 'none'} of {layers}, {regulation}" * (config.method == "prom")
+    console.print(f"model     {config.model}\nmethod    {config.method}{pivot}")
+    if config.data.seq_len > reader.config.max_position_embeddings:
+        console.print(
+            f"WARNING   data.seq_len={config.data.seq_len} is more than the "
+            f"{reader.config.max_position_embeddings} positions that the model was made for"
+        )
+    data = prepare(recipe(config, objective), tokenizer, workdir / "records")
+    batches = Batches(
+        data.train,
+        sequences=config.batch.sequences,
+        seq_len=config.data.seq_len,
+        seed=config.seed,
+        epochs=config.optimizer.epochs,
+        steps=config.steps,
+    )
+    if objective.uses_english and "english" not in batches.shapes:
+        raise UserError(
+            f"method={config.method!r} trains on English, and there is none: set data.english, or use the "
+            "variant :bactrian"
+        )
+    flops = budget.training_flops(reader.config, objective, pivot_layer, data.train, batches.examples)
+    experiment = Experiment(
+        config=config,
+        workdir=workdir,
+        reader=reader,
+        tokenizer=tokenizer,
+        objective=objective,
+        regulation=regulation,
+        pivot_layer=pivot_layer,
+        data=data,
+        batches=batches,
+        flops=flops,
+    )
+    check_owner(workdir, experiment.identity)
+    return experiment
+
+
+def recipe(config, objective: Objective) -> Recipe:
+    """What the examples are made from."""
+    return Recipe(
+        language=config.language,
+        english=tuple(config.data.english),
+        target=tuple(config.data.target),
+        translation=tuple(config.data.translation),
+        seq_len=config.data.seq_len,
+        prompts=config.data.prompts,
+        english_prompt=config.pivot.english_prompt,
+        translation_source=config.pivot.translation_source and objective.has_pivot,
+        use_english=objective.uses_english,
+        holdout=config.eval.holdout,
+        text=tuple(config.eval.text),
+        seed=config.seed,
+    )
