@@ -1,6 +1,6 @@
-"""Eight virtual CPU devices and exact float32 products for the whole suite, and two small tokenizers:
-byte-level BPE without BOS, and a SentencePiece-like one with BOS that marks the start of a text alone with a
-space, as LLaMA-2's does."""
+"""Eight virtual CPU devices and exact float32 products for the whole suite; two small tokenizers: byte-level
+BPE without BOS, and a SentencePiece-like one with BOS that marks the start of a text alone with a space, as
+LLaMA-2's does; and a tiny model with data to train it on."""
 
 import os
 import tempfile
@@ -20,6 +20,8 @@ import jax
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import make, tiny_config
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -68,3 +70,15 @@ def metaspace():
 @pytest.fixture(params=["byte_level", "metaspace"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, byte_level):
+    """A folder with a small model and data, as `tests.tiny.make` leaves it."""
+    return make(tmp_path_factory.mktemp("tiny"), byte_level)
+
+
+@pytest.fixture
+def config(tiny):
+    """Eight steps of PROM, as short as they can be."""
+    return tiny_config(tiny)

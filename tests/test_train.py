@@ -18,57 +18,14 @@ import transformers
 
 import prom_jax
 from prom_jax import train as door
-from prom_jax.config import VARIANTS, apply_variant, default
+from prom_jax.config import VARIANTS, apply_variant
 from prom_jax.data.records import prepare
 from prom_jax.errors import UserError
 from prom_jax.experiment import recipe
 from prom_jax.objective import Objective
-from tests.reference import hf_model
+from tests.tiny import tiny_config
 
 TIMINGS = {"tokens_per_second", "model_flops_per_second"}
-WORDS = {
-    "en": "the cow eats grass and gives milk every morning on a small farm near our river".split(),
-    "sw": "ng'ombe anakula nyasi na hutoa maziwa kila asubuhi katika shamba dogo karibu na mto".split(),
-}
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory, byte_level):
-    """A folder with a model of 4 layers and instruction pairs and translations beside it."""
-    root = tmp_path_factory.mktemp("tiny")
-    hf = hf_model("smollm2", vocab_size=len(byte_level), eos_token_id=byte_level.eos_token_id)
-    hf.save_pretrained(root / "model")
-    byte_level.save_pretrained(root / "model")
-    chance = random.Random(0)
-    text = lambda language, n: " ".join(chance.choices(WORDS[language], k=n))
-    for language in ("en", "sw"):
-        rows = [
-            {"id": i, "instruction": text(language, 4), "output": text(language, 3 + i % 7)}
-            for i in range(40)
-        ]
-        (root / f"{language}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    rows = [{"en": text("en", 5), "sw": text("sw", 5)} for _ in range(12)]
-    (root / "parallel.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return root
-
-
-@pytest.fixture
-def config(tiny):
-    """Eight steps of PROM, as short as they can be."""
-    c = default()
-    c.model, c.language = str(tiny / "model"), "sw"
-    c.data.english = (str(tiny / "en.jsonl"),)
-    c.data.target = (str(tiny / "sw.jsonl"),)
-    c.data.translation = (str(tiny / "parallel.jsonl"),)
-    c.data.seq_len = 256
-    c.batch.sequences = 8
-    c.steps = 8
-    c.optimizer.learning_rate = 3e-3
-    c.pivot.weight = 0.5
-    c.eval.every, c.eval.holdout, c.eval.samples = 4, 6, 2
-    c.checkpoint.every = 3
-    c.compute_dtype = "float32"
-    return c
 
 
 def metrics(workdir):
@@ -81,7 +38,7 @@ def metrics(workdir):
 def finished(tiny, tmp_path_factory):
     """A run that was never disturbed: its work directory and summary."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, door.train(config.__wrapped__(tiny), workdir)
+    return workdir, door.train(tiny_config(tiny), workdir)
 
 
 def test_a_run_learns_and_reports(finished):
@@ -120,7 +77,7 @@ def test_held_out_loss_against_transformers(finished, tiny, byte_level):
 
 
 def _recipe(tiny):
-    c = config.__wrapped__(tiny)
+    c = tiny_config(tiny)
     return c, Objective(c.method, c.pivot.weight)
 
 
@@ -335,7 +292,7 @@ def test_a_work_directory_that_cannot_be(config, tmp_path):
 
 
 def command(tiny, workdir, *more):
-    c = config.__wrapped__(tiny)
+    c = tiny_config(tiny)
     path = workdir.parent / f"{workdir.name}.py"
     path.write_text(
         "from prom_jax import config as configuration\n\n\ndef get_config(variant=''):\n"

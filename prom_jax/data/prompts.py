@@ -14,7 +14,7 @@ import langcodes
 from prom_jax.data.sources import Turn
 from prom_jax.errors import UserError
 
-VERSION = 2  # part of the records' fingerprint: raise it whenever a rendered text changes
+VERSION = 2  # part of the records' fingerprint, as the tables are: raise it whenever a prompt's form changes
 TABLES = Path(__file__).parents[1] / "resources" / "prompts"
 
 

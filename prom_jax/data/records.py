@@ -6,6 +6,7 @@ A side of an example (see `examples`) is its tokens and a mask of those that bea
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,7 @@ def fingerprint(recipe: Recipe, tokenizer) -> str:
     parts = {
         "versions": [VERSION, prompts.VERSION],
         "recipe": dataclasses.asdict(recipe),
+        "words": [dataclasses.asdict(words) for words in (recipe.words, prompts.wording("en"))],
         "sources": [sources.fingerprint(*source) for source in used],
         "tokenizer": [state, tokenizer.bos_token_id, tokenizer.eos_token_id],
     }
@@ -208,11 +210,12 @@ def _write_shard(task: tuple[Path, list[Example]]) -> Shard:
     path, examples = task
     tokenizer, seq_len, features = _shared
     shard = Shard(path, [], {})
+    chunks = [examples[first : first + CHUNK] for first in range(0, len(examples), CHUNK)]
+    tokenise = lambda chunk: list(_tokenise(chunk, tokenizer, seq_len, shard.counts))
     writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
-        for first in range(0, len(examples), CHUNK):
-            chunk = examples[first : first + CHUNK]
-            for example, target, english in _tokenise(chunk, tokenizer, seq_len, shard.counts):
+        with ThreadPoolExecutor(1) as ahead:  # the tokenizer works while records are written
+            for example, target, english in itertools.chain.from_iterable(ahead.map(tokenise, chunks)):
                 writer.write(features.serialize_example(_record(example.id, target, english)))
                 shard.statistics.append([ROLES.index(example.role), *_statistics(target, english)])
     finally:
@@ -285,7 +288,7 @@ def _count(counts: Counter, side: Side, with_target: bool = True) -> bool:
             examples=1,
             tokens=len(side.tokens),
             loss_tokens=int(side.loss.sum()),
-            text_tokens=int(side.loss.sum()) - side.ends,
+            text_tokens=int(side.loss.sum()) - side.eos,
             bytes=side.bytes,
             words=side.words,
             truncated=int(side.truncated),

@@ -1,6 +1,7 @@
 """From spans of text to tokens, and which of them bear loss."""
 
 import itertools
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +12,12 @@ from prom_jax.data.prompts import Span
 @dataclass(frozen=True)
 class Side:
     """One side of an example: int32 tokens [T], bool loss [T], and of its loss-bearing tokens how
-    many are EOS (`ends`), and the UTF-8 bytes and words (white space between) under the others; what
+    many are EOS, and the UTF-8 bytes and words (white space between) under the others; what
     was cut off counts among the words alone."""
 
     tokens: np.ndarray
     loss: np.ndarray
-    ends: int
+    eos: int
     bytes: int
     words: int
     truncated: bool
@@ -38,45 +39,53 @@ def encode(tokenizer, texts: list[list[Span]], seq_len: int) -> list[Side]:
         return_attention_mask=False,
         verbose=False,  # longer than the model takes? it is cut below
     )
-    parts = map(_span, spans, encoded["input_ids"], encoded["offset_mapping"])
+    parts = zip(spans, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     bos, eos = _bos(tokenizer), tokenizer.eos_token_id
-    words = [sum(len(span.text[span.start : span.stop].split()) for span in text) for text in texts]
-    sides = [list(itertools.islice(parts, len(text))) for text in texts]
-    return [_side(side, bos, eos, seq_len, number) for side, number in zip(sides, words, strict=True)]
+    return [_side(list(itertools.islice(parts, len(text))), bos, eos, seq_len) for text in texts]
 
 
-def _span(span: Span, ids: list[int], offsets: list[tuple[int, int]]):
-    """A span's tokens, loss and the bytes under each loss-bearing token; then `span.eos`."""
-    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
-    # A tokenizer may trim white space off the offsets: a token can be empty, at its end.
-    beyond = (ends > span.stop) & (starts >= span.stop)
-    kept = int(np.argmax(beyond)) if beyond.any() else len(ids)
-    ends = ends[:kept]
-    return np.array(ids[:kept], np.int32), ends > span.start, _bytes(span, ends), span.eos
+def _side(parts: list, bos: list[int], eos: int, seq_len: int) -> Side:
+    """One side of (span, ids, character offsets) parts. In lists, as these are faster than arrays for
+    texts of a few hundred tokens."""
+    tokens, loss = list(bos), [False] * len(bos)
+    eos_kept = size = words = 0
+    for span, ids, offsets in parts:
+        ends = [end for _, end in offsets]
+        first, stop = bisect_right(ends, span.start), _stop(span, offsets)
+        kept = min(stop, seq_len - len(tokens))  # of these tokens, before the cut
+        if kept > first:
+            begin = span.start if tokens or first else ends[0]  # nothing predicts the first token of all
+            size += _bytes(span.text[begin : min(ends[kept - 1], span.stop)])
+        words += len(span.text[span.start : span.stop].split())
+        tokens += ids[:stop]
+        loss += [False] * first + [True] * (stop - first)
+        if span.eos:
+            tokens.append(eos)
+            loss.append(True)
+            eos_kept += len(tokens) <= seq_len
+    loss[:1] = [False]
+    return Side(
+        tokens=np.array(tokens[:seq_len], np.int32),
+        loss=np.array(loss[:seq_len], bool),
+        eos=eos_kept,
+        bytes=size,
+        words=words,
+        truncated=len(tokens) > seq_len,
+    )
 
 
-def _bytes(span: Span, ends: np.ndarray) -> np.ndarray:
-    """Bytes of `text[start:stop]` that each token adds to those before it: [T] int64."""
-    text = span.text[span.start : span.stop].encode("utf-32-le", "surrogatepass")
-    code = np.frombuffer(text, np.uint32)
-    width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
-    upto = np.concatenate([[0], np.cumsum(width)])
-    return np.diff(upto[np.clip(ends - span.start, 0, len(code))], prepend=0)
+def _stop(span: Span, offsets: list[tuple[int, int]]) -> int:
+    """The number of tokens before the first that lies beyond `span.stop`."""
+    if span.stop == len(span.text):
+        return len(offsets)
+    stop = bisect_left(offsets, (span.stop, -1))
+    while stop < len(offsets) and offsets[stop][1] <= span.stop:
+        stop += 1  # a tokenizer may trim white space off the offsets: a token can be empty, at its end
+    return stop
 
 
-def _side(parts: list, bos: list[int], eos: int, seq_len: int, words: int) -> Side:
-    tokens, loss, widths = [bos], [np.zeros(len(bos), bool)], [np.zeros(len(bos), np.int64)]
-    for ids, bears, width, ends in parts:
-        tokens += [ids, [eos] * ends]
-        loss += [bears, [True] * ends]
-        widths += [width, [0] * ends]
-    tokens = np.concatenate(tokens).astype(np.int32)
-    loss = np.concatenate(loss).astype(bool)
-    loss[:1] = False
-    width = np.concatenate(widths)[:seq_len] @ loss[:seq_len]
-    kept, loss = tokens[:seq_len], loss[:seq_len]
-    ends = int((kept[loss] == eos).sum())
-    return Side(kept, loss, ends, int(width), words, len(tokens) > seq_len)
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _bos(tokenizer) -> list[int]:

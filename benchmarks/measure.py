@@ -1,0 +1,56 @@
+"""What benchmarks share: repetitions that take turns, medians, and a table that is also written as JSON."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.table import Table
+
+from prom_jax.console import console
+
+PACKAGES = ("jax", "torch", "transformers", "tokenizers", "datasets", "tensorflow-datasets", "grain")
+
+
+def interleaved(sides: dict[str, Callable], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each repetition of each side. The sides take turns, so that what else the machine does
+    falls on all; a first run of each is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repetition in range(repetitions + 1):
+        for name, side in sides.items():
+            began = time.perf_counter()
+            side()
+            if repetition:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def report(title: str, rows: list[dict], out: str | None) -> None:
+    """Prints the rows as a table, and writes them with the machine and versions into `out`."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(
+            *(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values())
+        )
+    console.print(table)
+    machine = environment()
+    console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    if out:
+        Path(out).write_text(
+            json.dumps({"title": title, "rows": rows, "environment": machine}, indent=2) + "\n"
+        )
+
+
+def environment() -> dict[str, str]:
+    """The machine and the versions of what was measured."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"cores": str(len(os.sched_getaffinity(0))), "python": platform.python_version()} | versions
+
+
+def median(seconds: list[float]) -> float:
+    """Of the repetitions."""
+    return statistics.median(seconds)

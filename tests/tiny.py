@@ -1,0 +1,48 @@
+"""A tiny random model with data to train it on, and a configuration for both."""
+
+import json
+import random
+
+from prom_jax.config import default
+from tests.reference import hf_model
+
+WORDS = {
+    "en": "the cow eats grass and gives milk every morning on a small farm near our river".split(),
+    "sw": "ng'ombe anakula nyasi na hutoa maziwa kila asubuhi katika shamba dogo karibu na mto".split(),
+}
+
+
+def make(root, tokenizer):
+    """Writes a model of 4 layers, 40 instruction pairs and 12 translations into the folder; returns it."""
+    hf = hf_model("smollm2", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    hf.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    chance = random.Random(0)
+    text = lambda language, n: " ".join(chance.choices(WORDS[language], k=n))
+    for language in ("en", "sw"):
+        rows = [
+            {"id": i, "instruction": text(language, 4), "output": text(language, 3 + i % 7)}
+            for i in range(40)
+        ]
+        (root / f"{language}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"en": text("en", 5), "sw": text("sw", 5)} for _ in range(12)]
+    (root / "parallel.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def tiny_config(root):
+    """Eight steps of PROM, as short as they can be."""
+    c = default()
+    c.model, c.language = str(root / "model"), "sw"
+    c.data.english = (str(root / "en.jsonl"),)
+    c.data.target = (str(root / "sw.jsonl"),)
+    c.data.translation = (str(root / "parallel.jsonl"),)
+    c.data.seq_len = 256
+    c.batch.sequences = 8
+    c.steps = 8
+    c.optimizer.learning_rate = 3e-3
+    c.pivot.weight = 0.5
+    c.eval.every, c.eval.holdout, c.eval.samples = 4, 6, 2
+    c.checkpoint.every = 3
+    c.compute_dtype = "float32"
+    return c
