@@ -1,6 +1,13 @@
+import os
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from prom_jax.data import records
 from prom_jax.data.examples import Recipe
 from prom_jax.data.records import prepare
 from prom_jax.errors import UserError
@@ -139,6 +146,73 @@ def test_interrupted_writing_leaves_nothing(recipe, byte_level, tmp_path, monkey
     with pytest.raises(ZeroDivisionError):
         prepare(recipe(), byte_level, tmp_path / "r")
     assert list((tmp_path / "r").iterdir()) == []
+
+
+def contents(records):
+    return [
+        {key: value.tolist() if key != "id" else value for key, value in record.items()}
+        for record in records.read(range(len(records)))
+    ]
+
+
+def test_processes_write_the_same_records(recipe, byte_level, tmp_path, monkeypatch):
+    one = prepare(recipe(holdout=2), byte_level, tmp_path / "one")
+    monkeypatch.setattr(records, "PARALLEL", 0)
+    monkeypatch.setattr(records, "SHARD", 4)
+    many = prepare(recipe(holdout=2), byte_level, tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("*/prom-train.array_record-*-of-00003"))) == 3
+    assert contents(many.train) == contents(one.train) and contents(many.holdout) == contents(one.holdout)
+    assert many.report == one.report and many.fingerprint == one.fingerprint
+    for name in ("roles", *records.STATISTICS):
+        assert np.array_equal(getattr(many.train, name), getattr(one.train, name))
+
+
+class Deadly(PreTrainedTokenizerFast):
+    """Kills the process that it is sent to."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_killed_process_is_one_error(recipe, byte_level, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "PARALLEL", 0)
+    monkeypatch.setattr(records, "SHARD", 4)
+    deadly = Deadly(tokenizer_object=byte_level.backend_tokenizer, eos_token="</s>")
+    with pytest.raises(UserError, match="processes that tokenise was killed"):
+        prepare(recipe(), deadly, tmp_path / "r")
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+SCRIPT = """
+import sys
+from transformers import PreTrainedTokenizerFast
+from prom_jax.data.examples import Recipe
+from prom_jax.data.records import prepare
+tokenizer, rows, folder = sys.argv[1:]
+tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+sys.stdin.read(1)
+prepared = prepare(Recipe("sw", target=(rows,), seq_len=512), tokenizer, folder)
+tokens = sum(prepared.train[i]["target_tokens"].sum() for i in range(9))
+print(prepared.fingerprint, len(prepared.train), tokens)
+"""
+
+
+def test_two_processes_at_once_and_one_killed(jsonl, byte_level, tmp_path):
+    """The others find the same whole records; what a killed one leaves is in nobody's way."""
+    byte_level.save_pretrained(tmp_path / "tokenizer")
+    rows, folder = jsonl("rows.jsonl", TARGET * 300), tmp_path / "r"
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "tokenizer"), rows, str(folder)]
+    three = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]
+    for process in three:
+        process.stdin.write(b"x")
+        process.stdin.flush()
+    while not (folder.is_dir() and any(folder.iterdir())) and three[0].poll() is None:
+        time.sleep(0.01)
+    three[0].kill()
+    said = [process.communicate()[0] for process in three]
+    assert said[1] == said[2] and said[1].split()[1] == b"2700"
+    whole = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    assert [path.name for path in whole] == [said[1].split()[0].decode()]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,176 @@
+"""The probe against plain torch, row by row and layer by layer."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import prom_jax
+from prom_jax import llama, sharding
+from prom_jax.analysis.cloze import Row, Table, read_table
+from prom_jax.analysis.probe import SCORINGS, Probe, beginnings, probe
+from prom_jax.errors import UserError
+from tests.analysis import reference
+from tests.analysis.reference import ROWS
+from tests.reference import hf_model, place_params, to_model
+
+MAX_ERROR = 1e-4
+
+
+def models_for(tokenizer, family="llama3", pivot_layer=0, **settings):
+    hf = hf_model(family, vocab_size=len(tokenizer), **settings)
+    return to_model(hf, pivot_layer), hf
+
+
+def assert_parity(result: Probe, hf, tokenizer, batch=1):
+    rows = [(prompt, row.english, row.word) for row, prompt in result.rows]
+    english, target = reference.probabilities(hf, tokenizer, rows, result.scoring, batch)
+    for ours, theirs in ((result.english, english), (result.target, target)):
+        assert ours.shape == theirs.shape == (len(rows), hf.config.num_hidden_layers)
+        assert np.abs(ours - theirs).max() <= MAX_ERROR
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3)  # most are far smaller than that
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("name", ["byte_level", "metaspace", "byte_fallback"])
+def test_parity_with_torch(request, tables, name, scoring):
+    tokenizer = request.getfixturevalue(name)
+    model, hf = models_for(tokenizer)
+    result = probe(model, tokenizer, read_table("sw", tables()), scoring=scoring, shots=2, batch=3)
+    assert_parity(result, hf, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("llama2", {}), ("mistral", {"sliding_window": 40})],  # the window ends within the demonstrations
+)
+@pytest.mark.parametrize("demonstrations", ["shared", "row"])
+def test_parity_of_both_kinds_of_demonstrations(byte_level, tables, family, settings, demonstrations):
+    model, hf = models_for(byte_level, family, pivot_layer=3, **settings)
+    table = read_table("sw", tables())
+    result = probe(model, byte_level, table, shots=3, demonstrations=demonstrations)
+    assert len(result.rows) >= len(ROWS) - 4
+    assert_parity(result, hf, byte_level)
+
+
+def test_eight_devices_and_any_batch_give_the_same(byte_fallback, tables):
+    model, _ = models_for(byte_fallback, pivot_layer=3)
+    table = read_table("sw", tables())
+    for scoring in ("word", "byte"):
+        one = probe(model, byte_fallback, table, scoring=scoring, shots=2, batch=16)
+        few = probe(model, byte_fallback, table, scoring=scoring, shots=2, batch=1)
+        np.testing.assert_allclose(few.target, one.target, rtol=1e-4)
+        for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+            mesh = sharding.make_mesh(**sizes)
+            spread = llama.with_params(model, place_params(mesh, llama.to_params(model)))
+            many = probe(spread, byte_fallback, table, scoring=scoring, shots=2, batch=5)
+            assert many.rows == one.rows
+            np.testing.assert_allclose(many.english, one.english, rtol=1e-4)
+            np.testing.assert_allclose(many.target, one.target, rtol=1e-4)
+
+
+def test_the_same_seed_gives_the_same(byte_level, tables):
+    model, _ = models_for(byte_level)
+    table = read_table("sw", tables())
+    summaries = [probe(model, byte_level, table, shots=2, seed=seed).summary() for seed in (0, 0, 1)]
+    assert summaries[0] == summaries[1] != summaries[2]
+
+
+def test_rows_that_cannot_be_measured(byte_level, metaspace, tables):
+    model, _ = models_for(byte_level)
+    table = dataclasses.replace(read_table("sw", tables()), dropped={"earlier": 1})
+    dropped = lambda *args, **kwargs: probe(*args, table, shots=0, **kwargs).dropped
+    assert dropped(model, byte_level) == {"earlier": 1, "its English and target word are equal": 1}
+    # πυρ begins with no token but bytes; in byte-level BPE these are pieces of characters.
+    assert dropped(model, byte_level, scoring="prefix") == {
+        "earlier": 1,
+        "one token begins both of its words": 2,
+        "no token begins its target word": 1,
+    }
+    assert dropped(model, byte_level, scoring="byte") == {
+        "earlier": 1,
+        "one token begins both of its words": 2,
+    }
+    model, _ = models_for(metaspace)
+    assert dropped(model, metaspace)["the tokenizer cannot spell one of its words"] == 1
+
+
+def test_beginnings(byte_level, byte_fallback):
+    spelled = lambda tokenizer, *args: tokenizer.convert_ids_to_tokens(beginnings(tokenizer, *args))
+    assert spelled(byte_level, "task", "prefix") == ["t", "tas", "Ġtas", "Ġtask"]
+    assert spelled(byte_level, "task", "byte") == ["t", "tas", "Ġtas", "Ġtask"]
+    assert spelled(byte_level, "ภาษา", "byte") == ["Ġà¸łà¸²", "à"]
+    assert spelled(byte_fallback, "ภาษา", "byte") == ["ภ", "ภา", "▁ภา", "<0xE0>"]
+    assert spelled(byte_fallback, "πυρ", "prefix") == []
+    assert spelled(byte_fallback, "πυρ", "byte") == ["<0xCF>"]
+
+
+def test_a_row_of_which_nothing_is_left(byte_level, tables):
+    model, _ = models_for(byte_level)
+    table = read_table("sw", tables([("taxi", "taxi", 'Ni "___".')]))
+    with pytest.raises(UserError, match=r"no row .* 'sw' .*\(1 × its English and target word are equal\)"):
+        probe(model, byte_level, table, shots=0)
+
+
+@pytest.mark.parametrize("setting", [{"scoring": "first"}, {"batch": 0}, {"shots": 99}])
+def test_settings_that_cannot_be(byte_level, tables, setting):
+    model, _ = models_for(byte_level)
+    with pytest.raises(UserError, match="{}={!r}".format(*next(iter(setting.items())))):
+        probe(model, byte_level, read_table("sw", tables()), **setting)
+
+
+def a_probe(english, target, shared=0.0):
+    english, target = np.array(english), np.array(target)
+    rows = [(Row(str(i), "", "", ""), "") for i in range(len(english))]
+    return Probe("sw", "byte", rows, english, target, np.broadcast_to(shared, english.shape), {}, seed=0)
+
+
+def test_the_difference_and_its_peak():
+    noise = np.random.default_rng(0).normal(0, 0.1, (200, 2))
+    english, target = np.column_stack([noise[:, 0] + 0.5, noise[:, 1] + 0.2]), np.full((200, 2), 0.2)
+    result = a_probe(english, target)
+    mean, low, high = result.difference(1)
+    assert mean == pytest.approx(noise[:, 0].mean() + 0.3)
+    assert mean - low == pytest.approx(1.96 * 0.1 / np.sqrt(200), rel=0.15)
+    assert high - mean == pytest.approx(1.96 * 0.1 / np.sqrt(200), rel=0.15)
+    assert result.peak() == (1, 1, 1)
+    assert a_probe(target, english).peak() == (2, 2, 2)
+    assert a_probe(noise, np.zeros_like(noise)).peak()[1:] == (1, 2)
+    summary = result.summary()
+    assert summary["intervals"]["difference"][0] == pytest.approx([low, high], rel=1e-5)
+    assert summary["english_mean"] == pytest.approx(english.mean(axis=0), rel=1e-5)
+
+
+def test_a_target_of_shared_tokens_is_not_reliable(byte_fallback, tables):
+    shared = np.array([[0.2, 0.01], [0.2, 0.2], [0.01, 0.01]])
+    result = a_probe(np.zeros((3, 2)), np.full((3, 2), 0.3), shared)
+    assert result.unreliable(1) and not result.unreliable(2)
+    assert result.summary()["unreliable_layers"] == [1]
+
+    # Greek words that begin with the same byte, of which the vocabulary has no character.
+    model, _ = models_for(byte_fallback)
+    words = {"a": "πυρ", "b": "ρόδα", "c": "πόλη", "d": "φως", "e": "maji"}
+    rows = [(english, word, f'Na "___" ni {i}.') for i, (english, word) in enumerate(words.items())]
+    table = read_table("sw", tables(rows))
+    result = probe(model, byte_fallback, table, scoring="byte", shots=0)
+    np.testing.assert_array_equal(result.shared[:4], result.target[:4])
+    assert not result.shared[4].any()
+    assert all(result.unreliable(layer) for layer in range(1, 5))
+    assert not probe(model, byte_fallback, table, shots=0).unreliable(1)
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path):
+    path = os.environ.get("SMOLLM2")
+    if not path:
+        pytest.skip("SMOLLM2 does not name the .gguf file; bash tests/run.sh -m slow does so")
+    model, tokenizer = prom_jax.load(path)
+    prom_jax.save_hf(model, tokenizer, tmp_path / "hf")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    table = read_table("sw")
+    table = Table("sw", table.rows[:13], {})
+    for scoring in SCORINGS:
+        assert_parity(probe(model, tokenizer, table, scoring=scoring), hf, tokenizer, batch=8)
