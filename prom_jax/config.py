@@ -11,13 +11,7 @@ from ml_collections import ConfigDict
 
 from prom_jax.errors import UserError
 
-# What the paper's probe of LLaMA-2-7B decided (its tables' asterisks): does the model pivot through English?
-PIVOTS_THROUGH_ENGLISH = {
-    "ar": False, "bn": True, "el": True, "ml": False, "mr": True,
-    "sw": True, "ta": False, "te": False, "th": True,
-}  # fmt: skip
-
-REGULATE = ("paper", "never", "auto")
+REGULATE = ("auto", "paper", "never")
 
 # Differences from the default, by name of the variant.
 VARIANTS = {
@@ -31,6 +25,7 @@ VARIANTS = {
     # The script that the paper's authors published, where it differs from the paper's text.
     "published": {
         "pivot.layer": 23,
+        "pivot.regulate": "paper",
         "pivot.english_prompt": "target",
         "pivot.translation_source": True,
         "data.seq_len": 2048,
@@ -63,8 +58,18 @@ def default() -> ConfigDict:
     c.pivot.english_prompt = "english"
     # Whether the English sentence of a translation also feeds the pivot head.
     c.pivot.translation_source = False
-    # Who decides whether λ is 0: 'paper' (its table for LLaMA-2-7B), 'never' (λ as set), 'auto' (a probe).
-    c.pivot.regulate = "paper"
+    # Who decides whether λ is 0: 'auto' (a probe of the base model), 'paper' (its table for LLaMA-2-7B) or
+    # 'never' (λ as set).
+    c.pivot.regulate = "auto"
+
+    # The probe that 'auto' asks: see docs/probe.md.
+    c.probe = ConfigDict()
+    # What counts as the word: 'word', 'prefix' or 'byte'.
+    c.probe.scoring = "word"
+    # Demonstrations in each prompt.
+    c.probe.shots = 5
+    # Folder with <language>/clean.csv; '': the project's own tables.
+    c.probe.tables = ""
 
     c.data = ConfigDict()
     # Sources of each role: a .json .jsonl .csv .tsv .parquet, hub id `owner/name[:config][@split]`, or
@@ -157,7 +162,7 @@ def check(config: ConfigDict) -> None:
         "data.seq_len": 2, "batch.sequences": 1, "batch.accumulation": 1, "steps": 0, "pivot.layer": 0,
         "optimizer.learning_rate": 0, "optimizer.warmup_ratio": 0, "optimizer.weight_decay": 0,
         "optimizer.clip": 0, "optimizer.epochs": 0, "eval.every": 0, "eval.holdout": 0, "eval.samples": 0,
-        "checkpoint.every": 0, "checkpoint.keep": 1,
+        "checkpoint.every": 0, "checkpoint.keep": 1, "probe.shots": 0,
     }  # fmt: skip
     one_of = {
         "data.prompts": ("english", "target"),
@@ -185,38 +190,3 @@ def check(config: ConfigDict) -> None:
 
 def _get(config, dotted):
     return functools.reduce(lambda node, key: node[key], dotted.split("."), config)
-
-
-def is_llama2_7b(model) -> bool:
-    """Whether an architecture has LLaMA-2-7B's shape, the one model that the paper decided for."""
-    shape = (model.hidden_size, model.num_hidden_layers, model.num_key_value_heads, model.vocab_size)
-    return shape == (4096, 32, 32, 32000)
-
-
-def regulated_weight(config: ConfigDict, model) -> tuple[float, str]:
-    """λ after regulation, and the sentence that says why.
-
-    Raises:
-      UserError: for 'paper' with a language that the paper has not, and for 'auto'.
-    """
-    weight, language = config.pivot.weight, config.language
-    if config.method != "prom":
-        return weight, "no pivot loss to regulate"
-    if config.pivot.regulate == "auto":
-        raise UserError(
-            "pivot.regulate='auto' needs the cloze probe, which this version does not have yet: "
-            "use 'paper' or 'never'"
-        )
-    if config.pivot.regulate == "never":
-        return weight, f"λ = {weight:g} as configured (pivot.regulate = never)"
-    if language not in PIVOTS_THROUGH_ENGLISH:
-        raise UserError(
-            f"pivot.regulate='paper' has no decision for language {language!r}, only for "
-            f"{', '.join(PIVOTS_THROUGH_ENGLISH)}: set --config.pivot.regulate=never to keep λ"
-        )
-    decision = "" if PIVOTS_THROUGH_ENGLISH[language] else "not "
-    reason = f"LLaMA-2-7B does {decision}pivot through English for {language!r} (the paper's probe)"
-    if not is_llama2_7b(model):
-        reason += "; WARNING: this model is not LLaMA-2-7B, so the decision may not hold for it"
-    weight = weight if PIVOTS_THROUGH_ENGLISH[language] else 0.0
-    return weight, f"λ = {weight:g}: {reason}"

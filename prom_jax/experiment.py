@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from prom_jax import budget, models
+from prom_jax import budget, llama, models
 from prom_jax import config as configuration
 from prom_jax.console import console
 from prom_jax.data.examples import Recipe
@@ -12,6 +12,7 @@ from prom_jax.data.loader import Batches
 from prom_jax.data.records import Prepared, prepare
 from prom_jax.errors import UserError
 from prom_jax.objective import Objective
+from prom_jax.regulation import Regulation, decide
 from prom_jax.workdir import as_dict, check_owner
 
 
@@ -31,7 +32,7 @@ class Experiment:
     reader: Any
     tokenizer: Any
     objective: Objective
-    regulation: str
+    regulation: Regulation
     pivot_layer: int
     data: Prepared
     batches: Batches
@@ -55,7 +56,7 @@ class Experiment:
                 "pivot.norm": objective.norm,
             }
         return details | {
-            "regulation": self.regulation,
+            "regulation": self.regulation.reason,
             "prompts": self.prompt_language,
             "steps": self.batches.num_steps,
             "seed": config.seed,
@@ -78,12 +79,14 @@ def resolve(config, workdir: Path) -> Experiment:
     configuration.check(config)
     check_owner(workdir, as_dict(config))
     reader, tokenizer = models.open_source(config.model)
-    weight, regulation = configuration.regulated_weight(config, reader.config)
-    objective = Objective(config.method, weight, config.pivot.label_smoothing, config.pivot.norm)
     layers = reader.config.num_hidden_layers
-    pivot_layer = (config.pivot.layer or round(0.75 * layers)) if objective.has_pivot else 0
-    pivot = f", n = {pivot_layer or 'none'} of {layers}, {regulation}" * (config.method == "prom")
-    console.print(f"model     {config.model}\nmethod    {config.method}{pivot}")
+    layer = config.pivot.layer or round(0.75 * layers)
+    llama.check_pivot_layer(layer, layers)
+    console.print(f"model     {config.model}")
+    regulation = decide(config, reader, layer, workdir)
+    objective = Objective(config.method, regulation.weight, config.pivot.label_smoothing, config.pivot.norm)
+    pivot = f", n = {layer} of {layers}, {regulation.reason}" * (config.method == "prom")
+    console.print(f"method    {config.method}{pivot}")
     if config.data.seq_len > reader.config.max_position_embeddings:
         console.print(
             f"WARNING   data.seq_len={config.data.seq_len} is more than the "
@@ -103,6 +106,7 @@ def resolve(config, workdir: Path) -> Experiment:
             f"method={config.method!r} trains on English, and there is none: set data.english, or use the "
             "variant :bactrian"
         )
+    pivot_layer = layer if objective.has_pivot else 0
     flops = budget.training_flops(reader.config, objective, pivot_layer, data.train, batches.examples)
     experiment = Experiment(
         config=config,

@@ -268,6 +268,7 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
     median = lambda key: statistics.median(row[key] for row in steps)
     base, final = log.evaluation(0), log.evaluation(num_steps)
     summary = job.details | {
+        "regulation_probe": job.regulation.measured,
         "base": base,
         "final": final,
         "loss": steps[-1]["loss"],

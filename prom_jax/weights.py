@@ -1,5 +1,6 @@
 """Weights in and out: from a reader into the model's shards, and out as a Hugging Face directory."""
 
+import hashlib
 import json
 import math
 import os
@@ -64,6 +65,17 @@ def load_params(reader, mesh=None, *, pivot_layer: int = 0, pivot_head: bool = F
         return jax.make_array_from_callback(param.shape, sharding, read)
 
     return jax.tree.map_with_path(load, params)
+
+
+def fingerprint(reader) -> str:
+    """16 hexadecimal digits that change with the architecture or with any tensor's first rows, to tell one
+    model's weights from another's without reading them all."""
+    digest = hashlib.sha256(repr(reader.config).encode())
+    for name in sorted(reader.names):
+        shape = reader.shape(name)
+        index = (slice(0, 4), *(slice(0, size) for size in shape[1:]))
+        digest.update(np.ascontiguousarray(reader.read(name, index), np.float32).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def hf_tensors(params: dict) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:

@@ -50,10 +50,7 @@ def test_the_papers_values(language):
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.warmup_ratio, optimizer.epochs) == (2e-5, 0.03, 3.0)
     assert (optimizer.schedule, optimizer.weight_decay, optimizer.clip) == ("cosine", 0.0, 1.0)
-    # The asterisks of the paper's tables.
-    weight, reason = configuration.regulated_weight(config, LLAMA2)
-    assert weight == (0.0 if language in ("ar", "ta", "ml", "te") else 0.1)
-    assert "WARNING" not in reason
+    assert config.pivot.regulate == "auto"
 
 
 def test_the_published_script():
@@ -123,18 +120,3 @@ def test_values_that_no_run_could_use(key, value, message):
 def test_an_unknown_variant_is_named():
     with pytest.raises(UserError, match=r"unknown variant 'bactrain': expected one of bactrian"):
         load(Path("configs/th.py"), "bactrain")
-
-
-def test_regulation():
-    config = load(Path("configs/ar.py"))
-    small = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64)
-    weight, reason = configuration.regulated_weight(config, small)
-    assert weight == 0 and "WARNING: this model is not LLaMA-2-7B" in reason
-    config.pivot.regulate = "never"
-    assert configuration.regulated_weight(config, small)[0] == 0.1
-    config.pivot.regulate, config.language = "paper", "fi"
-    with pytest.raises(UserError, match="no decision for language 'fi'"):
-        configuration.regulated_weight(config, LLAMA2)
-    config.pivot.regulate = "auto"
-    with pytest.raises(UserError, match="needs the cloze probe, which this version does not have yet"):
-        configuration.regulated_weight(config, LLAMA2)

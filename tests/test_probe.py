@@ -9,6 +9,7 @@ from PIL import Image
 from prom_jax import cli, probe
 from prom_jax.analysis.cloze import read_table
 from prom_jax.analysis.probe import probe as measure
+from prom_jax.errors import UserError
 from tests.analysis.reference import write_table
 from tests.reference import hf_model, to_model
 
@@ -34,7 +35,7 @@ def test_from_flags_to_files(tmp_path, folder, byte_level, capsys):
     run(*given, f"out={tmp_path / 'before'}", "suggest-layer")
     output = capsys.readouterr().out
     assert "word scoring, 2 demonstrations (shared), seed 1" in output
-    assert "sw        6 rows, 1 dropped as its English and target word are equal" in output
+    assert "sw        7 rows, 1 dropped as its English and target word are equal" in output
     assert output.count("where P_en − P_target is") == 2
 
     entries = json.loads((tmp_path / "before" / "probe.json").read_text(encoding="utf-8"))
@@ -61,6 +62,17 @@ def test_from_flags_to_files(tmp_path, folder, byte_level, capsys):
     assert pictures["grid.png"][0] > pictures["sw.png"][0]
 
 
+def test_a_language_without_rows_is_left_out(tmp_path, folder, capsys):
+    tables = write_table(tmp_path, language="sw")
+    write_table(tmp_path, [("a", "πυρ", 'Na "___".')], language="el")
+    given = [f"model={folder[0]}", f"tables={tables}", "scoring=prefix", "shots=0", f"out={tmp_path / 'out'}"]
+    run(*given, "languages=el,sw")
+    assert "WARNING   no row of the table of 'el' can be measured" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "out" / "probe.json").read_text(encoding="utf-8"))) == ["sw"]
+    with pytest.raises(UserError, match="no row of the table of 'el' can be measured with scoring='prefix'"):
+        run(*given, "languages=el")
+
+
 def test_unreliable_scoring_is_told(tmp_path, folder, capsys):
     # Thai words of whose characters the vocabulary has none: it can only begin them with one byte.
     rows = [(english, word, 'Na "___".') for english, word in zip("abcd", ("มา", "นก", "ปลา", "กา"))]
@@ -75,7 +87,7 @@ def test_unreliable_scoring_is_told(tmp_path, folder, capsys):
         (["languages=xx"], "no cloze table"),
         (["languages=en"], "cannot be set against English itself"),
         (["languages=,"], "--languages=,: expected"),
-        (["shots=9"], "shots=9 with 9 usable rows"),
+        (["shots=10"], "shots=10 with 10 usable rows"),
         (["mesh.data=3"], "mesh.data=3"),
         (["compare=nowhere"], "--compare=nowhere: nowhere/probe.json cannot be read"),
     ],
@@ -116,5 +128,5 @@ def test_only_like_is_compared_with_like(tmp_path, folder, change, message):
     path = tmp_path / "before" / "probe.json"
     before = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({key: before["sw"] | entry for key, entry in change.items()}))
-    with pytest.raises(probe.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         run(*given, f"out={tmp_path / 'after'}", f"compare={tmp_path / 'before'}")

@@ -1,18 +1,17 @@
 """Tokenizers against transformers, the tokenizers library and SentencePiece itself."""
 
-import io
 import json
 import shutil
 
 import gguf
 import pytest
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from prom_jax import tokenizer
 from prom_jax.errors import UserError
+from tests.tiny import sentencepiece_model
 
 TEXTS = [
     "",
@@ -144,28 +143,7 @@ def test_bos_and_eos_flags(tmp_path):
 
 @pytest.fixture(scope="module")
 def llama_model():
-    """A SentencePiece BPE like LLaMA's: byte fallback, runs of spaces as pieces of the lowest score."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in CORPUS for line in text.split("\n")]),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=600,
-        character_coverage=0.98,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        num_threads=1,
-        minloglevel=2,
-    )
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
-    spaces = [piece for piece in proto.pieces if set(piece.piece) == {"▁"}]
-    assert len(spaces) > 1
-    for piece in spaces:
-        piece.score = -1e9
-    return proto
+    return sentencepiece_model([line for text in CORPUS for line in text.split("\n")], 600)
 
 
 def llama_fields(proto):

@@ -1,7 +1,12 @@
-"""A tiny random model with data to train it on, and a configuration for both."""
+"""Small things to test with: a random model with data to train it on and a configuration for both, and a
+SentencePiece model."""
 
+import io
 import json
 import random
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from prom_jax.config import default
 from tests.reference import hf_model
@@ -42,7 +47,33 @@ def tiny_config(root):
     c.steps = 8
     c.optimizer.learning_rate = 3e-3
     c.pivot.weight = 0.5
+    c.pivot.regulate = "never"
     c.eval.every, c.eval.holdout, c.eval.samples = 4, 6, 2
     c.checkpoint.every = 3
     c.compute_dtype = "float32"
     return c
+
+
+def sentencepiece_model(lines, vocab_size):
+    """A SentencePiece BPE like LLaMA's: byte fallback, runs of spaces as pieces of the lowest score."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=0.98,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    spaces = [piece for piece in proto.pieces if set(piece.piece) == {"▁"}]
+    assert len(spaces) > 1
+    for piece in spaces:
+        piece.score = -1e9
+    return proto

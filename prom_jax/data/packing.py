@@ -160,9 +160,10 @@ def choose_english_shape(
 ) -> tuple[int, int] | None:
     """(rows, length) of the English side of every update of a run; None without English.
 
-    Few long rows fill best, and many rows divide among many devices. So powers of two are tried on an
-    epoch of (a part of) the examples, each with lengths from an average update's need on; of those
-    that take at most TOLERANCE more places than the best, most rows win.
+    Few long rows fill best, and a number that is often even divides among many devices. So powers of two
+    and three times these are tried on an epoch of (a part of) the examples, each with lengths from an
+    average update's need on; of those that take at most TOLERANCE more places than the best, the most
+    often even number of rows wins.
     """
     target_lengths, english_lengths = np.asarray(target_lengths), np.asarray(english_lengths)
     if not english_lengths.any():
@@ -175,8 +176,9 @@ def choose_english_shape(
     fewest = updates((len(sample), longest_row))  # English has room for all
     average = lengths[1].sum() / fewest
     needs: dict[tuple[int, int], tuple[int, int]] = {}  # places in all, of English
-    rows = 1
-    while not needs or rows * longest < 2 * average:
+    for rows in _row_numbers():
+        if needs and rows * longest >= 2 * average:
+            break
         length = max(longest, average / rows)
         while length <= longest_row:
             length = min(-int(-length // MULTIPLE) * MULTIPLE, longest_row)
@@ -185,8 +187,14 @@ def choose_english_shape(
             if number == fewest:
                 break
             length = 1.02 * length + 1
-        rows *= 2
     for kind, tolerance in enumerate(TOLERANCE):
         least = min(need[kind] for need in needs.values())
         needs = {shape: need for shape, need in needs.items() if need[kind] <= (1 + tolerance) * least}
-    return max(needs, key=lambda shape: (shape[0], -needs[shape][0]))
+    return max(needs, key=lambda shape: (shape[0] & -shape[0], shape[0], -needs[shape][0]))
+
+
+def _row_numbers() -> Iterator[int]:
+    """1, 2, 3, 4, 6, 8, 12, …"""
+    yield 1
+    for k in itertools.count():
+        yield from (2 * 2**k, 3 * 2**k)

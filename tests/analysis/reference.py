@@ -11,7 +11,8 @@ WORDS = {
     "water": "maji",
     "house": "nyumba",
     "tree": "mti",
-    "inn": "inzi",  # share their beginnings
+    "in": "inzi",  # one begins the other
+    "tank": "tango",  # share their beginnings
     "sun": "jua",
     "language": "ภาษา",
     "taxi": "taxi",  # are equal

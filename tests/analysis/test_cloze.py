@@ -36,7 +36,7 @@ def test_prompts_share_their_demonstrations(tables):
 
 def test_each_row_has_demonstrations_of_its_own(tables):
     table = read_table("sw", tables())
-    rows = prompts(table, 8, seed=0, demonstrations="row")
+    rows = prompts(table, len(ROWS) - 1, seed=0, demonstrations="row")
     assert [row for row, _ in rows] == list(table.rows)
     for row, prompt in rows:
         *shown, query = prompt.split("\n")

@@ -1,7 +1,15 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prom_jax import tokenizer as tokenizers
 from prom_jax.data import prompts
 from prom_jax.data.prompts import Span
 from prom_jax.data.sources import Turn
 from prom_jax.data.tokens import encode
+from tests.tiny import sentencepiece_model
 
 ENGLISH = prompts.wording("en")
 
@@ -70,3 +78,52 @@ def test_truncation_counts_what_is_kept(byte_level):
     assert side.truncated and len(side.tokens) == len(whole.tokens) - 21
     assert side.bytes == len(byte_level.decode(side.tokens[side.loss]))
     assert side.tokens[-1] != byte_level.eos_token_id
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A tokenizer of LLaMA-2's kind, loaded as its own is."""
+    folder = tmp_path_factory.mktemp("llama")
+    words = [prompts.wording(language) for language in ("en", "sw", "el")]
+    lines = [text for w in words for text in (w.preamble, w.preamble_input, w.response, *w.translate)]
+    lines += ["    indented", "        twice"] * 9
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(lines * 3, 700).SerializeToString())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    return tokenizers.load(folder)
+
+
+@pytest.fixture(params=["byte_level", "metaspace", "llama"])
+def any_tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+# Letters with marks, an emoji of several characters, white space at the ends: whatever may meet a boundary.
+texts = st.text(st.sampled_from("ab :#1.\n\t é́ก้ำக்য👩‍🌾</s>▁ "), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(texts, texts, texts, st.sampled_from(["en", "th", "ar", "sw", "ta"]))
+def check_boundary(tokenizer, instruction, input, output, language):
+    words = prompts.wording(language)
+    turn = Turn(instruction, input, output)
+    (side,) = encode(tokenizer, [prompts.conversation((turn,), words)], 4096)
+    text = words.prompt(instruction, input) + output
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
+    bos = len(side.tokens) - len(encoded["input_ids"]) - 1
+    assert side.tokens[bos:-1].tolist() == encoded["input_ids"] and bos == bool(tokenizer.bos_token)
+    start = len(text) - len(output)
+    covers = [end > start for _, end in encoded["offset_mapping"]]
+    assert side.loss.tolist() == [False] * bos + covers + [True]
+    assert side.loss[-1] and side.tokens[-1] == tokenizer.eos_token_id
+    first = covers.index(True)
+    assert encoded["offset_mapping"][first][0] <= start < encoded["offset_mapping"][first][1]
+    assert not any(covers[:first]) and all(covers[first:])
+    assert side.bytes == len(output.encode()) and side.words == len(output.split())
+
+
+def test_the_boundary_is_exact(any_tokenizer):
+    """Of any text in any prompt: what covers a character of the response bears loss, from its first token to
+    EOS, and nothing before."""
+    check_boundary(any_tokenizer)

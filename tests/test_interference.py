@@ -1,0 +1,124 @@
+"""The command: its cosines against whole gradients from one device, its files, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import prom_jax
+from prom_jax import interference as door
+from prom_jax import llama, models, weights
+from prom_jax.data.loader import Batches
+from prom_jax.data.records import Records
+from prom_jax.errors import UserError
+from prom_jax.objective import Objective
+from tests.reference import gradients
+from tests.tiny import tiny_config
+
+PIVOT = 3  # three quarters of 4 layers
+
+
+def config_of(tiny):
+    config = tiny_config(tiny)
+    config.batch.sequences = 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny, tmp_path_factory):
+    """An exported model whose pivot head is no copy of the main one."""
+    reader, tokenizer = models.open_source(str(tiny / "model"))
+    params = weights.load_params(reader, pivot_layer=PIVOT, pivot_head=True)
+    params["pivot_head"] = params["pivot_head"][::-1]
+    model = llama.abstract(reader.config, pivot_layer=PIVOT, pivot_head=True)
+    directory = tmp_path_factory.mktemp("interference") / "adapted"
+    prom_jax.save_hf(llama.with_params(model, params), tokenizer, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def measured(tiny, adapted, tmp_path_factory):
+    """Two batches, on the suite's eight devices: the work directory, the results and their folder."""
+    folder = tmp_path_factory.mktemp("interference")
+    methods = ["bactrian", "xllama2", "prom"]
+    results = door.measure(config_of(tiny), folder / "run", str(adapted), folder / "out", methods, 2)
+    return folder / "run", results, folder / "out"
+
+
+def layer_gradients(model, objective, batch):
+    """Of an update: one vector a layer, float64 [N, P]."""
+    tree = gradients(model, objective, batch)[1]
+    stacks = [[np.reshape(x, (len(x), -1)) for x in tree[name].values()] for name in ("lower", "upper")]
+    return np.vstack([np.hstack(stack) for stack in stacks]).astype(np.float64)
+
+
+@pytest.mark.parametrize("method", ["xllama2", "prom"])
+def test_cosines_between_whole_gradients(tiny, adapted, measured, method):
+    workdir, results, _ = measured
+    config, (model, _) = config_of(tiny), prom_jax.load(adapted)
+    records = Records(workdir / "records" / results["settings"]["records"], "train")
+    batch = Batches(records, sequences=2, seq_len=256, seed=config.seed, epochs=1.0)[0]
+    objective = Objective(method, config.pivot.weight, config.pivot.label_smoothing)
+    silent = {side: rows | {"weights": 0 * rows["weights"]} for side, rows in batch.items()}
+    english, target = (
+        layer_gradients(model, objective, silent | {side: batch[side]}) for side in ("english", "target")
+    )
+    reached = {"xllama2": 4, "prom": PIVOT}[method]
+    assert not english[reached:].any() and english[:reached].any(axis=1).all()
+    for layer, entry in enumerate(results[method]["layers"]):
+        if layer < reached:
+            sizes = np.linalg.norm(english[layer]) * np.linalg.norm(target[layer])
+            assert entry["values"][0] == pytest.approx(english[layer] @ target[layer] / sizes, abs=1e-5)
+        else:
+            assert entry == {"layer": layer + 1, "mean": None, "interval": None, "values": None}
+
+
+def test_files(measured):
+    _, results, out = measured
+    assert json.loads((out / "interference.json").read_text()) == results
+    assert list(results) == ["bactrian", "xllama2", "prom", "settings"]
+    for entry in results["bactrian"]["layers"]:
+        low, high = entry["interval"]
+        assert low < entry["mean"] < high and entry["mean"] == pytest.approx(np.mean(entry["values"]))
+    assert (results["settings"]["pivot_layer"], results["settings"]["batches"]) == (PIVOT, 2)
+    with Image.open(out / "interference.png") as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(10**6)}
+    for method in ((44, 160, 44), (214, 39, 40), (31, 119, 180)):  # tab:green, tab:red, tab:blue
+        assert method in colours
+
+
+def test_a_head_is_made_where_there_is_none(tiny, measured):
+    """As training begins with it: a copy of the main head. The baselines do not read it at all."""
+    workdir, results, out = measured
+    config = config_of(tiny)
+    base = door.measure(config, workdir, config.model, out.with_name("base"), ["xllama2", "prom"], 2)
+    values = lambda of, method: [layer["mean"] for layer in of[method]["layers"] if layer["mean"] is not None]
+    assert values(base, "xllama2") == pytest.approx(values(results, "xllama2"), abs=1e-5)
+    assert np.abs(np.subtract(values(base, "prom"), values(results, "prom"))).min() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "methods", "number", "message"),
+    [
+        ({}, ["prom", "sft"], 1, "--methods=prom,sft: expected some of bactrian,xllama2,prom"),
+        ({}, [], 1, "--methods=: expected some of"),
+        ({}, ["prom"], 99, "--batches=99: expected 1 to "),
+        ({"pivot.layer": 2}, ["prom"], 1, "was trained for layer 3, but pivot.layer is 2"),
+        ({"data.translation": ()}, ["prom", "bactrian"], 1, "leave bactrian out of --methods"),
+    ],
+)
+def test_bad_input_is_refused(tiny, adapted, measured, changes, methods, number, message):
+    config = config_of(tiny)
+    config.update_from_flattened_dict(changes)
+    workdir, _, out = measured
+    with pytest.raises(UserError, match=message):
+        door.measure(config, workdir, str(adapted), out.with_name("bad"), methods, number)
+
+
+def test_the_command_needs_a_place_for_its_results():
+    command = [sys.executable, "-m", "prom_jax.interference", "--config=configs/demo.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: --out is missing: a folder for the results\n"
