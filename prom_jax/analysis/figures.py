@@ -94,7 +94,7 @@ def probe_curves(panels: dict[str, list[dict]], path: Path):
     for axes in grid.ravel()[len(panels) :]:
         axes.set_axis_off()
     figure.supxlabel("layer")
-    figure.supylabel(f"mean probability, 95 % ({entries[0]['scoring']} scoring)")
+    figure.supylabel(f"mean probability ({entries[0]['scoring']} scoring)")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
@@ -106,3 +106,48 @@ def _band(axes, entry: dict, role: str, style: str, label: str):
     layers = range(1, len(low) + 1)
     axes.plot(layers, entry[f"{role}_mean"], style, color=COLOURS[role], label=label)
     axes.fill_between(layers, low, high, color=COLOURS[role], alpha=0.2, linewidth=0)
+
+
+METHOD_LABELS = {"bactrian": "Bactrian+(t)", "xllama2": "xLLaMA2(t+e)", "prom": "PROM"}
+METHOD_COLOURS = {"bactrian": "tab:green", "xllama2": "tab:red", "prom": "tab:blue"}
+
+
+def interference_by_layer(results: dict[str, dict], path: Path):
+    """Draws the cosine between gradients by layer, with 95 % intervals as bands, and as bars that of the last
+    layer and of the last that PROM's English reaches; where a method has none, it says so.
+
+    Args: results: entries of an interference.json by method.
+    """
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
+    last = sorted({entry["last_shared_layer"] for entry in results.values()})
+    for number, (method, entry) in enumerate(results.items()):
+        label = f"{METHOD_LABELS[method]}: {' · '.join(entry['compared'])}"
+        reached = entry["layers"][: entry["last_shared_layer"]]
+        layers, means = range(1, 1 + len(reached)), [layer["mean"] for layer in reached]
+        curves.plot(layers, means, marker=".", color=METHOD_COLOURS[method], label=label)
+        band = zip(*(layer["interval"] for layer in reached))
+        curves.fill_between(layers, *band, color=METHOD_COLOURS[method], alpha=0.2, linewidth=0)
+        for group, layer in enumerate(last):
+            _interference_bar(bars, group + 0.25 * (number - (len(results) - 1) / 2), entry, layer, method)
+    bars.set_xticks(range(len(last)), [f"layer {layer}" for layer in last])
+    bars.set_xlim(-0.5, len(last) - 0.5)
+    curves.set(xlabel="layer", ylabel="cosine between gradients, 95 %")
+    for axes in (curves, bars):
+        axes.axhline(0, color="black", lw=0.8)
+        axes.grid(alpha=0.3, axis="y")
+        axes.set_axisbelow(True)
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _interference_bar(axes, place: float, entry: dict, layer: int, method: str):
+    """One method in one layer, with its interval."""
+    of_layer = entry["layers"][layer - 1]
+    if of_layer["mean"] is None:
+        place_of_text = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": "small"}
+        axes.text(place, 0, " no English gradient", color=METHOD_COLOURS[method], **place_of_text)
+        return
+    low, high = of_layer["interval"]
+    axes.bar(place, of_layer["mean"], 0.22, color=METHOD_COLOURS[method])
+    axes.vlines(place, low, high, color="black", lw=1.2)

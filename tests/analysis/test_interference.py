@@ -32,11 +32,12 @@ def objective(method, norm="none"):
 
 
 def model_of(family, method, **settings):
-    """With a pivot head that differs from the main one where the method has one."""
+    """In two stacks, with a pivot head that differs from the main one and that PROM alone must read; for
+    Bactrian+(t) in one stack."""
     hf = hf_model(family, **settings)
     head = copy.deepcopy(hf.lm_head).weight
     head.data = head.data + 0.1
-    return to_model(hf, *((PIVOT, head) if method == "prom" else ()), remat="full")
+    return to_model(hf, *(() if method == "bactrian" else (PIVOT, head)), remat="full")
 
 
 def parts(method):

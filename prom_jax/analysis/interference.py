@@ -1,0 +1,222 @@
+"""Gradient interference: do two kinds of text that a method trains on pull a layer in one direction?
+
+Measured as the cosine between the gradients of two batches over the parameters of one block (attention,
+feed-forward and norms; embeddings and heads are in none), under the method's own loss (the paper's figure 2).
+What is compared is what meets in that loss:
+
+  xllama2   English and target text, both at h_N through the main head
+  prom      English at h_n through the pivot head, target text at h_N through the main head
+  bactrian  no English text at all: target-language instructions and translations, whose prompts hold English
+            sentences; both at h_N through the main head
+
+Target text is instructions and translations together, as they are in training. All methods see the same
+examples. A cosine knows no scale: neither λ nor the number of tokens that a loss is divided by matters.
+
+Under PROM English has no gradient above block n: the last layers are the target language's alone, and nothing
+interferes there. A zero gradient has no direction and so no cosine (which is not a cosine of 0): it is None,
+and n is the last layer that both reach.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prom_jax import llama
+from prom_jax.analysis.statistics import interval, resampled_means
+from prom_jax.attention import visible
+from prom_jax.data.loader import Batches
+from prom_jax.data.records import ROLES, Records
+from prom_jax.errors import UserError
+from prom_jax.losses import cross_entropy
+from prom_jax.objective import Objective
+from prom_jax.sharding import BATCH, constrain, constrain_params
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A part of what an update holds: one side of the examples whose target side has one of these roles.
+
+    source: where the configuration says what they are.
+    """
+
+    name: str
+    side: str
+    roles: tuple[str, ...]
+    source: str
+
+
+TARGET = Texts("target", "target", ("target", "translation"), "data.target")
+COMPARED = {
+    "bactrian": (
+        Texts("instructions", "target", ("target",), "data.target"),
+        Texts("translations", "target", ("translation",), "data.translation"),
+    ),
+    "xllama2": (Texts("English", "english", ("target",), "data.english"), TARGET),
+    "prom": (Texts("English", "english", ("target", "translation"), "data.english"), TARGET),
+}
+
+
+# Which batches.
+
+
+def draw(batches: Batches, records: Records, methods, number: int) -> list[int]:
+    """The first `number` steps of a run whose batches hold everything that `methods` compare.
+
+    Raises:
+      UserError: the records hold none of something, or too few batches hold all.
+    """
+    compared = [(method, texts) for method in methods for texts in COMPARED[method]]
+    everything = np.arange(len(records))
+    for method, texts in compared:
+        if not _tokens(records, everything, texts):
+            raise UserError(
+                f"method {method!r} is measured on {' and '.join(t.name for t in COMPARED[method])}, and the "
+                f"data hold none of the {texts.name}: set {texts.source}, or leave {method} out of --methods"
+            )
+    holds = lambda step, texts: _tokens(records, batches.places(step, texts.side)[0], texts) > 0
+    steps = [step for step in range(len(batches)) if all(holds(step, texts) for _, texts in compared)]
+    if not 0 < number <= len(steps):
+        raise UserError(
+            f"--batches={number}: expected 1 to {len(steps)}, as many as hold all that is compared; for "
+            "more, lower batch.sequences or give more data"
+        )
+    return steps[:number]
+
+
+def _tokens(records: Records, examples: np.ndarray, texts: Texts) -> int:
+    """Loss-bearing tokens of some texts in examples."""
+    weights = getattr(records, f"{texts.side}_weights")[examples]
+    return int(weights[_has_role(records, examples, texts)].sum())
+
+
+def _has_role(records: Records, examples: np.ndarray, texts: Texts) -> np.ndarray:
+    return np.isin(records.roles[examples], [ROLES.index(role) for role in texts.roles])
+
+
+def only(batch: dict, batches: Batches, records: Records, step: int, texts: Texts) -> dict:
+    """The rows of a batch with some texts alone bearing loss. The others stay, unseen: packing isolates them.
+
+    Args: batch: `batches[step]`. Returns: numpy arrays as in `data.loader`, [R, T].
+    """
+    examples, rows, offsets = batches.places(step, texts.side)
+    bears = np.zeros_like(batch[texts.side]["weights"])
+    here = _has_role(records, examples, texts)
+    lengths = getattr(records, f"{texts.side}_lengths")[examples]
+    for row, offset, length in zip(rows[here], offsets[here], lengths[here]):
+        bears[row, offset : offset + length] = 1
+    return batch[texts.side] | {"weights": batch[texts.side]["weights"] * bears}
+
+
+# The gradients.
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "sides"))
+def inner_products(model: llama.Llama, rows: tuple, *, objective: Objective, sides: tuple[str, str]):
+    """Inner products of the gradients of two batches over the parameters of each block that both reach.
+
+    Both go back through the blocks side by side and are summed up block by block, so that the parameters'
+    gradients of one block are all that is ever in memory; of the way forward, every block's input is kept.
+    For SmolLM2-135M and the demo's batches of xLLaMA2(t+e) that is 0.23 GiB of temporaries, where two trees
+    of gradients and what it takes to make them are 1.47 GiB.
+
+    Args:
+      rows: of either batch, as in `data.loader`.
+      objective: its method decides through which head they leave.
+      sides: of the two batches, 'english' or 'target'.
+    Returns: float32 [L, 3]: g₁·g₂, g₁·g₁ and g₂·g₂ in blocks 1 … L, with L = n for PROM and else N.
+    """
+    shared = [model.lower] if objective.has_pivot or model.upper is None else [model.lower, model.upper]
+    contexts = [_context(model, part) for part in rows]
+    states, inputs = zip(
+        *(_forward(shared, model.embed(part["tokens"]), context) for part, context in zip(rows, contexts))
+    )
+    gradients = tuple(
+        jax.grad(_rest)(x, model, objective, side, part, context)
+        for x, side, part, context in zip(states, sides, rows, contexts)
+    )
+
+    def back(gradients, layer):
+        block, *entered = layer
+        of_block, of_input = zip(*map(functools.partial(_back, block), entered, contexts, gradients))
+        products = jnp.stack([_dot(of_block[i], of_block[j]) for i, j in ((0, 1), (0, 0), (1, 1))])
+        return of_input, products
+
+    products = []
+    for stack, *entered in reversed(list(zip(shared, *inputs))):
+        gradients, of_stack = jax.lax.scan(back, gradients, (stack, *entered), reverse=True)
+        products.append(of_stack)
+    return constrain(jnp.concatenate(products[::-1]))
+
+
+def _context(model: llama.Llama, rows: dict):
+    """What every block needs of a batch: rotary angles and the attention mask."""
+    positions, segments = rows["positions"], rows["segments"]
+    mask = visible(positions, positions, segments, segments, model.config.sliding_window)
+    return model.angles(positions), mask
+
+
+def _forward(stacks: list[llama.Blocks], x_BTD, context):
+    """The last block's output, and the inputs of each stack's blocks, [n, B, T, D]."""
+    inputs = []
+    for stack in stacks:
+        x_BTD, entered = jax.lax.scan(
+            lambda x, block: (constrain(block(x, *context)[0], BATCH), x), x_BTD, stack
+        )
+        inputs.append(entered)
+    return x_BTD, inputs
+
+
+def _rest(x_BTD, model: llama.Llama, objective: Objective, side: str, rows: dict, context):
+    """The sum of token losses of a batch, from the output of the last block that both batches reach."""
+    if objective.has_pivot and side == "english":
+        head, smoothing = model.pivot_head[...], objective.label_smoothing
+        x_BTD = model.final_norm(x_BTD) if objective.norm == "final" else x_BTD
+    else:
+        head, smoothing = model.output_embedding, 0.0
+        if objective.has_pivot:
+            x_BTD, _, _ = model.upper.scan(x_BTD, *context)
+        x_BTD = model.final_norm(x_BTD)
+    return cross_entropy(x_BTD, head, rows["labels"], rows["weights"], smoothing, objective.chunk)
+
+
+def _back(block: llama.Blocks, x_BTD, context, gradient_BTD):
+    """Gradients of one block's parameters, as a dict, and of its input."""
+    _, backward = jax.vjp(lambda block, x: block(x, *context)[0], block, x_BTD)
+    of_block, of_input = backward(gradient_BTD)
+    return constrain_params(llama.to_params(of_block)), constrain(of_input, BATCH)
+
+
+def _dot(one: dict, other: dict):
+    """In full float32, which accelerators do not give to matrix products by default."""
+    return sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
+
+
+# What it comes to.
+
+
+def cosines(products) -> np.ndarray:
+    """float64 [L], from `inner_products`."""
+    both, one, other = np.asarray(products, np.float64).T
+    return both / np.sqrt(one * other)
+
+
+def summary(method: str, values: np.ndarray, num_layers: int, seed: int) -> dict:
+    """A method's cosines [batches, L] in JSON's types: by layer, 1 … N, with mean and 95 % bootstrap interval
+    over batches. Above L there are none."""
+    lows, highs = interval(resampled_means(values, seed))
+    reached = values.shape[1]
+    layers = [
+        {"mean": float(of_layer.mean()), "interval": [float(low), float(high)], "values": of_layer.tolist()}
+        for of_layer, low, high in zip(values.T, lows, highs)
+    ]
+    absent = {"mean": None, "interval": None, "values": None}
+    return {
+        "compared": [texts.name for texts in COMPARED[method]],
+        "last_shared_layer": reached,
+        "layers": [
+            {"layer": i} | entry for i, entry in enumerate(layers + [absent] * (num_layers - reached), 1)
+        ],
+    }

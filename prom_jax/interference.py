@@ -1,0 +1,150 @@
+"""python -m prom_jax.interference --config=configs/th.py --out=DIR [--model=CHECKPOINT] [--batches=8]
+
+Measures the cosine between the gradients of two kinds of text that PROM and its baselines train on, layer by
+layer, at one checkpoint (see `prom_jax.analysis.interference`). DIR gets interference.json and
+interference.png. The records are those of the run, in --workdir, and are made if missing.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import transformers
+from absl import flags
+from rich import box
+from rich.table import Table
+
+from prom_jax import budget, cli, llama, models, sharding, weights
+from prom_jax import config as configuration
+from prom_jax.analysis.figures import METHOD_LABELS, interference_by_layer
+from prom_jax.analysis.interference import COMPARED, cosines, draw, inner_products, only, summary
+from prom_jax.console import console, track
+from prom_jax.data.loader import Batches
+from prom_jax.data.records import Records, prepare
+from prom_jax.errors import UserError
+from prom_jax.experiment import recipe
+from prom_jax.objective import Objective
+from prom_jax.workdir import as_dict, make_directory, write_json
+
+
+def measure(config, workdir: Path, model: str, out: Path, methods: list[str], number: int) -> dict:
+    """Runs the measurement and writes what it gives; returns the content of interference.json.
+
+    Args: config: see `prom_jax.config`; workdir: of the run, whose records are used; model: whatever
+      `models.open_source` takes; methods: of COMPARED; number: of batches.
+    Raises:
+      UserError: for input that cannot be used.
+    """
+    configuration.check(config)
+    if not methods or not set(methods) <= COMPARED.keys():
+        raise UserError(f"--methods={','.join(methods)}: expected some of {','.join(COMPARED)}")
+    make_directory(out)
+    # λ scales a gradient without turning it: any but 0 will do, whatever regulation says.
+    losses = {
+        method: Objective(method, 1.0, config.pivot.label_smoothing, config.pivot.norm) for method in COMPARED
+    }
+    mesh = sharding.make_mesh(**config.mesh)
+    network, tokenizer = load(config, model, mesh, pivot="prom" in methods)
+    data = prepare(recipe(config, losses["prom"]), tokenizer, workdir / "records")
+    shape = {"sequences": config.batch.sequences, "seq_len": config.data.seq_len}
+    batches = Batches(data.train, **shape, seed=config.seed, epochs=1.0)
+    steps = draw(batches, data.train, methods, number)
+    layers = network.config.num_hidden_layers
+    console.print(
+        f"model     {model}: {layers} layers, computed in {network.compute.dtype}\n"
+        f"mesh      {dict(mesh.shape)} on {jax.device_count()} × {jax.devices()[0].device_kind}\n"
+        f"batches   {number} of the {len(batches)} of an epoch, rows and their length {batches.shapes}"
+    )
+    with jax.set_mesh(mesh):
+        values = {
+            method: measure_method(network, mesh, losses[method], batches, data.train, steps)
+            for method in methods
+        }
+    results = {method: summary(method, values[method], layers, config.seed) for method in methods}
+    settings = {
+        "model": model,
+        "pivot_layer": network.pivot_layer,
+        "batches": number,
+        "config": as_dict(config),
+        "records": data.fingerprint,
+        "versions": {package.__name__: package.__version__ for package in (jax, transformers, np)},
+    }
+    write_json(out / "interference.json", results | {"settings": settings})
+    interference_by_layer(results, out / "interference.png")
+    console.print(table(results))
+    console.print(f"wrote {out}/interference.json and {out}/interference.png")
+    return results | {"settings": settings}
+
+
+def load(config, source: str, mesh, pivot: bool):
+    """The model as its training begins or goes on, and its tokenizer; a `pivot` head that the source has
+    is used, and otherwise made from the main one."""
+    reader, tokenizer = models.open_source(source)
+    automatic = reader.pivot_layer or round(0.75 * reader.config.num_hidden_layers)
+    split = {"pivot_layer": (config.pivot.layer or automatic) if pivot else 0, "pivot_head": pivot}
+    # Blocks are gone through one by one, so that nothing inside them is worth keeping.
+    compute = llama.Compute(config.compute_dtype or models.default_compute_dtype(), "full", config.attention)
+    model = llama.abstract(reader.config, compute=compute, **split)
+    return llama.with_params(model, weights.load_params(reader, mesh, dtype="float32", **split)), tokenizer
+
+
+def measure_method(
+    model: llama.Llama, mesh, objective: Objective, batches: Batches, records: Records, steps: list[int]
+) -> np.ndarray:
+    """Cosines of the batches at `steps`, float64 [batches, L]; says what memory they take."""
+    compared = COMPARED[objective.method]
+
+    def rows(step):
+        batch = batches[step]
+        return sharding.place_rows(
+            mesh, tuple(only(batch, batches, records, step, texts) for texts in compared)
+        )
+
+    sides = tuple(texts.side for texts in compared)
+    compiled = inner_products.lower(model, rows(steps[0]), objective=objective, sides=sides).compile()
+    needed = {name: size / 2**30 for name, size in budget.device_bytes(compiled).items()}
+    console.print(
+        f"memory    {objective.method}: {sum(needed.values()):.2f} GiB a device (parameters and batches "
+        f"{needed['state']:.2f}, temporary {needed['temporary']:.2f})"
+    )
+    steps = track(steps, f"measuring {objective.method}", len(steps))
+    return np.stack([cosines(compiled(model, rows(step))) for step in steps])
+
+
+def table(results: dict) -> Table:
+    """The cosines of the methods, side by side, in the last layers that both batches of a method reach."""
+    last = sorted({entry["last_shared_layer"] for entry in results.values()})
+    columns = (f"layer {layer} [95 %]" for layer in last)
+    rows = Table("method", "gradients of", *columns, box=box.SIMPLE)
+    for method, entry in results.items():
+        rows.add_row(
+            METHOD_LABELS[method],
+            " · ".join(entry["compared"]),
+            *(_with_interval(entry["layers"][layer - 1]) for layer in last),
+        )
+    return rows
+
+
+def _with_interval(layer: dict) -> str:
+    if layer["mean"] is None:
+        return "none"
+    low, high = layer["interval"]
+    return f"{layer['mean']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def main():
+    """The command."""
+    config = cli.config()
+    if not FLAGS.out:
+        raise UserError("--out is missing: a folder for the results")
+    measure(config, cli.workdir(), FLAGS.model or config.model, Path(FLAGS.out), FLAGS.methods, FLAGS.batches)
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    cli.define_run_flags()
+    flags.DEFINE_string("model", None, "Checkpoint to measure; default that of the configuration")
+    flags.DEFINE_string("out", None, "Folder for the results")
+    flags.DEFINE_integer("batches", 8, "How many batches")
+    flags.DEFINE_list("methods", list(COMPARED), "Which methods, with commas between")
+    cli.run(main)
