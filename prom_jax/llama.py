@@ -105,7 +105,10 @@ class Blocks(nnx.Module):
     def __call__(self, x_BTD, angles_BTF, mask_B1TS, cache=None, start=None):
         """One block. With a `cache` (keys and values, [B, S, K, D] each) the new ones go in at `start`.
 
-        Returns: the block's output [B, T, D] and the updated cache, None without one.
+        Without `start` the cache is only read, and the new ones stand behind it; it may have one row, which
+        is then that of all.
+
+        Returns: the block's output [B, T, D] and the updated cache, None where none was written.
         """
         config = self.config
         split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
@@ -113,11 +116,16 @@ class Blocks(nnx.Module):
         q = rotate(split(self._project("q_proj", h)), angles_BTF)
         k = rotate(split(self._project("k_proj", h)), angles_BTF)
         v = split(self._project("v_proj", h))
-        if cache is not None:
+        if start is not None:
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
                 old, new.astype(old.dtype), start, axis=1
             )
             k, v = cache = write(cache[0], k), write(cache[1], v)
+        elif cache is not None:
+            behind = lambda old, new: jnp.concatenate(
+                [jnp.broadcast_to(old, (len(new), *old.shape[1:])), new], axis=1
+            )
+            k, v, cache = behind(cache[0], k), behind(cache[1], v), None
         h = attention(q, k, v, mask_B1TS, self.compute.attention)
         x_BTD = x_BTD + self._project("o_proj", h.reshape(*h.shape[:2], -1))
         h = rms_norm(x_BTD, self.post_attention_layernorm[...], config.rms_norm_eps)
@@ -127,14 +135,14 @@ class Blocks(nnx.Module):
     def _project(self, name, x):
         return jnp.einsum("...i,oi->...o", x, getattr(self, name)[...].astype(x.dtype))
 
-    def scan(self, x_BTD, angles_BTF, mask_B1TS, cache=None, start=None, collect=False):
-        """Runs the whole stack. Returns its output, all outputs [n, B, T, D] if `collect`, the cache."""
+    def scan(self, x_BTD, angles_BTF, mask_B1TS, cache=None, start=None, collect=None):
+        """Runs the whole stack. Returns its output, `collect` of each block's output stacked, the cache."""
 
         def body(x, layer):
             block, kv = layer
             x, kv = block(x, angles_BTF, mask_B1TS, kv, start)
             x = constrain(x, BATCH)
-            return x, (x if collect else None, kv)
+            return x, (collect(x) if collect else None, kv)
 
         if self.compute.remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
@@ -237,6 +245,20 @@ class Llama(nnx.Module):
             x, _, updated[name] = getattr(self, name).scan(x, angles, mask_B1TS, kv, start)
         return self.final_norm(x), updated
 
+    def each_layer(self, tokens_BT, angles_BTF, mask_B1TS, collect, cache=None):
+        """`collect`, a function of hidden states [B, T, D], of every block's output, stacked: [N, …].
+
+        What it leaves out of them is never kept. A `cache` of `cached_states` is read: what it holds comes
+        before the tokens of every row, and it may have one row for all.
+        """
+        x, collected = self.embed(tokens_BT), []
+        for name in ("lower", "upper"):
+            if (stack := getattr(self, name)) is not None:
+                kv = None if cache is None else cache[name]
+                x, outputs, _ = stack.scan(x, angles_BTF, mask_B1TS, kv, collect=collect)
+                collected.append(outputs)
+        return jnp.concatenate(collected)
+
     def empty_cache(self, batch: int, length: int):
         """A cache for `cached_states` of `length` places in the compute dtype."""
         config = self.config
@@ -282,13 +304,8 @@ class Llama(nnx.Module):
     @functools.partial(jax.jit, static_argnames="layers")
     def _hidden_states(self, tokens_BT, positions_BT, segments_BT, layers):
         context = self._context(tokens_BT, positions_BT, segments_BT)
-        x = self.embed(tokens_BT)
-        hiddens = [x[None]]
-        for stack in (self.lower, self.upper):
-            if stack is not None:
-                x, outputs, _ = stack.scan(x, *context, collect=True)
-                hiddens.append(outputs)
-        return jnp.concatenate(hiddens)[np.asarray(layers)]
+        outputs = self.each_layer(tokens_BT, *context, collect=lambda x: x)
+        return jnp.concatenate([self.embed(tokens_BT)[None], outputs])[np.asarray(layers)]
 
 
 def check_pivot_layer(pivot_layer: int, num_layers: int):

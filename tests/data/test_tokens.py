@@ -112,7 +112,8 @@ def check_boundary(tokenizer, instruction, input, output, language):
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
     )
     bos = len(side.tokens) - len(encoded["input_ids"]) - 1
-    assert side.tokens[bos:-1].tolist() == encoded["input_ids"] and bos == bool(tokenizer.bos_token)
+    assert side.tokens[bos:-1].tolist() == encoded["input_ids"]
+    assert bos == (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
     start = len(text) - len(output)
     covers = [end > start for _, end in encoded["offset_mapping"]]
     assert side.loss.tolist() == [False] * bos + covers + [True]

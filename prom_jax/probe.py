@@ -1,0 +1,197 @@
+"""python -m prom_jax.probe --model=MODEL --languages=th,el --out=DIR [--scoring=word] [--compare=BEFORE]
+
+Measures with cloze prompts how probable the English and the target word are after each block. DIR gets
+probe.json, a picture of each language, and grid.png of all; with --compare also pictures of the change from
+an earlier probe. MODEL is whatever prom_jax loads.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import transformers
+from rich import box
+from rich.table import Table
+
+from prom_jax import cli, models
+from prom_jax.analysis.cloze import DEMONSTRATIONS, prompts, read_table
+from prom_jax.analysis.figures import probe_curves
+from prom_jax.analysis.probe import SCORINGS, NoRows, Probe, probe
+from prom_jax.console import console
+from prom_jax.errors import UserError
+from prom_jax.sharding import make_mesh
+from prom_jax.workdir import make_directory, write_json
+
+# Two probes can be compared where these are equal.
+SETTINGS = ("scoring", "shots", "demonstrations", "seed", "table")
+
+
+def main(argv=None):
+    """Reads the command line and probes."""
+    arguments = parse(argv)
+    settings = {name: getattr(arguments, name) for name in SETTINGS if name != "table"}
+    tables = read_tables(arguments, settings)
+    shared = settings | {"model": arguments.model, "versions": versions()}
+    headers = {language: shared | {"table": table.fingerprint} for language, table in tables.items()}
+    before = earlier(arguments.compare, headers) if arguments.compare else {}
+    out = Path(arguments.out)
+    make_directory(out)
+    mesh = make_mesh(*(getattr(arguments, f"mesh.{axis}") for axis in ("data", "fsdp", "tensor")))
+    model, tokenizer = models.load(arguments.model, mesh, arguments.compute_dtype)
+    console.print(
+        f"model     {arguments.model}: {model.config.num_hidden_layers} layers, computed in "
+        f"{model.compute.dtype}\nmesh      {dict(mesh.shape)} on {jax.device_count()} × "
+        f"{jax.devices()[0].device_kind}\nprobe     {arguments.scoring} scoring, {arguments.shots} "
+        f"demonstrations ({arguments.demonstrations}), seed {arguments.seed}"
+    )
+    probes = measure(model, tokenizer, tables, batch=arguments.batch, **settings)
+    entries = {language: headers[language] | result.summary() for language, result in probes.items()}
+    write_json(out / "probe.json", entries)
+    draw(out, entries, before)
+    console.print(summary_table(probes))
+    if arguments.suggest_layer:
+        for result in probes.values():
+            suggest(result)
+    console.print(f"wrote {out}/probe.json, {out}/grid.png and a picture of each language")
+
+
+def parse(argv) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prom_jax.probe", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True)
+    add("--languages", required=True, help="of the tables, such as th,el")
+    add("--out", required=True, help="folder for the results")
+    add("--scoring", choices=SCORINGS, default="word", help="what counts as a word: see docs/probe.md")
+    add("--shots", type=int, default=5, help="demonstrations in each prompt")
+    add(
+        "--demonstrations", choices=DEMONSTRATIONS, default="shared", help="the same for all, or for each row"
+    )
+    add("--seed", type=int, default=0, help="of demonstrations and intervals")
+    add("--tables", help="folder with <language>/clean.csv; default: the project's own tables")
+    add("--batch", type=int, default=16, help="rows at a time")
+    add("--compute_dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU")
+    for axis, size in (("data", 1), ("fsdp", -1), ("tensor", 1)):
+        add(f"--mesh.{axis}", type=int, default=size, help=f"devices; default {size}")
+    add("--compare", metavar="BEFORE", help="folder of an earlier probe, to draw the change")
+    add("--suggest-layer", action="store_true", help="tell where English leads most")
+    return parser.parse_args(argv)
+
+
+def read_tables(arguments: argparse.Namespace, settings: dict) -> dict:
+    """The languages' tables; what is wrong with them shows before the model is loaded."""
+    languages = list(dict.fromkeys(filter(None, arguments.languages.split(","))))
+    if not languages:
+        raise UserError(f"--languages={arguments.languages}: expected one or more, such as th,el")
+    tables = {language: read_table(language, arguments.tables) for language in languages}
+    for table in tables.values():
+        prompts(table, settings["shots"], settings["seed"])
+    return tables
+
+
+def measure(model, tokenizer, tables: dict, **settings) -> dict[str, Probe]:
+    """Probes each language; one of which no row can be measured is told and left out.
+
+    Raises:
+      NoRows: if that is so of the last one, and there is no other.
+    """
+    probes = {}
+    for language, table in tables.items():
+        try:
+            probes[language] = probe(model, tokenizer, table, **settings)
+        except NoRows as error:
+            if not probes and language == list(tables)[-1]:
+                raise
+            console.print(f"WARNING   {error}")
+        else:
+            describe(probes[language])
+    return probes
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    return {package.__name__: package.__version__ for package in (jax, transformers, np)}
+
+
+def earlier(folder: str, headers: dict[str, dict]) -> dict[str, dict]:
+    """The entries of an earlier probe.
+
+    Raises:
+      UserError: if there are none, or they were measured otherwise.
+    """
+    path = Path(folder) / "probe.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"--compare={folder}: {path} cannot be read; expected an earlier --out") from error
+    for language, header in headers.items():
+        if language not in before:
+            raise UserError(
+                f"--compare={folder} has no {language!r}, only {', '.join(before)}: probe it first"
+            )
+        for name in SETTINGS:
+            if before[language][name] != header[name]:
+                raise UserError(
+                    f"--compare={folder} was measured with {name}={before[language][name]!r} for "
+                    f"{language!r}, this is with {header[name]!r}: measure both alike"
+                )
+    return before
+
+
+def describe(result: Probe):
+    """Prints how many rows were measured, and what to be wary of."""
+    dropped = ", ".join(f"{number} dropped as {reason}" for reason, number in result.dropped.items())
+    console.print(f"{result.language:<9} {len(result.rows)} rows{', ' * bool(dropped)}{dropped}")
+    layers = result.english.shape[1]
+    unreliable = sum(result.unreliable(layer) for layer in range(1, layers + 1))
+    if unreliable:
+        console.print(
+            f"WARNING   {result.language}: at {unreliable} of {layers} layers P_target is mostly that of "
+            "tokens which most words of the table begin with; --scoring=word can tell words apart"
+        )
+
+
+def draw(out: Path, entries: dict[str, dict], before: dict[str, dict]):
+    """A picture of each language and one of all, and the same again over an earlier probe."""
+    alone = {language: [entry] for language, entry in entries.items()}
+    over = {language: [before[language], entry] for language, entry in entries.items() if before}
+    for panels, suffix in ((alone, ""), (over, ".compare")):
+        for language in panels:
+            probe_curves({language: panels[language]}, out / f"{language}{suffix}.png")
+        if panels:
+            probe_curves(panels, out / f"grid{suffix}.png")
+
+
+def summary_table(probes: dict[str, Probe]) -> Table:
+    """Where English leads most, and what the model says in the end."""
+    columns = "", "layer", "English", "target", "difference [95 %]", "English\nat N", "target\nat N"
+    table = Table(*columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for language, result in probes.items():
+        layer, _, _ = result.peak()
+        means = [values.mean(axis=0) for values in (result.english, result.target)]
+        at, last = ([f"{mean[i]:.2g}" for mean in means] for i in (layer - 1, -1))
+        table.add_row(language, str(layer), *at, _with_interval(result, layer), *last)
+    return table
+
+
+def suggest(result: Probe):
+    """Prints the layer where English leads most."""
+    layer, low, high = result.peak()
+    leads = result.difference(layer)[0] > 0
+    console.print(
+        f"{result.language:<9} layer {layer} (95 %: {low} to {high}), where P_en − P_target is "
+        f"{_with_interval(result, layer)}{'' if leads else ': English leads nowhere'}"
+    )
+
+
+def _with_interval(result: Probe, layer: int) -> str:
+    mean, low, high = result.difference(layer)
+    return f"{mean:.2g} [{low:.2g}, {high:.2g}]"
+
+
+if __name__ == "__main__":
+    cli.guard(main)
