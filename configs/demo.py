@@ -21,7 +21,6 @@ def get_config(variant: str = ""):
     config.optimizer.warmup_ratio = 0.1
     config.steps = 12
     config.remat = "none"  # memory is no concern at this size
-    config.pivot.regulate = "never"  # the paper decided for LLaMA-2-7B
     config.eval.every = 6
     config.eval.holdout = 20
     config.eval.samples = 3

@@ -22,6 +22,7 @@ PIVOTS_THROUGH_ENGLISH = {
 }  # fmt: skip
 
 FILE = "regulation.json"
+FAINT = 0.01  # mean probability below which a word is as good as unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +132,8 @@ def _as_measured(weight: float, measured: dict) -> Regulation:
         f"P(target word) {measured['target']:.3g}, difference {measured['difference']:.3g} [{low:.3g}, "
         f"{high:.3g}] ({measured['scoring']} scoring, {measured['rows']} rows)"
     )
+    if max(measured["english"], measured["target"]) < FAINT:
+        reason += "; WARNING: both are close to 0: the model knows neither word there, and the probe says little"
     if low <= 0 <= high:
         reason += "; WARNING: the interval holds 0, so that other rows might decide otherwise"
     if measured["unreliable"]:

@@ -143,6 +143,11 @@ def test_a_decision_is_kept_until_something_changes(tiny, tables, english, tmp_p
     assert len(asked) == 3
 
 
+def test_words_that_the_model_does_not_know_are_told(tiny, tables, tmp_path):
+    config = auto(tiny, tables, str(tiny / "model"))
+    assert "WARNING: both are close to 0" in decided(config, tmp_path).reason
+
+
 def test_doubt_is_told(tiny, tables, speaks, tmp_path):
     either = [pair[n % 2] for n, pair in enumerate(WORDS.items())]  # English in every second row
     decision = decided(auto(tiny, tables, speaks(either)), tmp_path)

@@ -107,24 +107,48 @@ class Crash(Exception):
     """Stands for whatever ends a process in the middle of a step."""
 
 
-@pytest.mark.parametrize("crash_at", [2, 7])
-def test_a_crashed_run_goes_on_as_if_it_had_not(finished, config, tmp_path, monkeypatch, crash_at):
+@pytest.fixture
+def crash(monkeypatch):
+    """Runs a training that ends in the middle of writing about a step."""
     write = door.MetricsLog.write
 
-    def crash(log, step, values):
-        write(log, step, values)
-        if step == crash_at and "loss" in values:
-            log._file.write('{"step": 99, "lo')  # a torn line
-            log._file.flush()
-            raise Crash
+    def train_until(at, config, workdir):
+        def torn(log, step, values):
+            write(log, step, values)
+            if step == at and "loss" in values:
+                log._file.write('{"step": 99, "lo')
+                log._file.flush()
+                raise Crash
 
-    monkeypatch.setattr(door.MetricsLog, "write", crash)
-    with pytest.raises(Crash):
-        door.train(config, tmp_path)
-    monkeypatch.undo()
-    config.mesh.data, config.mesh.fsdp = 1, -1
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(door.MetricsLog, "write", torn)
+            door.train(config, workdir)
+
+    return train_until
+
+
+@pytest.mark.parametrize("at", [2, 7])
+def test_a_crashed_run_goes_on_as_if_it_had_not(finished, config, tmp_path, crash, at):
+    crash(at, config, tmp_path)
     door.train(config, tmp_path)
     assert metrics(tmp_path) == metrics(finished[0])
+
+
+def test_a_run_goes_on_on_another_mesh_in_the_middle_of_an_epoch(finished, config, tmp_path, crash):
+    """The same examples in the same updates; the rest is rounding."""
+    crash(5, config, tmp_path)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 4, 1, 2
+    config.batch.accumulation = 2
+    door.train(config, tmp_path)
+    ours, whole = metrics(tmp_path), metrics(finished[0])
+    assert [row["step"] for row in ours] == [row["step"] for row in whole]
+    for row, expected in zip(ours, whole, strict=True):
+        assert {k: v for k, v in row.items() if "weight" in k} == {
+            k: v for k, v in expected.items() if "weight" in k
+        }
+        assert row == pytest.approx(expected, rel=2e-3)
+        if row["step"] <= 3:  # before the checkpoint that it went on from
+            assert row == expected
 
 
 def test_a_finished_run_is_left_as_it_is(finished, config):
