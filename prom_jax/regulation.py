@@ -133,7 +133,7 @@ def _as_measured(weight: float, measured: dict) -> Regulation:
         f"{high:.3g}] ({measured['scoring']} scoring, {measured['rows']} rows)"
     )
     if max(measured["english"], measured["target"]) < FAINT:
-        reason += "; WARNING: both are close to 0: the model knows neither word there, and the probe says little"
+        reason += "; WARNING: both are close to 0: it knows neither word there, and the probe says little"
     if low <= 0 <= high:
         reason += "; WARNING: the interval holds 0, so that other rows might decide otherwise"
     if measured["unreliable"]:
