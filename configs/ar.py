@@ -1,6 +1,6 @@
 """Arabic, as the paper adapts LLaMA-2-7B to it.
 
-python -m prom_jax.train --config=configs/ar.py            # PROM, if a probe finds the pivot (in the paper: λ = 0)
+python -m prom_jax.train --config=configs/ar.py            # PROM; a probe decides λ (the paper's: 0)
 python -m prom_jax.train --config=configs/ar.py:bactrian   # also :xllama2 :unregulated :published
 """
 

@@ -1,6 +1,6 @@
 """Greek, as the paper adapts LLaMA-2-7B to it.
 
-python -m prom_jax.train --config=configs/el.py            # PROM, if a probe finds the pivot (in the paper: λ = 0.1)
+python -m prom_jax.train --config=configs/el.py            # PROM; a probe decides λ (the paper's: 0.1)
 python -m prom_jax.train --config=configs/el.py:bactrian   # also :xllama2 :unregulated :published
 """
 
