@@ -15,9 +15,9 @@ from pathlib import Path
 from absl import flags
 from rich.prompt import Confirm
 
-from prom_jax import cli
+from prom_jax import card, cli
 from prom_jax.console import console
-from prom_jax.data import card, engines, inspection, sources, translate
+from prom_jax.data import engines, inspection, sources, translate
 from prom_jax.errors import UserError
 from prom_jax.experiment import resolve
 from prom_jax.workdir import write_text

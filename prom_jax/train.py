@@ -19,11 +19,10 @@ import optax
 from absl import flags
 from rich.table import Table
 
-from prom_jax import budget, cli, llama, models, sharding, weights
+from prom_jax import budget, card, cli, llama, models, sharding, weights
 from prom_jax.analysis.figures import learning_curves
 from prom_jax.checkpoints import Checkpoints, Description, describe, placed
 from prom_jax.console import console, progress
-from prom_jax.data import card
 from prom_jax.data.chat import chat_template
 from prom_jax.errors import UserError
 from prom_jax.evaluation import samples
