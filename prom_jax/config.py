@@ -162,7 +162,7 @@ def check(config: ConfigDict) -> None:
         "data.seq_len": 2, "batch.sequences": 1, "batch.accumulation": 1, "steps": 0, "pivot.layer": 0,
         "optimizer.learning_rate": 0, "optimizer.warmup_ratio": 0, "optimizer.weight_decay": 0,
         "optimizer.clip": 0, "optimizer.epochs": 0, "eval.every": 0, "eval.holdout": 0, "eval.samples": 0,
-        "checkpoint.every": 0, "checkpoint.keep": 1, "probe.shots": 0,
+        "checkpoint.every": 0, "checkpoint.keep": 1, "probe.shots": 0, "seed": 0,
     }  # fmt: skip
     one_of = {
         "data.prompts": ("english", "target"),

@@ -1,4 +1,4 @@
-"""What a configuration comes to, before any weight is loaded: method, records, batches and their cost."""
+"""What a configuration comes to before training: method and regulation, records, batches and their cost."""
 
 import dataclasses
 from pathlib import Path
@@ -69,8 +69,8 @@ class Experiment:
 
 
 def resolve(config, workdir: Path) -> Experiment:
-    """Opens the model's files, makes the records where they are missing, plans the batches and writes the
-    data card, with a line on each.
+    """Opens the model's files, decides λ (which loads and probes the model with pivot.regulate = 'auto',
+    once for a work directory), makes the records where they are missing, and plans the batches.
 
     Raises:
       UserError: for a configuration, a model or data that cannot be used, or a work directory that holds
@@ -83,7 +83,7 @@ def resolve(config, workdir: Path) -> Experiment:
     layer = config.pivot.layer or round(0.75 * layers)
     llama.check_pivot_layer(layer, layers)
     console.print(f"model     {config.model}")
-    regulation = decide(config, reader, layer, workdir)
+    regulation = decide(config, reader, tokenizer, layer, workdir)
     objective = Objective(config.method, regulation.weight, config.pivot.label_smoothing, config.pivot.norm)
     pivot = f", n = {layer} of {layers}, {regulation.reason}" * (config.method == "prom")
     console.print(f"method    {config.method}{pivot}")

@@ -16,8 +16,10 @@ from absl import flags
 from rich.prompt import Confirm
 
 from prom_jax import card, cli
+from prom_jax import config as configuration
 from prom_jax.console import console
 from prom_jax.data import engines, inspection, sources, translate
+from prom_jax.data.prompts import language_name
 from prom_jax.errors import UserError
 from prom_jax.experiment import resolve
 from prom_jax.workdir import write_text
@@ -37,15 +39,20 @@ def prepare(config, workdir: Path, inspect: int = 0) -> dict:
     return made
 
 
-def translate_sources(config, engine: engines.Engine, cache: translate.Cache, agreed, dry_run: bool) -> None:
+def translate_sources(config, engine: engines.Engine, cache: translate.Cache, agreed, dry_run: bool) -> bool:
     """Writes data.target from data.english; what cannot be used goes into a file beside it.
 
-    Args: agreed: a function that is asked before anything that costs money.
+    Args: agreed: a function that is asked before anything that costs money; dry_run: tell the cost alone.
+    Returns: whether it was written.
     Raises:
       UserError: data.target is not one new .jsonl file; what `translate.translate` raises.
     """
+    configuration.check(config)
+    language_name(config.language)
     path = _destination(config)
-    rows = sources.numbered(sources.read_instructions(tuple(config.data.english), "en"))
+    english = sources.read_instructions(tuple(config.data.english), "en")
+    sources.pair(english, english)  # refuses ids that could not be paired by, before anything is paid
+    rows = sources.numbered(english)
     estimate = translate.estimate(rows, engine, cache, config.language)
     console.print(
         f"translate {len(rows):,} rows into {config.language!r} with {engine.name}: {estimate.texts:,} texts "
@@ -53,7 +60,7 @@ def translate_sources(config, engine: engines.Engine, cache: translate.Cache, ag
         f"          at least {timedelta(seconds=math.ceil(estimate.seconds))}, about ${estimate.dollars:,.2f}"
     )
     if dry_run or (estimate.dollars and not agreed()):
-        return
+        return False
     result = translate.translate(rows, engine, cache, config.language)
     if not result.rows:
         raise UserError(
@@ -72,6 +79,7 @@ def translate_sources(config, engine: engines.Engine, cache: translate.Cache, ag
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in result.counts.items())
         left_out = len(rows) - len(result.rows)
         console.print(f"          {left_out:,} rows left out ({reasons}): {beside}")
+    return True
 
 
 def _destination(config) -> Path:
@@ -79,6 +87,8 @@ def _destination(config) -> Path:
         raise UserError(
             f"data.target is {tuple(config.data.target)}: --translate needs one .jsonl file to write."
         )
+    if Path(config.data.target[0]).is_dir():
+        raise UserError(f"data.target {config.data.target[0]} is a folder: name a file.")
     if not config.data.english:
         raise UserError("data.english is empty: --translate needs something to translate.")
     return Path(config.data.target[0])
@@ -125,9 +135,11 @@ def main():
     config, workdir = cli.config(), cli.workdir()
     if FLAGS.translate:
         with contextlib.closing(translate.Cache(FLAGS.cache)) as cache:
-            translate_sources(config, _engine(config.language), cache, _agreed, FLAGS.dry_run)
-    if not FLAGS.dry_run:
-        prepare(config, workdir, FLAGS.inspect)
+            if not translate_sources(config, _engine(config.language), cache, _agreed, FLAGS.dry_run):
+                return
+    elif FLAGS.dry_run:
+        raise UserError("--dry_run tells the cost of a translation: add --translate, or use train --dry_run.")
+    prepare(config, workdir, FLAGS.inspect)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from prom_jax.analysis.cloze import Table, read_table
 from prom_jax.analysis.probe import Probe, probe
 from prom_jax.console import console
 from prom_jax.errors import UserError
+from prom_jax.tokenizer import fingerprint
 from prom_jax.workdir import write_json
 
 # What the paper's probe of LLaMA-2-7B decided (its tables' asterisks): does the model pivot through English?
@@ -34,8 +35,8 @@ class Regulation:
     measured: dict | None = None
 
 
-def decide(config, reader, layer: int, workdir: Path) -> Regulation:
-    """λ for a configuration whose model is `reader`'s, with n = `layer`.
+def decide(config, reader, tokenizer, layer: int, workdir: Path) -> Regulation:
+    """λ for a configuration whose model is that of `reader` and `tokenizer`, with n = `layer`.
 
     With pivot.regulate = 'auto' the base model is probed, once for a work directory: `FILE` in there is taken
     while model, table and settings are the same.
@@ -47,14 +48,15 @@ def decide(config, reader, layer: int, workdir: Path) -> Regulation:
     weight, language = config.pivot.weight, config.language
     if config.method != "prom":
         return Regulation(weight, "no pivot loss to regulate")
-    if config.pivot.regulate == "never":
-        return Regulation(weight, f"λ = {weight:g} as configured (pivot.regulate = never)")
+    if config.pivot.regulate == "never" or not weight:
+        return Regulation(weight, f"λ = {weight:g} as configured")
     if config.pivot.regulate == "paper":
         return _as_in_the_paper(weight, language, reader.config)
     table = read_table(language, config.probe.tables or None)
     settings = {
         "model": config.model,
         "weights": weights.fingerprint(reader),
+        "tokenizer": fingerprint(tokenizer),
         "layer": layer,
         "language": language,
         "table": table.fingerprint,
@@ -97,9 +99,10 @@ def _is_llama2_7b(model) -> bool:
 def _recorded(path: Path, settings: dict) -> dict | None:
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
-    return recorded if settings.items() <= recorded.items() else None
+    same = isinstance(recorded, dict) and settings.items() <= recorded.items()
+    return recorded if same and "difference" in recorded else None
 
 
 def _measure(config, table: Table, settings: dict) -> dict:

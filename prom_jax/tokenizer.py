@@ -1,6 +1,7 @@
 """Tokenizers: those that come with a Hugging Face model, and those written in a GGUF file's metadata."""
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def load(source) -> PreTrainedTokenizerFast:
             "set `eos_token` in its tokenizer_config.json"
         )
     return tokenizer
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """16 hexadecimal digits that change with what the tokenizer makes of a text."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("padding"), state.pop("truncation")  # set by calls, not part of the vocabulary
+    parts = [state, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save(tokenizer: PreTrainedTokenizerFast, directory, chat_template: str | None):

@@ -69,7 +69,7 @@ def train(config, workdir, dry_run: bool = False) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Job(Experiment):
-    """An experiment on a mesh, before any weight is loaded."""
+    """An experiment on a mesh, before its weights are loaded to train on."""
 
     mesh: jax.sharding.Mesh
     model: llama.Llama  # shapes alone
@@ -79,7 +79,7 @@ class Job(Experiment):
 
 
 def plan(config, workdir: Path) -> Job:
-    """Mesh, model and data, with a line on each; writes nothing but the records and their card."""
+    """Mesh, model and data, with a line on each; writes nothing but records, card and regulation."""
     mesh = sharding.make_mesh(**config.mesh)
     experiment = resolve(config, workdir)
     objective, data, batches = experiment.objective, experiment.data, experiment.batches

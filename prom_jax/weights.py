@@ -68,13 +68,15 @@ def load_params(reader, mesh=None, *, pivot_layer: int = 0, pivot_head: bool = F
 
 
 def fingerprint(reader) -> str:
-    """16 hexadecimal digits that change with the architecture or with any tensor's first rows, to tell one
-    model's weights from another's without reading them all."""
+    """16 hexadecimal digits that change with the architecture or with the rows of any tensor that are read
+    here, 16 spread over it, to tell one model's weights from another's without reading them all."""
     digest = hashlib.sha256(repr(reader.config).encode())
     for name in sorted(reader.names):
-        shape = reader.shape(name)
-        index = (slice(0, 4), *(slice(0, size) for size in shape[1:]))
-        digest.update(np.ascontiguousarray(reader.read(name, index), np.float32).tobytes())
+        rows, *others = reader.shape(name)
+        for row in np.unique(np.linspace(0, rows - 1, 16).astype(int)).tolist() if others else [None]:
+            first = slice(row, row + 1) if others else slice(None)
+            part = reader.read(name, (first, *(slice(None) for _ in others)))
+            digest.update(np.ascontiguousarray(part, np.float32).tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 from prom_jax.errors import UserError
@@ -50,9 +51,22 @@ def write_json(path: Path, content):
 def write_text(path: Path, text: str):
     """Writes a file whole or not at all."""
     make_directory(path.parent)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        descriptor, partial = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}-"
+        )  # of its own: two may write
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(partial, 0o644)  # as other files: a temporary one is its owner's alone
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): make room, or give another place"
+        ) from error
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -153,6 +153,25 @@ def test_a_corrected_translation_is_not_overwritten(tiny, tmp_path):
     assert path.read_text("utf-8") == mended
 
 
+def test_nothing_is_paid_for_what_cannot_be_used(tiny, tmp_path):
+    rows = [json.loads(line) for line in (tiny / "en.jsonl").read_text().splitlines()]
+    rows[1]["id"] = rows[0]["id"]
+    (tmp_path / "en.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    engine, cache = Toy(), translate.Cache(tmp_path / "cache.sqlite")
+    for key, value, message in (
+        ("data.english", (str(tmp_path / "en.jsonl"),), "'0' occurs twice"),
+        ("data.target", (f"{tmp_path}/x.jsonl",), "is a folder"),
+        ("language", "xx", "'xx' is not known"),
+        ("batch.sequences", 0, "expected 1 or more"),
+    ):
+        (tmp_path / "x.jsonl").mkdir(exist_ok=True)
+        config = config_to_translate(tiny, tmp_path)
+        config.update_from_flattened_dict({key: value})
+        with pytest.raises(UserError, match=message):
+            door.translate_sources(config, engine, cache, agreed=lambda: True, dry_run=False)
+    assert not engine.sent
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

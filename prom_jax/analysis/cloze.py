@@ -70,7 +70,11 @@ def read_table(language: str, directory=None) -> Table:
     """
     if language == "en":
         raise UserError("language 'en' cannot be set against English itself: ask for another language")
-    path, remedy = TABLES / f"{language}.csv", "bring your own table with --tables=DIR (DIR/th/clean.csv)"
+    path = TABLES / f"{language}.csv"
+    remedy = (
+        f"bring your own, DIR/{language}/clean.csv, with --tables=DIR (in a configuration probe.tables, "
+        "or set pivot.regulate=never)"
+    )
     if directory is not None:
         path = Path(directory) / language / "clean.csv"
         remedy = f"expected it in the folder {directory}"

@@ -28,9 +28,9 @@ class Recipe:
     of the template and the translation requests on the target side: 'english', as in Alpaca and
     the published script, or 'target'.
 
-    `holdout` pairs are taken off training; they always have an English side, with an English
-    prompt, so that forgetting can be measured. `text` names aligned sentences that are kept plain,
-    for held-out perplexity. `seed` chooses the held-out pairs and the translation wordings.
+    `holdout` pairs are taken off training; they have an English side, with an English prompt,
+    wherever the source has, so that forgetting can be measured. `text` names aligned sentences that are
+    kept plain, for held-out perplexity. `seed` chooses the held-out pairs and the translation wordings.
     """
 
     language: str
@@ -66,13 +66,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Example:
-    """An example before tokenisation; its sides are counted under their roles."""
+    """An example before tokenisation; its sides are counted under their roles. `unusable` says why it is
+    dropped, if it is."""
 
     id: str
     role: str
     target: list[Span]
     english: list[Span] | None = None
     english_role: str = "english"
+    unusable: str = ""
 
 
 def read_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], int]:
@@ -147,4 +149,5 @@ def _translation(index: int, sentence: Sentence, recipe: Recipe, held_out=False)
         target=prompts.translation(*rendered),
         english=prompts.translation_source(*rendered) if source or held_out else None,
         english_role="translation_source",
+        unusable="" if sentence.english.strip() else "no source sentence",
     )

@@ -1,6 +1,6 @@
 """Packed rows as a person reads them: whose text, where examples begin, and what bears loss."""
 
-from itertools import groupby
+from itertools import groupby, islice
 
 from rich.text import Text
 
@@ -11,14 +11,14 @@ ENGLISH_ROLES = {"target": "english", "translation": "translation_source", "text
 LOSS, PROMPT, HEADING = "bold green", "dim", "cyan"
 
 
-def show(batches, records, tokenizer, number: int, step: int = 0) -> None:
-    """Prints `number` packed rows of a step, target and English ones in turn: text that bears loss in
-    ⟦brackets⟧ and in colour."""
+def show(batches, records, tokenizer, number: int) -> None:
+    """Prints the first `number` packed rows of a run, target and English ones in turn: text that bears loss
+    in ⟦brackets⟧ and in colour."""
     rows = sorted(
         ((row, side) for side, (count, _) in batches.shapes.items() for row in range(count)),
         key=lambda of: (of[0], of[1] != "target"),
     )
-    for row, side in rows[:number]:
+    for step, row, side in islice(((s, *of) for s in range(len(batches)) for of in rows), number):
         examples, places, offsets = batches.places(step, side)
         here = sorted(zip(offsets[places == row].tolist(), examples[places == row].tolist()))
         count, length = batches.shapes[side]

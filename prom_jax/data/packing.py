@@ -20,6 +20,7 @@ TOLERANCE = (
     0.05,
 )  # more places than needed, in all and on the English side, for rows that divide better
 MULTIPLE = 16  # of which the English rows' length is one
+SHARDS = 8  # devices among which English rows should divide; fewer where there are few target rows
 
 
 class Places(NamedTuple):
@@ -162,8 +163,8 @@ def choose_english_shape(
 
     Few long rows fill best, and a number that is often even divides among many devices. So powers of two
     and three times these are tried on an epoch of (a part of) the examples, each with lengths from an
-    average update's need on; of those that take at most TOLERANCE more places than the best, the most
-    often even number of rows wins.
+    average update's need on, and counted with the empty rows that SHARDS devices would add; of those that
+    take at most TOLERANCE more places than the best, the most often even number of rows wins.
     """
     target_lengths, english_lengths = np.asarray(target_lengths), np.asarray(english_lengths)
     if not english_lengths.any():
@@ -173,6 +174,7 @@ def choose_english_shape(
     fixed = {"target_shape": target_shape, "seed": 0, "epoch": 0}
     updates = lambda shape: plan_epoch(*lengths, **fixed, english_shape=shape).updates
     longest, longest_row = english_lengths.max(), target_shape[1]
+    shards = math.gcd(SHARDS, max(1, target_shape[0] // 4))  # English takes about a quarter of the rows
     fewest = updates((len(sample), longest_row))  # English has room for all
     average = lengths[1].sum() / fewest
     needs: dict[tuple[int, int], tuple[int, int]] = {}  # places in all, of English
@@ -182,8 +184,9 @@ def choose_english_shape(
         length = max(longest, average / rows)
         while length <= longest_row:
             length = min(-int(-length // MULTIPLE) * MULTIPLE, longest_row)
-            number = updates((rows, length))
-            needs[rows, length] = number * (math.prod(target_shape) + rows * length), number * rows * length
+            number, spread = updates((rows, length)), rows + -rows % shards
+            english = number * spread * length
+            needs[rows, length] = number * math.prod(target_shape) + english, english
             if number == fewest:
                 break
             length = 1.02 * length + 1

@@ -81,9 +81,10 @@ def language_name(language: str) -> str:
     """
     if (TABLES / f"{language}.json").is_file():
         return wording(language).name
-    if not langcodes.tag_is_valid(language):
+    name = langcodes.get(language).display_name() if langcodes.tag_is_valid(language) else "Unknown"
+    if name.startswith("Unknown"):
         raise UserError(f"Language '{language}' is not known: give its ISO 639 code, such as 'th'.")
-    return langcodes.get(language).display_name()
+    return name
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ A side of an example (see `examples`) is its tokens and a mask of those that bea
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -23,6 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from prom_jax import tokenizer as tokenizers
 from prom_jax.console import track
 from prom_jax.data import prompts, sources
 from prom_jax.data.examples import Example, Recipe, read_examples
@@ -36,7 +38,7 @@ SHARD = 4096  # examples a file, and a task of a worker
 PARALLEL = 16_384  # from so many examples on, workers are worth the seconds that they take to start
 ROLES = ("target", "english", "translation", "translation_source", "text")
 COUNTS = ("examples", "tokens", "loss_tokens", "text_tokens", "bytes", "words", "truncated", "dropped")
-_shared: tuple = ()  # of a process that writes shards: tokenizer, seq_len, features
+_shared: tuple = ()  # of a worker: tokenizer, seq_len, features
 STATISTICS = tuple(
     f"{side}_{what}" for side in ("target", "english") for what in ("lengths", "weights", "bytes")
 )
@@ -114,13 +116,21 @@ def prepare(recipe: Recipe, tokenizer, directory) -> Prepared:
     final = directory / fingerprint(recipe, tokenizer)
     if not final.is_dir():
         make_directory(directory)
-        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=directory))
+        try:
+            partial = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=directory))
+        except OSError as error:
+            raise UserError(
+                f"{directory} cannot be written into ({error.strerror}): give another place."
+            ) from error
         try:
             _write(recipe, tokenizer, partial)
+            partial.chmod(0o755)  # of a folder like others: a temporary one is its owner's alone
             os.rename(partial, final)
-        except OSError:
+        except (OSError, RuntimeError) as error:  # the latter from ArrayRecord
             if not final.is_dir():  # else another process was faster, with the same records
-                raise
+                raise UserError(
+                    f"The records cannot be written into {directory} ({error}): make room."
+                ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     report = json.loads((final / "report.json").read_text())
@@ -135,14 +145,12 @@ def fingerprint(recipe: Recipe, tokenizer) -> str:
     """16 hexadecimal digits: recipe, contents of its sources, tokenizer, version of the code."""
     used = [(name, recipe.language) for name in recipe.target + recipe.translation + recipe.text]
     used += [(name, "en") for name in recipe.english]
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("padding"), state.pop("truncation")  # set by calls, not part of the vocabulary
     parts = {
         "versions": [VERSION, prompts.VERSION],
         "recipe": dataclasses.asdict(recipe),
         "words": [dataclasses.asdict(words) for words in (recipe.words, prompts.wording("en"))],
         "sources": [sources.fingerprint(*source) for source in used],
-        "tokenizer": [state, tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "tokenizer": tokenizers.fingerprint(tokenizer),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -160,6 +168,8 @@ def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
                     f"Nothing is left of the {len(examples)} examples for {split} when cut at "
                     f"data.seq_len = {recipe.seq_len}: raise it, or give examples that have a response."
                 )
+            for shard in (shard for shard in shards if not shard.statistics):
+                shard.path.unlink()
             infos.append(_name_shards(directory, split, [shard for shard in shards if shard.statistics]))
             columns = np.concatenate([np.array(s.statistics, np.int64) for s in shards if s.statistics]).T
             np.savez(directory / f"{split}.npz", **dict(zip(("roles", *STATISTICS), columns, strict=True)))
@@ -180,35 +190,38 @@ class Shard:
 @contextlib.contextmanager
 def _workers(examples: int, tokenizer, seq_len: int) -> Iterator[Callable]:
     """Gives a map of `_write_shard` over tasks: in processes, or here when there is little to do."""
-    _begin(tokenizer, seq_len)
-    number = min(os.cpu_count() or 1, -(-examples // SHARD))
+    shared = tokenizer, seq_len, _features()
+    number = min(len(os.sched_getaffinity(0)), -(-examples // SHARD))
     if examples < PARALLEL or number == 1:
-        yield lambda tasks: map(_write_shard, tasks)
+        yield lambda tasks: map(functools.partial(_write_shard, shared), tasks)
         return
     # Not forked: JAX has threads by now.
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(number, context, _begin, (tokenizer, seq_len)) as pool:
-            yield lambda tasks: pool.map(_write_shard, tasks)
+            yield lambda tasks: pool.map(_write_in_worker, tasks)
     except BrokenProcessPool as error:
         raise UserError(
-            f"One of the {number} processes that tokenise was killed, for want of memory perhaps: free "
-            "some and run the same command again."
+            f"One of the {number} processes that tokenise was killed: free some memory and run the same "
+            "command again; a script of your own needs `if __name__ == '__main__':` around its work."
         ) from error
 
 
 def _begin(tokenizer, seq_len: int) -> None:
-    """What all tasks of a process share."""
-    if multiprocessing.parent_process() is not None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core a process
+    """What all tasks of a worker share."""
     global _shared
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core a process
     _shared = tokenizer, seq_len, _features()
 
 
-def _write_shard(task: tuple[Path, list[Example]]) -> Shard:
+def _write_in_worker(task: tuple[Path, list[Example]]) -> Shard:
+    return _write_shard(_shared, task)
+
+
+def _write_shard(shared: tuple, task: tuple[Path, list[Example]]) -> Shard:
     """Tokenise examples and write those that keep something to learn."""
+    tokenizer, seq_len, features = shared
     path, examples = task
-    tokenizer, seq_len, features = _shared
     shard = Shard(path, [], {})
     chunks = [examples[first : first + CHUNK] for first in range(0, len(examples), CHUNK)]
     tokenise = lambda chunk: list(_tokenise(chunk, tokenizer, seq_len, shard.counts))
@@ -272,7 +285,11 @@ def _tokenise(
     english = iter(encode(tokenizer, asked, seq_len) if asked else ())
     for example, target in zip(examples, targets, strict=True):
         other = next(english) if example.english else None
-        learns = _count(counts.setdefault(example.role, Counter()), target)
+        of_role = counts.setdefault(example.role, Counter())
+        if example.unusable:
+            of_role.update({"dropped": 1, ("reason", example.unusable): 1})
+            continue
+        learns = _count(of_role, target)
         if other:
             of_role = counts.setdefault(example.english_role, Counter())
             other = other if _count(of_role, other, with_target=learns) else None
@@ -282,7 +299,7 @@ def _tokenise(
 
 def _count(counts: Counter, side: Side, with_target: bool = True) -> bool:
     """Enter `side` in its role's counts; whether it is kept: it has text to learn, and its target too."""
-    kept = with_target and side.bytes > 0
+    kept = with_target and side.words > 0
     if kept:
         counts.update(
             examples=1,

@@ -20,11 +20,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import parse_qsl
 from xml.etree import ElementTree
 
 from prom_jax.errors import UserError
 
+csv.field_size_limit(1 << 27)
 SAMPLE = Path(__file__).parents[1] / "resources" / "sample"
 HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[^@/]+))?$")
 
@@ -84,12 +84,12 @@ def read_parallel(sources: tuple[str, ...], language: str) -> list[Sentence]:
     for source in sources:
         if "|" in source:
             sentences += _aligned(source)
-        elif _name(source).endswith(".tmx"):
-            sentences += _read_tmx(_existing(_name(source)), language)
+        elif source.lower().endswith(".tmx"):
+            sentences += _read_tmx(_existing(source), language)
         else:
             rows = _rows(source, ("id", "en", language), f"translations.{language}.jsonl")
             for number, raw in rows:
-                texts = raw.get("translation", raw)
+                texts = raw["translation"] if isinstance(raw.get("translation"), dict) else raw
                 english, target = _strings(texts, ("en", language), f"{source}, row {number}")
                 sentences.append(Sentence(_id(raw), english, target))
     return sentences
@@ -180,18 +180,21 @@ def _rows(source: str, keys: tuple[str, ...], sample: str) -> Iterator[tuple[int
 
 def _name(source: str) -> str:
     """The source without its renamed columns."""
-    return source if Path(source).exists() else source.partition("?")[0]
+    return source if os.path.exists(source) else source.partition("?")[0]
 
 
 def _on_hub(name: str) -> bool:
-    return bool(HUB_ID.match(name)) and not Path(name).exists()
+    """Whether it looks like a hub id, and not like a local file that is missing."""
+    local = Path(name).suffix.lower() in (*READERS, ".tmx", ".txt") or Path(name).parent.is_dir()
+    return bool(HUB_ID.match(name)) and not local
 
 
 def _columns(source: str, keys: tuple[str, ...]) -> dict[str, str]:
     """{our key: their column} of a source."""
     query = source.removeprefix(_name(source)).removeprefix("?")
-    columns = dict(parse_qsl(query))
-    if len(columns) != (query.count("&") + 1 if query else 0) or not columns.keys() <= set(keys):
+    renames = query.split("&") if query else []
+    columns = {ours: theirs for ours, equals, theirs in (r.partition("=") for r in renames) if theirs}
+    if len(columns) != len(renames) or not columns.keys() <= set(keys):
         raise UserError(
             f"Source '{source}' renames columns by '?{query}': expected 'ours=theirs', joined by '&', "
             f"with one of {', '.join(keys)} on the left."
@@ -236,7 +239,7 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
 def _read_csv(path: Path, **dialect) -> Iterator[dict]:
     # Not through datasets, nor JSON: it infers types, so that the texts "NA", "007" or "2020-01-01" change.
     with open(path, encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file, **dialect)
+        yield from csv.DictReader(file, strict=True, **dialect)
 
 
 def _read_tsv(path: Path) -> Iterator[dict]:
@@ -248,41 +251,54 @@ def _read_parquet(path: Path) -> Iterable[dict]:
 
 
 def _read_tmx(path: Path, language: str) -> Iterator[Sentence]:
-    """The units of a Translation Memory eXchange file that have both languages."""
+    """The units of a Translation Memory eXchange file that have both languages, of either's variants the
+    first."""
     number = 0
     try:
         for _, unit in ElementTree.iterparse(path):
-            if unit.tag == "tu":
-                texts = {_tmx_language(variant): _tmx_text(variant) for variant in unit.iter("tuv")}
-                if "en" in texts and language in texts:
+            if _tag(unit) == "tu":
+                texts = _tmx_texts(unit)
+                if texts.keys() >= {"en", _base(language)}:
                     number += 1
-                    yield Sentence(unit.get("tuid"), texts["en"], texts[language])
+                    yield Sentence(unit.get("tuid"), texts["en"], texts[_base(language)])
                 unit.clear()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError) as error:
         raise UserError(f"{path} is not a TMX file ({error}): fetch it again.") from None
     if not number:
         raise UserError(f"{path} has no unit in both 'en' and '{language}': give another file.")
 
 
-def _tmx_language(variant) -> str:
-    code = variant.get("{http://www.w3.org/XML/1998/namespace}lang") or variant.get("lang", "")
-    return re.split("[-_]", code.lower())[0]
+def _tmx_texts(unit) -> dict[str, str]:
+    texts = {}
+    for variant in unit:
+        code = variant.get("{http://www.w3.org/XML/1998/namespace}lang") or variant.get("lang", "")
+        segment = next((part for part in variant if _tag(part) == "seg"), None)
+        if code and segment is not None:
+            texts.setdefault(_base(code), _tmx_text(segment).strip())
+    return texts
 
 
-def _tmx_text(variant) -> str:
-    """The segment without the codes that stand for formatting (all inline elements but `hi`)."""
-    segment = variant.find("seg")
-    pieces = [segment.text or ""]
-    for inline in segment:
-        pieces += [inline.text or ""] * (inline.tag == "hi") + [inline.tail or ""]
-    return "".join(pieces).strip()
+def _tmx_text(element) -> str:
+    """Text without the codes that stand for formatting: all inline elements but `hi`."""
+    inner = ((_tmx_text(inline) if _tag(inline) == "hi" else "") + (inline.tail or "") for inline in element)
+    return (element.text or "") + "".join(inner)
+
+
+def _tag(element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _base(language: str) -> str:
+    return re.split("[-_]", language.lower())[0]
 
 
 def _readable(rows: Iterable, source: str) -> Iterator:
     try:
         yield from rows
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"Source '{source}' cannot be read ({error}): save it as UTF-8 text.") from error
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise UserError(
+            f"Source '{source}' cannot be read ({error}): mend it, or save it as UTF-8."
+        ) from error
 
 
 READERS: dict[str, Callable[[Path], Iterable]] = {
@@ -388,11 +404,14 @@ def _strings(raw: dict, keys: tuple[str, ...], where: str) -> list[str]:
         if not isinstance(raw.get(key), str):
             found = ", ".join(map(str, raw)) or "none"
             raise UserError(f"{where} has no text under '{key}' (keys found: {found}): add it.")
+        if any("\ud800" <= character <= "\udfff" for character in raw[key]):
+            raise UserError(f"{where} has half a character (a surrogate) under '{key}': mend the text.")
     return [raw[key] for key in keys]
 
 
 def _id(raw: dict) -> str | None:
-    return None if raw.get("id") is None else str(raw["id"])
+    name = raw.get("id")
+    return None if name in (None, "") or name != name else str(name)  # a blank cell, a NaN
 
 
 def _by_id(rows: list[Row], side: str) -> dict[str, Row]:

@@ -12,8 +12,7 @@ from prom_jax.data.prompts import Span
 @dataclass(frozen=True)
 class Side:
     """One side of an example: int32 tokens [T], bool loss [T], and of its loss-bearing tokens how
-    many are EOS, and the UTF-8 bytes and words (white space between) under the others; what
-    was cut off counts among the words alone."""
+    many are EOS, and the UTF-8 bytes and words (white space between) under the others."""
 
     tokens: np.ndarray
     loss: np.ndarray
@@ -55,8 +54,9 @@ def _side(parts: list, bos: list[int], eos: int, seq_len: int) -> Side:
         kept = min(stop, seq_len - len(tokens))  # of these tokens, before the cut
         if kept > first:
             begin = span.start if tokens or first else ends[0]  # nothing predicts the first token of all
-            size += _bytes(span.text[begin : min(ends[kept - 1], span.stop)])
-        words += len(span.text[span.start : span.stop].split())
+            learnt = span.text[begin : min(ends[kept - 1], span.stop)]
+            size += len(learnt.encode())
+            words += len(learnt.split())
         tokens += ids[:stop]
         loss += [False] * first + [True] * (stop - first)
         if span.eos:
@@ -82,10 +82,6 @@ def _stop(span: Span, offsets: list[tuple[int, int]]) -> int:
     while stop < len(offsets) and offsets[stop][1] <= span.stop:
         stop += 1  # a tokenizer may trim white space off the offsets: a token can be empty, at its end
     return stop
-
-
-def _bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _bos(tokenizer) -> list[int]:

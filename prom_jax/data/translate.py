@@ -165,17 +165,17 @@ CODE = re.compile(
     )\s*""",
     re.VERBOSE | re.DOTALL,
 )
+# A placeholder, also in the digits and brackets of the language.
+SLOT = re.compile(r"[\[［【]\s*\d+\s*[\]］】]")
 PROTECTED = re.compile(
-    r"""`[^`\n]+`                                # inline code
+    rf"""`[^`\n]+`                                # inline code
     | (?:https?://|ftp://|www\.)[^\s<>"']*[\w/]    # URL, without the full stop after it
     | [\w.+-]+@[\w-]+(?:\.[\w-]+)+                # e-mail address
-    | \[\d+\] | \{\{?[\w.]*\}?\}                  # slots of a template
+    | {SLOT.pattern} | \{{\{{?[\w.]*\}}?\}}       # slots of a template
     | </?[A-Za-z][\w-]*(?:\s+[\w-]+=[^<>]*)?/?>   # tags
     """,
     re.VERBOSE,
 )
-# A placeholder, also in the digits and brackets of the language.
-SLOT = re.compile(r"[\[［【]\s*\d+\s*[\]］】]")
 LONGEST = 5000  # characters; a longer line is cut at white space
 
 

@@ -99,7 +99,7 @@ def test_part_of_another_word_is_not_the_word(tables):
 
 
 def test_tables_that_are_not_there(tables, tmp_path):
-    with pytest.raises(UserError, match=r"no cloze table .*xx.csv: bring your own .* one of .*th"):
+    with pytest.raises(UserError, match=r"no cloze table .*xx.csv: bring your own.* one of .*th"):
         read_table("xx")
     with pytest.raises(UserError, match=r"no cloze table .*xx/clean.csv: expected it in the folder"):
         read_table("xx", tables())

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -144,6 +145,35 @@ def test_folder_is_reused_until_something_changes(recipe, byte_level, metaspace,
 def test_interrupted_writing_leaves_nothing(recipe, byte_level, tmp_path, monkeypatch):
     monkeypatch.setattr(np, "savez", lambda *arrays, **named: 1 / 0)
     with pytest.raises(ZeroDivisionError):
+        prepare(recipe(), byte_level, tmp_path / "r")
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+def test_a_translation_without_its_source_is_dropped(recipe, byte_level, tmp_path, jsonl):
+    rows = [*SENTENCES, {"en": " ", "sw": "Habari"}, {"en": "Hello", "sw": " "}]
+    prepared = prepare(recipe(translation=(jsonl("m.jsonl", rows),)), byte_level, tmp_path / "r")
+    report = prepared.report["train"]["translation"]
+    assert report["examples"] == 4
+    assert report["reasons"] == {"no source sentence": 1, "no response": 1}
+
+
+def test_threads_do_not_mix_tokenizers(recipe, byte_level, metaspace, tmp_path):
+    both = {"a": byte_level, "b": metaspace}
+    make = lambda name: prepare(
+        recipe(seq_len=300), both[name[0]], tmp_path / name
+    ).train.target_lengths.sum()
+    alone = [make("a1"), make("b1")]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(make, ["a2", "b2"])) == alone
+
+
+def test_a_place_that_cannot_be_written(recipe, byte_level, tmp_path, monkeypatch):
+    class Full(records.ArrayRecordWriter):
+        def write(self, record):
+            raise RuntimeError("write() failed: No space left on device")
+
+    monkeypatch.setattr(records, "ArrayRecordWriter", Full)
+    with pytest.raises(UserError, match=r"cannot be written into .*No space left.*make room"):
         prepare(recipe(), byte_level, tmp_path / "r")
     assert list((tmp_path / "r").iterdir()) == []
 

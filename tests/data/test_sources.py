@@ -126,6 +126,24 @@ def test_renamed_columns(jsonl):
             sources.read_instructions((f"{source}?{query}",), "sw")
 
 
+def test_a_missing_file_is_no_hub_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    (tmp_path / "texts").mkdir()
+    for name in ("data/alpaca.th.jsonl", "data/en.txt", "texts/a"):
+        with pytest.raises(UserError, match=rf"There is no file '{name}'"):
+            sources.fingerprint(name, "th")
+
+
+def test_blank_ids_are_none(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,instruction,output\n,a,b\n7,c,d\n")
+    rows = sources.read_instructions((str(path),), "sw")
+    assert [row.id for row in rows] == [None, "7"]
+    with pytest.raises(UserError, match="row 1 has no id, and others have"):
+        sources.pair(rows, rows)
+
+
 def test_columns_of_text_stay_text(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("instruction,output\nNA,007\n2020-01-01,None\n")
@@ -147,8 +165,10 @@ def test_sides_apart(tmp_path, jsonl):
 TMX = """<?xml version="1.0" encoding="utf-8"?>
 <tmx version="1.4"><header/><body>
 <tu tuid="7"><tuv xml:lang="en-US">
-<seg>Wash <bpt i="1">&lt;b&gt;</bpt>your<ept i="1">&lt;/b&gt;</ept> <hi>hands</hi>.</seg></tuv>
-<tuv xml:lang="sw"><prop type="x">y</prop><seg>Osha mikono &amp; uso.</seg></tuv></tu>
+<seg>Wash <bpt i="1">&lt;b&gt;</bpt>your<ept i="1">&lt;/b&gt;</ept> <hi>two
+ <hi>clean</hi> hands</hi>.</seg></tuv>
+<tuv xml:lang="sw"><prop type="x">y</prop><seg>Osha mikono &amp; uso.</seg></tuv>
+<tuv xml:lang="sw-KE"><seg>Nyingine</seg></tuv><tuv xml:lang="th"/></tu>
 <tu><tuv xml:lang="en"><seg>One</seg></tuv><tuv xml:lang="fr"><seg>Un</seg></tuv></tu>
 </body></tmx>"""
 
@@ -156,10 +176,12 @@ TMX = """<?xml version="1.0" encoding="utf-8"?>
 def test_tmx(tmp_path):
     path = tmp_path / "memory.tmx"
     path.write_text(TMX)
-    expected = [Sentence("7", "Wash your hands.", "Osha mikono & uso.")]
+    expected = [Sentence("7", "Wash your two\n clean hands.", "Osha mikono & uso.")]
     assert sources.read_parallel((str(path),), "sw") == expected
     with pytest.raises(UserError, match="no unit in both 'en' and 'th'"):
         sources.read_parallel((str(path),), "th")
+    path.write_text(TMX.replace("<tmx ", '<tmx xmlns="http://www.lisa.org/tmx14" '))
+    assert sources.read_parallel((str(path),), "sw") == expected
     path.write_text(TMX[:-20])
     with pytest.raises(UserError, match="is not a TMX file"):
         sources.read_parallel((str(path),), "sw")
@@ -179,6 +201,8 @@ def test_tmx(tmp_path):
         ("r.json", "[]", "is empty"),
         ("r.parquet", "PAR1", r"r.parquet' cannot be read: ArrowInvalid.*fetch it again"),
         ("r.xml", "<a/>", "of no known kind"),
+        ("r.csv", 'instruction,output\n"a,b\nc,d\n', "cannot be read .*unexpected end of data"),
+        ("r.jsonl", '{"instruction": "a", "output": "\\ud83d"}', "half a character"),
         ("none.json", None, "There is no file"),
     ],
 )

@@ -165,6 +165,22 @@ def test_protected_parts_survive_a_good_and_a_bad_engine(cache):
     assert engine.sent[-4:] == ["See", "or mail", "about", "and"]
 
 
+def test_what_looks_like_a_placeholder_is_protected(cache):
+    text = "The value of list [ 1 ] or 【1】 is shown [0] at https://example.org/a."
+    result = translate.translate([row(text)], Toy(), cache, "th")
+    assert (
+        result.rows[0].turns[0].instruction
+        == spell_thai("The value of list ")
+        + "[ 1 ]"
+        + spell_thai(" or ")
+        + "【1】"
+        + spell_thai(" is shown ")
+        + "[0]"
+        + spell_thai(" at ")
+        + "https://example.org/a."
+    )
+
+
 def test_an_invented_placeholder_is_dropped(cache):
     engine = Toy(lambda text: spell_thai(text) + " [4]")
     (done,) = translate.translate([row("It snows.")], engine, cache, "th").rows
