@@ -158,10 +158,8 @@ def test_a_translation_without_its_source_is_dropped(recipe, byte_level, tmp_pat
 
 
 def test_threads_do_not_mix_tokenizers(recipe, byte_level, metaspace, tmp_path):
-    both = {"a": byte_level, "b": metaspace}
-    make = lambda name: prepare(
-        recipe(seq_len=300), both[name[0]], tmp_path / name
-    ).train.target_lengths.sum()
+    both, same = {"a": byte_level, "b": metaspace}, recipe(seq_len=300)
+    make = lambda name: prepare(same, both[name[0]], tmp_path / name).train.target_lengths.sum()
     alone = [make("a1"), make("b1")]
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(make, ["a2", "b2"])) == alone
