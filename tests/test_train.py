@@ -18,6 +18,7 @@ import transformers
 
 import prom_jax
 from prom_jax import train as door
+from prom_jax.analysis.cloze import TABLES
 from prom_jax.config import VARIANTS, apply_variant
 from prom_jax.data.records import prepare
 from prom_jax.errors import UserError
@@ -137,8 +138,8 @@ def test_a_crashed_run_goes_on_as_if_it_had_not(finished, config, tmp_path, cras
 def test_a_run_goes_on_on_another_mesh_in_the_middle_of_an_epoch(finished, config, tmp_path, crash):
     """The same examples in the same updates; the rest is rounding."""
     crash(5, config, tmp_path)
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 4, 1, 2
-    config.batch.accumulation = 2
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
+    config.batch.accumulation, config.remat = 2, "none"
     door.train(config, tmp_path)
     ours, whole = metrics(tmp_path), metrics(finished[0])
     assert [row["step"] for row in ours] == [row["step"] for row in whole]
@@ -173,24 +174,6 @@ def test_sigterm_saves_and_asks_to_be_run_again(finished, config, tmp_path, monk
     assert door.Checkpoints(tmp_path / "checkpoints").latest() in (2, 3)
     door.train(config, tmp_path)
     assert metrics(tmp_path) == metrics(finished[0])
-
-
-def test_the_mesh_and_accumulation_do_not_change_a_run(finished, config, tmp_path):
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
-    config.batch.accumulation = 2
-    config.remat = "none"
-    door.train(config, tmp_path)
-    for ours, theirs in zip(metrics(tmp_path), metrics(finished[0]), strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-3)
-
-
-def test_prom_of_weight_zero_is_bactrian(config, tmp_path):
-    config.pivot.weight = 0.0
-    door.train(config, tmp_path / "zero")
-    config.method, config.pivot.weight = "bactrian", 0.5
-    door.train(config, tmp_path / "bactrian")
-    assert metrics(tmp_path / "zero") == metrics(tmp_path / "bactrian")
-    assert "loss_english" not in metrics(tmp_path / "zero")[-2]
 
 
 @pytest.mark.parametrize("variant", ["xllama2", "published"])
@@ -359,16 +342,21 @@ def test_kill_9_at_random_moments(tiny, finished, tmp_path):
 
 @pytest.mark.slow
 def test_the_main_job_on_real_weights(tmp_path):
-    """SmolLM2-135M learns Swahili: a few steps of the demo, through the command."""
+    """SmolLM2-135M learns Swahili: a few steps of the demo, through the command, after a short probe."""
+    table = (TABLES / "sw.csv").read_text(encoding="utf-8").splitlines()[:13]
+    (tmp_path / "sw").mkdir()
+    (tmp_path / "sw" / "clean.csv").write_text("\n".join(table), encoding="utf-8")
     arguments = [
         "--config=configs/demo.py",
         f"--config.model={os.environ['SMOLLM2']}",
-        f"--workdir={tmp_path}",
+        f"--config.probe.tables={tmp_path}",
+        f"--workdir={tmp_path / 'run'}",
     ]
     arguments += ["--config.steps=5", "--config.eval.every=0", "--config.eval.holdout=8"]
     environment = os.environ | {"XLA_FLAGS": ""}
     subprocess.run([sys.executable, "-m", "prom_jax.train", *arguments], check=True, env=environment)
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["regulation_probe"]["rows"] == 7 and summary["pivot.layer"] == 22
     base, final = summary["base"], summary["final"]
     assert final["eval_target_bits_per_byte"] < 0.95 * base["eval_target_bits_per_byte"]
     assert final["eval_english_bits_per_byte"] < 1.02 * base["eval_english_bits_per_byte"]
