@@ -85,8 +85,9 @@ def resolve(config, workdir: Path) -> Experiment:
     console.print(f"model     {config.model}")
     regulation = decide(config, reader, tokenizer, layer, workdir)
     objective = Objective(config.method, regulation.weight, config.pivot.label_smoothing, config.pivot.norm)
-    pivot = f", n = {layer} of {layers}, {regulation.reason}" * (config.method == "prom")
-    console.print(f"method    {config.method}{pivot}")
+    reason, *warnings = regulation.reason.split("; WARNING: ")
+    pivot = f", n = {layer} of {layers}, {reason}" * (config.method == "prom")
+    console.print("\nWARNING   ".join([f"method    {config.method}{pivot}", *warnings]))
     if config.data.seq_len > reader.config.max_position_embeddings:
         console.print(
             f"WARNING   data.seq_len={config.data.seq_len} is more than the "
