@@ -1,14 +1,17 @@
 """What the commands share: a config flag with one-line errors."""
 
+import os
 import sys
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from prom_jax.errors import UserError
 
 MISTAKE = 2  # exit status
+COMPILED = Path("~/.cache/prom_jax/compiled").expanduser()
 
 
 def define_run_flags():
@@ -55,7 +58,10 @@ def run(main):
 
 
 def guard(main):
-    """Runs `main()`; a user's mistake ends it with one line and exit status 2."""
+    """Runs `main()`, keeping what it compiles for the next time; a user's mistake ends it with one line and
+    exit status 2."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+    jax.config.update("jax_compilation_cache_dir", cache)
     try:
         main()
     except UserError as error:

@@ -7,7 +7,6 @@ to go on after a stop.
 
 import contextlib
 import dataclasses
-import os
 import signal
 import statistics
 import time
@@ -298,8 +297,6 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
 
 def main():
     """The command."""
-    cache = Path("~/.cache/prom_jax/compiled").expanduser()
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
     train(cli.config(), cli.workdir(), DRY_RUN.value)
 
 
