@@ -1,6 +1,7 @@
 """Tables and the prompts made of them."""
 
 import csv
+import unicodedata
 
 import pytest
 
@@ -18,6 +19,32 @@ def test_built_in_tables_are_whole(language):
     table = read_table(language)
     assert [row.english for row in table.rows] == concepts
     assert len(table.rows) >= 120 and not table.dropped
+
+
+SCRIPTS = {
+    "ar": "ARABIC", "bn": "BENGALI", "el": "GREEK", "en": "LATIN", "ml": "MALAYALAM", "mr": "DEVANAGARI",
+    "sw": "LATIN", "ta": "TAMIL", "te": "TELUGU", "th": "THAI",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", SCRIPTS)
+def test_built_in_sentences_are_of_no_template(language):
+    """The same concepts in every language, each in its script, with one blank, and no two begin alike."""
+    with (TABLES / f"{language}.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with (TABLES / "en.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["english"] for row in rows] == [row["english"] for row in csv.DictReader(file)]
+    assert len(rows) >= 120 and len({row["word"] for row in rows}) == len(rows)
+    openings = set()
+    for row in rows:
+        sentence = row["sentence"]
+        assert sentence.count('"___"') == 1 and sentence == unicodedata.normalize("NFC", sentence)
+        assert row["word"].casefold() not in sentence.casefold().split()
+        letters = [c for c in sentence + row["word"] if c.isalpha()]
+        assert all(unicodedata.name(c).startswith(SCRIPTS[language]) for c in letters)
+        openings.add(sentence[:12] if language == "th" else tuple(sentence.split()[:3]))
+    assert len(openings) == len(rows)
+    assert sum(row["sentence"].startswith('"___"') for row in rows) <= 0.15 * len(rows)
 
 
 def test_prompts_share_their_demonstrations(tables):
