@@ -1,8 +1,7 @@
 """The data card: what a run trains on, in numbers that a reader can check before paying for it."""
 
-import langcodes
-
 from prom_jax.analysis.figures import length_histogram
+from prom_jax.data.checks import script
 from prom_jax.data.records import COUNTS, ROLES
 from prom_jax.workdir import write_json, write_text
 
@@ -67,7 +66,7 @@ def make(experiment) -> dict:
 def _with_ratios(roles: dict, language: str, records) -> dict:
     result = {}
     for role, counts in roles.items():
-        spaced = role.startswith(("english", "translation_source")) or _has_spaces(language)
+        spaced = role in ("english", "translation_source") or script(language) not in SPACELESS
         ratios = {
             "tokens_per_byte": _ratio(counts["text_tokens"], counts["bytes"]),
             "tokens_per_word": _ratio(counts["text_tokens"], counts["words"]) if spaced else None,
@@ -79,10 +78,6 @@ def _with_ratios(roles: dict, language: str, records) -> dict:
             )
         result[role] = counts | ratios
     return result
-
-
-def _has_spaces(language: str) -> bool:
-    return langcodes.get(language).maximize().script not in SPACELESS
 
 
 def _ratio(number: int, of: int) -> float | None:

@@ -1,5 +1,6 @@
 """What the commands share: a config flag with one-line errors."""
 
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -55,6 +56,11 @@ def run(main):
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=_parse)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that measured numbers depend on."""
+    return {package: importlib.metadata.version(package) for package in ("jax", "transformers", "numpy")}
 
 
 def guard(main):

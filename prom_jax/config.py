@@ -188,5 +188,10 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"optimizer.warmup_ratio={config.optimizer.warmup_ratio}: expected a share, 0 to 1")
 
 
+def pivot_layer(config: ConfigDict, num_layers: int) -> int:
+    """n, the number of blocks that English goes through: as set, or three quarters of the model's."""
+    return config.pivot.layer or round(0.75 * num_layers)
+
+
 def _get(config, dotted):
     return functools.reduce(lambda node, key: node[key], dotted.split("."), config)

@@ -80,14 +80,13 @@ def resolve(config, workdir: Path) -> Experiment:
     check_owner(workdir, as_dict(config))
     reader, tokenizer = models.open_source(config.model)
     layers = reader.config.num_hidden_layers
-    layer = config.pivot.layer or round(0.75 * layers)
+    layer = configuration.pivot_layer(config, layers)
     llama.check_pivot_layer(layer, layers)
     console.print(f"model     {config.model}")
     regulation = decide(config, reader, tokenizer, layer, workdir)
     objective = Objective(config.method, regulation.weight, config.pivot.label_smoothing, config.pivot.norm)
-    reason, *warnings = regulation.reason.split("; WARNING: ")
-    pivot = f", n = {layer} of {layers}, {reason}" * (config.method == "prom")
-    console.print("\nWARNING   ".join([f"method    {config.method}{pivot}", *warnings]))
+    pivot = f", n = {layer} of {layers}, {regulation.decision}" * (config.method == "prom")
+    console.print("\nWARNING   ".join([f"method    {config.method}{pivot}", *regulation.warnings]))
     if config.data.seq_len > reader.config.max_position_embeddings:
         console.print(
             f"WARNING   data.seq_len={config.data.seq_len} is more than the "

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import transformers
 from absl import flags
 from rich import box
 from rich.table import Table
@@ -52,7 +51,7 @@ def measure(config, workdir: Path, model: str, out: Path, methods: list[str], nu
     layers = network.config.num_hidden_layers
     console.print(
         f"model     {model}: {layers} layers, computed in {network.compute.dtype}\n"
-        f"mesh      {dict(mesh.shape)} on {jax.device_count()} × {jax.devices()[0].device_kind}\n"
+        f"mesh      {sharding.describe(mesh)}\n"
         f"batches   {number} of the {len(batches)} of an epoch, rows and their length {batches.shapes}"
     )
     with jax.set_mesh(mesh):
@@ -67,7 +66,7 @@ def measure(config, workdir: Path, model: str, out: Path, methods: list[str], nu
         "batches": number,
         "config": as_dict(config),
         "records": data.fingerprint,
-        "versions": {package.__name__: package.__version__ for package in (jax, transformers, np)},
+        "versions": cli.versions(),
     }
     write_json(out / "interference.json", results | {"settings": settings})
     interference_by_layer(results, out / "interference.png")
@@ -80,8 +79,10 @@ def load(config, source: str, mesh, pivot: bool):
     """The model as its training begins or goes on, and its tokenizer; a `pivot` head that the source has
     is used, and otherwise made from the main one."""
     reader, tokenizer = models.open_source(source)
-    automatic = reader.pivot_layer or round(0.75 * reader.config.num_hidden_layers)
-    split = {"pivot_layer": (config.pivot.layer or automatic) if pivot else 0, "pivot_head": pivot}
+    layer = configuration.pivot_layer(config, reader.config.num_hidden_layers)
+    if reader.pivot_layer and not config.pivot.layer:
+        layer = reader.pivot_layer
+    split = {"pivot_layer": layer if pivot else 0, "pivot_head": pivot}
     # Blocks are gone through one by one, so that nothing inside them is worth keeping.
     compute = llama.Compute(config.compute_dtype or models.default_compute_dtype(), "full", config.attention)
     model = llama.abstract(reader.config, compute=compute, **split)

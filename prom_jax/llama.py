@@ -208,7 +208,7 @@ class Llama(nnx.Module):
         x = jnp.take(self.embed_tokens[...], tokens_BT, axis=0)
         return constrain(x.astype(self.compute.dtype), BATCH)
 
-    def _context(self, tokens_BT, positions_BT, segments_BT):
+    def context(self, tokens_BT, positions_BT, segments_BT):
         """What every block needs: rotary angles and the attention mask of a batch without cache."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -223,12 +223,12 @@ class Llama(nnx.Module):
 
     def pivot_states(self, tokens_BT, positions_BT=None, segments_BT=None):
         """h_n, the output of block n without a norm [B, T, D]. Blocks above n are not computed."""
-        context = self._context(tokens_BT, positions_BT, segments_BT)
+        context = self.context(tokens_BT, positions_BT, segments_BT)
         return self.lower.scan(self.embed(tokens_BT), *context)[0]
 
     def final_states(self, tokens_BT, positions_BT=None, segments_BT=None):
         """h_N after the final norm, what the main head reads [B, T, D]."""
-        context = self._context(tokens_BT, positions_BT, segments_BT)
+        context = self.context(tokens_BT, positions_BT, segments_BT)
         x, _, _ = self.lower.scan(self.embed(tokens_BT), *context)
         if self.upper is not None:
             x, _, _ = self.upper.scan(x, *context)
@@ -303,7 +303,7 @@ class Llama(nnx.Module):
 
     @functools.partial(jax.jit, static_argnames="layers")
     def _hidden_states(self, tokens_BT, positions_BT, segments_BT, layers):
-        context = self._context(tokens_BT, positions_BT, segments_BT)
+        context = self.context(tokens_BT, positions_BT, segments_BT)
         outputs = self.each_layer(tokens_BT, *context, collect=lambda x: x)
         return jnp.concatenate([self.embed(tokens_BT)[None], outputs])[np.asarray(layers)]
 

@@ -38,11 +38,15 @@ def load(source, mesh=None, compute_dtype: str | None = None, param_dtype: str |
       UserError: as `open_source`, and for missing or misshapen tensors.
     """
     reader, model_tokenizer = open_source(source)
+    return build(reader, mesh, compute_dtype, param_dtype), model_tokenizer
+
+
+def build(reader, mesh=None, compute_dtype: str | None = None, param_dtype: str | None = None) -> llama.Llama:
+    """The model of a reader that `open_source` gave; the arguments are those of `load`."""
     compute = llama.Compute(dtype=compute_dtype or default_compute_dtype())
     pivot = {"pivot_layer": reader.pivot_layer, "pivot_head": reader.pivot_layer > 0}
     params = weights.load_params(reader, mesh, dtype=param_dtype, **pivot)
-    model = llama.abstract(reader.config, compute=compute, **pivot)
-    return llama.with_params(model, params), model_tokenizer
+    return llama.with_params(llama.abstract(reader.config, compute=compute, **pivot), params)
 
 
 def save_hf(model: llama.Llama, model_tokenizer, directory, *, dtype=None, card=None, template=None):

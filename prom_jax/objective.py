@@ -73,10 +73,14 @@ class Objective:
     def pivot_loss(self, model, rows, label_smoothing=0.0):
         """Sum of token losses at h_n through the pivot head (L_{n,e} before its division)."""
         states = model.pivot_states(rows["tokens"], rows["positions"], rows["segments"])
+        return self.pivot_exit(model, states, rows, label_smoothing)
+
+    def pivot_exit(self, model, states_BTD, rows, label_smoothing=0.0):
+        """The same from h_n."""
         if self.norm == "final":
-            states = model.final_norm(states)
+            states_BTD = model.final_norm(states_BTD)
         return cross_entropy(
-            states, model.pivot_head[...], rows["labels"], rows["weights"], label_smoothing, self.chunk
+            states_BTD, model.pivot_head[...], rows["labels"], rows["weights"], label_smoothing, self.chunk
         )
 
     def coefficients(self, weights: dict) -> dict:
@@ -96,7 +100,12 @@ class Objective:
 def main_loss(model, rows, chunk=None):
     """Sum of token losses at h_N through the main head, float32."""
     states = model.final_states(rows["tokens"], rows["positions"], rows["segments"])
-    return cross_entropy(states, model.output_embedding, rows["labels"], rows["weights"], chunk=chunk)
+    return main_exit(model, states, rows, chunk)
+
+
+def main_exit(model, states_BTD, rows, chunk=None):
+    """The same from h_N after the final norm."""
+    return cross_entropy(states_BTD, model.output_embedding, rows["labels"], rows["weights"], chunk=chunk)
 
 
 def weight_sums(batch) -> dict:

@@ -51,8 +51,7 @@ def translate_sources(config, engine: engines.Engine, cache: translate.Cache, ag
     language_name(config.language)
     path = _destination(config)
     english = sources.read_instructions(tuple(config.data.english), "en")
-    sources.pair(english, english)  # refuses ids that could not be paired by, before anything is paid
-    rows = sources.numbered(english)
+    rows = list(sources.by_id(english, "English").values())
     estimate = translate.estimate(rows, engine, cache, config.language)
     console.print(
         f"translate {len(rows):,} rows into {config.language!r} with {engine.name}: {estimate.texts:,} texts "

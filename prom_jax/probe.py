@@ -9,9 +9,6 @@ import argparse
 import json
 from pathlib import Path
 
-import jax
-import numpy as np
-import transformers
 from rich import box
 from rich.table import Table
 
@@ -21,6 +18,7 @@ from prom_jax.analysis.figures import probe_curves
 from prom_jax.analysis.probe import SCORINGS, NoRows, Probe, probe
 from prom_jax.console import console
 from prom_jax.errors import UserError
+from prom_jax.sharding import describe as describe_mesh
 from prom_jax.sharding import make_mesh
 from prom_jax.workdir import make_directory, write_json
 
@@ -33,7 +31,7 @@ def main(argv=None):
     arguments = parse(argv)
     settings = {name: getattr(arguments, name) for name in SETTINGS if name != "table"}
     tables = read_tables(arguments, settings)
-    shared = settings | {"model": arguments.model, "versions": versions()}
+    shared = settings | {"model": arguments.model, "versions": cli.versions()}
     headers = {language: shared | {"table": table.fingerprint} for language, table in tables.items()}
     before = earlier(arguments.compare, headers) if arguments.compare else {}
     out = Path(arguments.out)
@@ -42,8 +40,8 @@ def main(argv=None):
     model, tokenizer = models.load(arguments.model, mesh, arguments.compute_dtype)
     console.print(
         f"model     {arguments.model}: {model.config.num_hidden_layers} layers, computed in "
-        f"{model.compute.dtype}\nmesh      {dict(mesh.shape)} on {jax.device_count()} × "
-        f"{jax.devices()[0].device_kind}\nprobe     {arguments.scoring} scoring, {arguments.shots} "
+        f"{model.compute.dtype}\nmesh      {describe_mesh(mesh)}\n"
+        f"probe     {arguments.scoring} scoring, {arguments.shots} "
         f"demonstrations ({arguments.demonstrations}), seed {arguments.seed}"
     )
     probes = measure(model, tokenizer, tables, batch=arguments.batch, **settings)
@@ -110,11 +108,6 @@ def measure(model, tokenizer, tables: dict, **settings) -> dict[str, Probe]:
         else:
             describe(probes[language])
     return probes
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    return {package.__name__: package.__version__ for package in (jax, transformers, np)}
 
 
 def earlier(folder: str, headers: dict[str, dict]) -> dict[str, dict]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prom_jax import models, sharding, weights
 from prom_jax.analysis.cloze import Table, read_table
-from prom_jax.analysis.probe import Probe, probe
+from prom_jax.analysis.probe import probe
 from prom_jax.console import console
 from prom_jax.errors import UserError
 from prom_jax.tokenizer import fingerprint
@@ -28,11 +28,18 @@ FAINT = 0.01  # mean probability below which a word is as good as unknown
 
 @dataclasses.dataclass(frozen=True)
 class Regulation:
-    """What was decided: λ, the sentence that says why, and with 'auto' what was measured, as in `FILE`."""
+    """What was decided: λ, the sentence that says why, what to be wary of, and with 'auto' what was measured,
+    as in `FILE`."""
 
     weight: float
-    reason: str
+    decision: str
+    warnings: tuple[str, ...] = ()
     measured: dict | None = None
+
+    @property
+    def reason(self) -> str:
+        """Decision and warnings in one line."""
+        return "; WARNING: ".join((self.decision, *self.warnings))
 
 
 def decide(config, reader, tokenizer, layer: int, workdir: Path) -> Regulation:
@@ -69,7 +76,8 @@ def decide(config, reader, tokenizer, layer: int, workdir: Path) -> Regulation:
     measured = _recorded(path, settings)
     if not measured:
         console.print(f"probe     {config.model} in {language!r}, once for {workdir}")
-        measured = settings | _measure(config, table, settings)
+        mesh = sharding.make_mesh(**config.mesh)
+        measured = settings | _measure(reader, tokenizer, mesh, table, settings)
         write_json(path, measured)
     return _as_measured(weight, measured)
 
@@ -82,13 +90,14 @@ def _as_in_the_paper(weight: float, language: str, model) -> Regulation:
         )
     pivots = PIVOTS_THROUGH_ENGLISH[language]
     weight = weight if pivots else 0.0
-    reason = (
+    decision = (
         f"λ = {weight:g}: LLaMA-2-7B does {'' if pivots else 'not '}pivot through English for {language!r} "
         "(the paper's probe)"
     )
-    if not _is_llama2_7b(model):
-        reason += "; WARNING: this model is not LLaMA-2-7B, so the decision may not hold for it"
-    return Regulation(weight, reason)
+    other = (
+        () if _is_llama2_7b(model) else ("this model is not LLaMA-2-7B, so the decision may not hold for it",)
+    )
+    return Regulation(weight, decision, other)
 
 
 def _is_llama2_7b(model) -> bool:
@@ -105,15 +114,12 @@ def _recorded(path: Path, settings: dict) -> dict | None:
     return recorded if same and "difference" in recorded else None
 
 
-def _measure(config, table: Table, settings: dict) -> dict:
-    mesh = sharding.make_mesh(**config.mesh)
-    model, tokenizer = models.load(config.model, mesh, settings["compute_dtype"])
-    kept = {name: settings[name] for name in ("scoring", "shots", "seed")}
-    return as_json(probe(model, tokenizer, table, **kept), settings["layer"])
-
-
-def as_json(result: Probe, layer: int) -> dict:
-    """A probe after one block: means of P_en and P_target, and of their difference with its 95 % interval."""
+def _measure(reader, tokenizer, mesh, table: Table, settings: dict) -> dict:
+    """What the probe finds after one block: means of P_en and P_target, and of their difference with its 95 %
+    interval."""
+    model = models.build(reader, mesh, settings["compute_dtype"])
+    result = probe(model, tokenizer, table, **{name: settings[name] for name in ("scoring", "shots", "seed")})
+    layer = settings["layer"]
     mean, low, high = result.difference(layer)
     return {
         "english": float(result.english[:, layer - 1].mean()),
@@ -128,20 +134,19 @@ def as_json(result: Probe, layer: int) -> dict:
 
 def _as_measured(weight: float, measured: dict) -> Regulation:
     low, high = measured["interval"]
-    pivots = measured["difference"] >= 0
-    weight = weight if pivots else 0.0
-    reason = (
+    weight = weight if measured["difference"] >= 0 else 0.0
+    decision = (
         f"λ = {weight:g}: after block {measured['layer']} P(English word) is {measured['english']:.3g} and "
         f"P(target word) {measured['target']:.3g}, difference {measured['difference']:.3g} [{low:.3g}, "
         f"{high:.3g}] ({measured['scoring']} scoring, {measured['rows']} rows)"
     )
-    if max(measured["english"], measured["target"]) < FAINT:
-        reason += "; WARNING: both are close to 0: it knows neither word there, and the probe says little"
-    if low <= 0 <= high:
-        reason += "; WARNING: the interval holds 0, so that other rows might decide otherwise"
-    if measured["unreliable"]:
-        reason += (
-            "; WARNING: P(target word) is mostly that of tokens which most words of the script begin with: "
-            "set probe.scoring=word"
+    doubts = {
+        "both are close to 0: it knows neither word there, and the probe says little": max(
+            measured["english"], measured["target"]
         )
-    return Regulation(weight, reason, measured)
+        < FAINT,
+        "the interval holds 0, so that other rows might decide otherwise": low <= 0 <= high,
+        "P(target word) is mostly that of tokens which most words of the script begin with: set "
+        "probe.scoring=word": measured["unreliable"],
+    }
+    return Regulation(weight, decision, tuple(doubt for doubt, holds in doubts.items() if holds), measured)

@@ -49,6 +49,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> j
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def describe(mesh) -> str:
+    """The mesh's shape and devices, for people."""
+    return f"{dict(mesh.shape)} on {jax.device_count()} × {jax.devices()[0].device_kind}"
+
+
 def param_sharding(mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
     """Where a parameter lies. An axis that the mesh does not divide stays whole on every device.
 

@@ -98,7 +98,7 @@ def plan(config, workdir: Path) -> Job:
         f"FLOPs, {experiment.flops / batches.num_steps:.3g} a step"
     )
     console.print(
-        f"mesh      {dict(mesh.shape)} on {jax.device_count()} × {jax.devices()[0].device_kind}: "
+        f"mesh      {sharding.describe(mesh)}: "
         f"{llama.num_parameters(model):,} parameters{' with the pivot head' * objective.has_pivot}, computed "
         f"in {compute.dtype}"
     )

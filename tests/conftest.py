@@ -18,9 +18,11 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prom_jax_test
 
 import jax
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import prom_jax
 from tests.tiny import make, tiny_config
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -76,6 +78,18 @@ def tokenizer(request):
 def tiny(tmp_path_factory, byte_level):
     """A folder with a small model and data, as `tests.tiny.make` leaves it."""
     return make(tmp_path_factory.mktemp("tiny"), byte_level)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M as ours, its tokenizer, the folder of its export, and transformers' model of that."""
+    path = os.environ.get("SMOLLM2")
+    if not path:
+        pytest.skip("SMOLLM2 does not name the .gguf file; bash tests/run.sh -m slow does so")
+    folder = tmp_path_factory.mktemp("smollm2") / "hf"
+    model, tokenizer = prom_jax.load(path)
+    prom_jax.save_hf(model, tokenizer, folder)
+    return model, tokenizer, folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The model against transformers, layer by layer, and its configuration in both directions."""
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -316,18 +315,13 @@ to ring, and the conductor, who had waited eleven years for this evening, lowere
 
 
 @pytest.mark.slow
-def test_smollm2_from_gguf_and_from_its_export(tmp_path):
-    path = os.environ.get("SMOLLM2")
-    if not path:
-        pytest.skip("SMOLLM2 does not name the .gguf file; bash tests/run.sh -m slow does so")
-    model, tokenizer = prom_jax.load(path)
+def test_smollm2_from_gguf_and_from_its_export(smollm2):
+    model, tokenizer, folder, hf = smollm2
     assert llama.num_parameters(model) == 134_515_008
-    prom_jax.save_hf(model, tokenizer, tmp_path / "hf")
-    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     tokens = np.array([tokenizer(TEXT)["input_ids"][:LENGTH]])
     assert tokens.shape == (1, LENGTH)
     assert_parity(model, hf, tokens)
-    assert_parity(prom_jax.load(tmp_path / "hf")[0], hf, tokens)
+    assert_parity(prom_jax.load(folder)[0], hf, tokens)
 
     prompts = [tokens[0, :40].tolist(), tokenizer("The capital of Kenya is")["input_ids"], tokens[0].tolist()]
     ours = greedy(model, prompts, 64, [])

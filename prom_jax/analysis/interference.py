@@ -26,12 +26,10 @@ import numpy as np
 
 from prom_jax import llama
 from prom_jax.analysis.statistics import interval, resampled_means
-from prom_jax.attention import visible
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import ROLES, Records
 from prom_jax.errors import UserError
-from prom_jax.losses import cross_entropy
-from prom_jax.objective import Objective
+from prom_jax.objective import Objective, main_exit
 from prom_jax.sharding import BATCH, constrain, constrain_params
 
 
@@ -129,7 +127,7 @@ def inner_products(model: llama.Llama, rows: tuple, *, objective: Objective, sid
     Returns: float32 [L, 3]: g₁·g₂, g₁·g₁ and g₂·g₂ in blocks 1 … L, with L = n for PROM and else N.
     """
     shared = [model.lower] if objective.has_pivot or model.upper is None else [model.lower, model.upper]
-    contexts = [_context(model, part) for part in rows]
+    contexts = [model.context(part["tokens"], part["positions"], part["segments"]) for part in rows]
     states, inputs = zip(
         *(_forward(shared, model.embed(part["tokens"]), context) for part, context in zip(rows, contexts))
     )
@@ -151,13 +149,6 @@ def inner_products(model: llama.Llama, rows: tuple, *, objective: Objective, sid
     return constrain(jnp.concatenate(products[::-1]))
 
 
-def _context(model: llama.Llama, rows: dict):
-    """What every block needs of a batch: rotary angles and the attention mask."""
-    positions, segments = rows["positions"], rows["segments"]
-    mask = visible(positions, positions, segments, segments, model.config.sliding_window)
-    return model.angles(positions), mask
-
-
 def _forward(stacks: list[llama.Blocks], x_BTD, context):
     """The last block's output, and the inputs of each stack's blocks, [n, B, T, D]."""
     inputs = []
@@ -172,14 +163,10 @@ def _forward(stacks: list[llama.Blocks], x_BTD, context):
 def _rest(x_BTD, model: llama.Llama, objective: Objective, side: str, rows: dict, context):
     """The sum of token losses of a batch, from the output of the last block that both batches reach."""
     if objective.has_pivot and side == "english":
-        head, smoothing = model.pivot_head[...], objective.label_smoothing
-        x_BTD = model.final_norm(x_BTD) if objective.norm == "final" else x_BTD
-    else:
-        head, smoothing = model.output_embedding, 0.0
-        if objective.has_pivot:
-            x_BTD, _, _ = model.upper.scan(x_BTD, *context)
-        x_BTD = model.final_norm(x_BTD)
-    return cross_entropy(x_BTD, head, rows["labels"], rows["weights"], smoothing, objective.chunk)
+        return objective.pivot_exit(model, x_BTD, rows, objective.label_smoothing)
+    if objective.has_pivot:
+        x_BTD, _, _ = model.upper.scan(x_BTD, *context)
+    return main_exit(model, model.final_norm(x_BTD), rows, objective.chunk)
 
 
 def _back(block: llama.Blocks, x_BTD, context, gradient_BTD):

@@ -95,9 +95,26 @@ def read_parallel(sources: tuple[str, ...], language: str) -> list[Sentence]:
     return sentences
 
 
-def numbered(rows: list[Row]) -> list[Row]:
-    """The rows, those without an id named by their place: #1, #2, …"""
-    return [row if row.id else replace(row, id=f"#{n}") for n, row in enumerate(rows, 1)]
+def by_id(rows: list[Row], side: str) -> dict[str, Row]:
+    """The rows of a `side` ('English', 'target') by id; those of a side without ids are named by their place,
+    #1, #2, …
+
+    Raises:
+      UserError: some rows have ids and some not; an id occurs twice.
+    """
+    has_id = [row.id is not None for row in rows]
+    if any(has_id) and not all(has_id):
+        raise UserError(
+            f"The {side} row {has_id.index(False) + 1} has no id, and others have: give all rows of "
+            "that side an 'id', or none."
+        )
+    table: dict[str, Row] = {}
+    for number, row in enumerate(rows, 1):
+        row = row if row.id is not None else replace(row, id=f"#{number}")
+        if row.id in table:
+            raise UserError(f"Id '{row.id}' occurs twice on the {side} side: make ids unique.")
+        table[row.id] = row
+    return table
 
 
 def pair(english: list[Row], target: list[Row]) -> tuple[list[tuple[Row, Row]], int]:
@@ -106,30 +123,19 @@ def pair(english: list[Row], target: list[Row]) -> tuple[list[tuple[Row, Row]], 
     A side without ids is numbered, so that without any the rows pair by order.
 
     Raises:
-      UserError: a side of which some rows have ids and some not; an id that occurs twice; no id on
-        both sides; without ids, sides of different lengths.
+      UserError: as `by_id`; no id on both sides; without ids, sides of different lengths.
     """
-    named = []
-    for side, name in ((english, "English"), (target, "target")):
-        has_id = [row.id is not None for row in side]
-        named.append(any(has_id))
-        if any(has_id) and not all(has_id):
-            raise UserError(
-                f"The {name} row {has_id.index(False) + 1} has no id, and others have: give all rows of "
-                "that side an 'id', or none."
-            )
-    if not any(named) and len(english) != len(target):
+    ours, theirs = by_id(english, "English"), by_id(target, "target")
+    if len(english) != len(target) and all(row.id is None for row in english + target):
         raise UserError(
             f"{len(english)} English and {len(target)} target rows cannot be paired by order: make "
             "them equally many, or give every row of both sides an 'id'."
         )
-    english, target = numbered(english), numbered(target)
-    by_id, wanted = _by_id(english, "English"), _by_id(target, "target")
-    pairs = [(by_id[key], row) for key, row in wanted.items() if key in by_id]
+    pairs = [(ours[key], row) for key, row in theirs.items() if key in ours]
     if not pairs:
         raise UserError(
-            f"No English row has the id of a target row (such as '{english[0].id}' and "
-            f"'{target[0].id}', where #n is the n-th row of a side without ids): give counterparts "
+            f"No English row has the id of a target row (such as '{next(iter(ours))}' and "
+            f"'{next(iter(theirs))}', where #n is the n-th row of a side without ids): give counterparts "
             "the same id."
         )
     return pairs, len(english) + len(target) - 2 * len(pairs)
@@ -412,12 +418,3 @@ def _strings(raw: dict, keys: tuple[str, ...], where: str) -> list[str]:
 def _id(raw: dict) -> str | None:
     name = raw.get("id")
     return None if name in (None, "") or name != name else str(name)  # a blank cell, a NaN
-
-
-def _by_id(rows: list[Row], side: str) -> dict[str, Row]:
-    table: dict[str, Row] = {}
-    for row in rows:
-        if row.id in table:
-            raise UserError(f"Id '{row.id}' occurs twice on the {side} side: make ids unique.")
-        table[row.id] = row
-    return table

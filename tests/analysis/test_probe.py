@@ -1,14 +1,10 @@
 """The probe against plain torch, row by row and layer by layer."""
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
-import prom_jax
 from prom_jax import llama, sharding
 from prom_jax.analysis.cloze import Row, Table, read_table
 from prom_jax.analysis.probe import SCORINGS, Probe, beginnings, probe
@@ -164,13 +160,8 @@ def test_a_target_of_shared_tokens_is_not_reliable(byte_fallback, tables):
 
 
 @pytest.mark.slow
-def test_smollm2(tmp_path):
-    path = os.environ.get("SMOLLM2")
-    if not path:
-        pytest.skip("SMOLLM2 does not name the .gguf file; bash tests/run.sh -m slow does so")
-    model, tokenizer = prom_jax.load(path)
-    prom_jax.save_hf(model, tokenizer, tmp_path / "hf")
-    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+def test_smollm2(smollm2):
+    model, tokenizer, _, hf = smollm2
     table = read_table("sw")
     table = Table("sw", table.rows[:13], {})
     for scoring in SCORINGS:

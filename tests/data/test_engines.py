@@ -19,6 +19,7 @@ from prom_jax.data.engines import NLLB, Google, flores_code
 from prom_jax.data.sources import Row, Turn
 from prom_jax.data.translate import Cache
 from prom_jax.errors import UserError
+from tests.data.test_translate import spell_thai
 
 TOKEN = "ya29.a-secret-that-must-not-leak"
 
@@ -73,10 +74,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
-
-
-def spell_thai(text):
-    return "".join(chr(0x0E01 + ord(c.lower()) - 97) if c.isascii() and c.isalpha() else c for c in text)
 
 
 @pytest.fixture
