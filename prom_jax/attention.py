@@ -7,17 +7,23 @@ import jax.numpy as jnp
 BACKENDS = ("xla", "cudnn")
 
 
+# The segment of tokens that all segments of their row continue: a prompt's beginning that others share.
+SHARED = -1
+
+
 def visible(q_positions, kv_positions, q_segments, kv_segments, window=None):
     """Which keys each query may attend to, bool [B, 1, T, S].
 
-    A query sees the keys of its own segment at its own position or before, and with a sliding `window`
-    only the last `window` of them (itself included). This one rule serves packed rows, padding (segment
-    0, which no real token sees) and a key-value cache (empty slots hold segment -1).
+    A query sees the keys of its own segment, and of segment SHARED, at its own position or before, and with a
+    sliding `window` only the last `window` of them (itself included). This one rule serves packed rows,
+    padding (segment 0, which no real token sees) and a key-value cache, where the places of tokens still to
+    come have later positions.
 
     Args: positions and segments int32, [B, T] for queries and [B, S] for keys.
     """
     distance = q_positions[:, :, None] - kv_positions[:, None, :]
-    mask = (distance >= 0) & (q_segments[:, :, None] == kv_segments[:, None, :])
+    own = q_segments[:, :, None] == kv_segments[:, None, :]
+    mask = (distance >= 0) & (own | (kv_segments == SHARED)[:, None, :])
     if window is not None:
         mask &= distance < window
     return mask[:, None]

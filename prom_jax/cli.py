@@ -10,6 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from prom_jax.errors import UserError
+from prom_jax.sharding import AXES, make_mesh
 
 MISTAKE = 2  # exit status
 COMPILED = Path("~/.cache/prom_jax/compiled").expanduser()
@@ -56,6 +57,17 @@ def run(main):
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=_parse)
+
+
+def add_mesh(parser, data: int = 1, fsdp: int = -1, tensor: int = 1):
+    """Adds the mesh's sizes, with these defaults, to an argparse parser."""
+    for axis, size in (("data", data), ("fsdp", fsdp), ("tensor", tensor)):
+        parser.add_argument(f"--mesh.{axis}", type=int, default=size, help=f"devices; default {size}")
+
+
+def mesh(arguments):
+    """The mesh that `add_mesh`'s arguments ask for."""
+    return make_mesh(*(getattr(arguments, f"mesh.{axis}") for axis in AXES))
 
 
 def versions() -> dict[str, str]:

@@ -10,21 +10,21 @@ LINES = 20  # about so many lines of progress go to a log file
 
 
 @contextlib.contextmanager
-def progress(total: int, start: int = 0):
-    """Gives a function (step, text) that shows how far the work is and what it reports."""
+def progress(total: int, start: int = 0, what: str = "step"):
+    """Gives a function (number, text) that shows how many of `what` are done and what the work reports."""
     if not console.is_terminal:
         interval = max(1, total // LINES)
 
-        def line(step, text):
-            if step % interval == 0 or step == total:
-                console.print(f"step {step:>5} of {total}  {text}")
+        def line(number, text):
+            if number % interval == 0 or number == total:
+                console.print(f"{what:<4} {number:>5} of {total}  {text}")
 
         yield line
         return
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total, completed=start, text="")
-        yield lambda step, text: bar.update(task, completed=step, text=text)
+        yield lambda number, text: bar.update(task, completed=number, text=text)
 
 
 def track(items, what: str, total: int | None = None):

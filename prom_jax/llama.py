@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from prom_jax.architecture import LlamaConfig
 from prom_jax.attention import BACKENDS, attention, visible
@@ -102,13 +103,14 @@ class Blocks(nnx.Module):
         self.input_layernorm = nnx.Param(init((num_layers, hidden), ones=True))
         self.post_attention_layernorm = nnx.Param(init((num_layers, hidden), ones=True))
 
-    def __call__(self, x_BTD, angles_BTF, mask_B1TS, cache=None, start=None):
-        """One block. With a `cache` (keys and values, [B, S, K, D] each) the new ones go in at `start`.
+    def __call__(self, x_BTD, angles_BTF, mask_B1TS, cache=None, layer=None, start=None):
+        """One block. With the stack's `cache` (keys and values, [n, B, S, K, D] each) the new ones of this
+        `layer` go in at `start`.
 
         Without `start` the cache is only read, and the new ones stand behind it; it may have one row, which
         is then that of all.
 
-        Returns: the block's output [B, T, D] and the updated cache, None where none was written.
+        Returns: the block's output [B, T, D] and the cache.
         """
         config = self.config
         split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
@@ -116,16 +118,17 @@ class Blocks(nnx.Module):
         q = rotate(split(self._project("q_proj", h)), angles_BTF)
         k = rotate(split(self._project("k_proj", h)), angles_BTF)
         v = split(self._project("v_proj", h))
-        if start is not None:
-            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-                old, new.astype(old.dtype), start, axis=1
+        if start is not None:  # in place: the cache is carried through the layers, never stacked anew
+            write = lambda old, new: jax.lax.dynamic_update_slice(
+                old, new.astype(old.dtype)[None], (layer, 0, start, 0, 0)
             )
-            k, v = cache = write(cache[0], k), write(cache[1], v)
+            cache = write(cache[0], k), write(cache[1], v)
+            k, v = cache[0][layer], cache[1][layer]
         elif cache is not None:
             behind = lambda old, new: jnp.concatenate(
-                [jnp.broadcast_to(old, (len(new), *old.shape[1:])), new], axis=1
+                [jnp.broadcast_to(old[layer], (len(new), *old.shape[2:])), new], axis=1
             )
-            k, v, cache = behind(cache[0], k), behind(cache[1], v), None
+            k, v = behind(cache[0], k), behind(cache[1], v)
         h = attention(q, k, v, mask_B1TS, self.compute.attention)
         x_BTD = x_BTD + self._project("o_proj", h.reshape(*h.shape[:2], -1))
         h = rms_norm(x_BTD, self.post_attention_layernorm[...], config.rms_norm_eps)
@@ -138,18 +141,20 @@ class Blocks(nnx.Module):
     def scan(self, x_BTD, angles_BTF, mask_B1TS, cache=None, start=None, collect=None):
         """Runs the whole stack. Returns its output, `collect` of each block's output stacked, the cache."""
 
-        def body(x, layer):
-            block, kv = layer
-            x, kv = block(x, angles_BTF, mask_B1TS, kv, start)
+        def body(carry, layer):
+            x, kv = carry
+            block, index = layer
+            x, kv = block(x, angles_BTF, mask_B1TS, kv, index, start)
             x = constrain(x, BATCH)
-            return x, (collect(x) if collect else None, kv)
+            return (x, kv), (collect(x) if collect else None)
 
         if self.compute.remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
         elif self.compute.remat == "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        x_BTD, (hiddens, cache) = jax.lax.scan(body, x_BTD, (self, cache))
+        layers = jnp.arange(len(self.input_layernorm[...]))
+        (x_BTD, cache), hiddens = jax.lax.scan(body, (x_BTD, cache), (self, layers))
         return x_BTD, hiddens, cache
 
 
@@ -193,6 +198,12 @@ class Llama(nnx.Module):
         self.norm = nnx.Param(init((config.hidden_size,), ones=True))
         self.lm_head = None if config.tie_word_embeddings else nnx.Param(init(vocabulary))
         self.pivot_head = nnx.Param(init(vocabulary)) if pivot_head else None
+
+    @property
+    def mesh(self):
+        """The mesh that the parameters lie on; None if they are on one device."""
+        sharding = self.embed_tokens[...].sharding
+        return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
     @property
     def output_embedding(self):
@@ -269,6 +280,11 @@ class Llama(nnx.Module):
             name: (jnp.zeros((n, *shape), self.compute.dtype), jnp.zeros((n, *shape), self.compute.dtype))
             for name, n in layers.items()
         }
+
+    def cache_bytes(self, length: int) -> int:
+        """Of a row of `length` places in a cache."""
+        row = jax.eval_shape(lambda: self.empty_cache(1, length))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
 
     @jax.jit
     def __call__(self, tokens_BT, positions_BT=None, segments_BT=None):

@@ -19,7 +19,6 @@ from prom_jax.analysis.probe import SCORINGS, NoRows, Probe, probe
 from prom_jax.console import console
 from prom_jax.errors import UserError
 from prom_jax.sharding import describe as describe_mesh
-from prom_jax.sharding import make_mesh
 from prom_jax.workdir import make_directory, write_json
 
 # Two probes can be compared where these are equal.
@@ -36,7 +35,7 @@ def main(argv=None):
     before = earlier(arguments.compare, headers) if arguments.compare else {}
     out = Path(arguments.out)
     make_directory(out)
-    mesh = make_mesh(*(getattr(arguments, f"mesh.{axis}") for axis in ("data", "fsdp", "tensor")))
+    mesh = cli.mesh(arguments)
     model, tokenizer = models.load(arguments.model, mesh, arguments.compute_dtype)
     console.print(
         f"model     {arguments.model}: {model.config.num_hidden_layers} layers, computed in "
@@ -73,8 +72,7 @@ def parse(argv) -> argparse.Namespace:
     add("--tables", help="folder with <language>/clean.csv; default: the project's own tables")
     add("--batch", type=int, default=16, help="rows at a time")
     add("--compute_dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU")
-    for axis, size in (("data", 1), ("fsdp", -1), ("tensor", 1)):
-        add(f"--mesh.{axis}", type=int, default=size, help=f"devices; default {size}")
+    cli.add_mesh(parser)
     add("--compare", metavar="BEFORE", help="folder of an earlier probe, to draw the change")
     add("--suggest-layer", action="store_true", help="tell where English leads most")
     return parser.parse_args(argv)

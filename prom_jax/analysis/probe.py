@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from tokenizers import pre_tokenizers
 
 from prom_jax.analysis.cloze import Row, Table, prompts
 from prom_jax.analysis.statistics import interval, resampled_means
-from prom_jax.attention import visible
+from prom_jax.attention import SHARED, visible
 from prom_jax.console import track
 from prom_jax.errors import UserError
 from prom_jax.sharding import constrain, place_rows
@@ -25,8 +24,8 @@ from prom_jax.sharding import constrain, place_rows
 SCORINGS = ("word", "prefix", "byte")
 # Shapes are rounded up to multiples of these, so that few are compiled.
 PREFIX_BUCKET, LENGTH_BUCKET, PLACES_BUCKET, ASKED_BUCKET = 64, 16, 4, 8
-# The branches of a row: both words see the query, and neither the other. Padding is in none.
-QUERY, ENGLISH, TARGET, PADDING = 0, 1, 2, -1
+# The branches of a row, segments to attention: both words continue the query, which is SHARED.
+PADDING, ENGLISH, TARGET = 0, 1, 2
 
 
 class NoRows(UserError):
@@ -212,7 +211,7 @@ def _first_tokens(tokenizer, row: Row, prompt: str, scoring: str) -> _Question:
     tokens, _ = _encode(tokenizer, prompt)
     length, ids = len(tokens), np.array(english + target)
     last = np.full(len(ids), length - 1)
-    return _Question(tokens, np.arange(length), np.full(length, QUERY), last, ids, len(english))
+    return _Question(tokens, np.arange(length), np.full(length, SHARED), last, ids, len(english))
 
 
 def _whole_words(tokenizer, row: Row, prompt: str) -> _Question:
@@ -238,7 +237,7 @@ def _whole_words(tokenizer, row: Row, prompt: str) -> _Question:
     return _Question(
         np.concatenate([english, target[common:]]),
         np.concatenate([np.arange(len(english)), np.arange(common, len(target))]),
-        np.repeat([QUERY, ENGLISH, TARGET], [common, branch, len(target) - common]),
+        np.repeat([SHARED, ENGLISH, TARGET], [common, branch, len(target) - common]),
         np.concatenate(places),
         np.concatenate(ids),
         len(ids[0]),
@@ -294,7 +293,7 @@ def _answer(model, questions: list[_Question], batch: int, what: str) -> list[np
     """Log-probabilities of what each question asks for, float64 [N, Q]."""
     first = questions[0].tokens
     prefix = min(
-        min(_same(first, question.tokens), question.places.min(), np.sum(question.branches == QUERY))
+        min(_same(first, question.tokens), question.places.min(), np.sum(question.branches == SHARED))
         for question in questions
     )
     # Batches of rows that cost alike: a place that is read costs more than one that is passed through.
@@ -303,8 +302,7 @@ def _answer(model, questions: list[_Question], batch: int, what: str) -> list[np
     )
     groups = np.array_split(order, -(-len(order) // batch))
     answers = {}
-    sharding = model.embed_tokens[...].sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    mesh = model.mesh
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         shared = _pad([first[:prefix]], 1, PREFIX_BUCKET)
         cache = _run_prefix(model, shared)
@@ -326,17 +324,17 @@ def _rows(questions: list[_Question], number: int, prefix: int) -> dict[str, np.
     return {
         "tokens": _pad(tails("tokens"), number, LENGTH_BUCKET),
         "positions": _pad(tails("positions"), number, LENGTH_BUCKET),
-        "branches": _pad(tails("branches"), number, LENGTH_BUCKET, fill=PADDING),
+        "branches": _pad(tails("branches"), number, LENGTH_BUCKET),
         "places": _pad(places, number, PLACES_BUCKET if max(map(len, places)) > 1 else 1),
         "at": _pad(at, number, ASKED_BUCKET),
         "ids": _pad([question.ids for question in questions], number, ASKED_BUCKET),
     }
 
 
-def _pad(parts, number: int, bucket: int, fill: int = 0) -> np.ndarray:
+def _pad(parts, number: int, bucket: int) -> np.ndarray:
     """Rows of different lengths as int32 [number, L], L a multiple of `bucket` and not 0."""
     length = -(-max(1, *map(len, parts)) // bucket) * bucket
-    padded = np.full((number, length), fill, np.int32)
+    padded = np.zeros((number, length), np.int32)
     for row, part in zip(padded, parts):
         row[: len(part)] = part
     return padded
@@ -363,10 +361,8 @@ def _read(model, cache, prefix, rows):
         [jnp.broadcast_to(first, (len(rest), len(first))), rest], axis=1
     )
     kv_positions = join(before, positions)
-    kv_branches = join(jnp.where(before < prefix, QUERY, PADDING), branches)[:, None]
-    segments = jnp.zeros_like(positions), jnp.zeros_like(kv_positions)
-    mask = visible(positions, kv_positions, *segments, model.config.sliding_window)
-    mask &= ((kv_branches == QUERY) | (kv_branches == branches[:, :, None]))[:, None]
+    kv_branches = join(jnp.where(before < prefix, SHARED, PADDING), branches)
+    mask = visible(positions, kv_positions, branches, kv_branches, model.config.sliding_window)
 
     def lens(x_BTD):
         read = jnp.take_along_axis(x_BTD, rows["places"][..., None], axis=1)

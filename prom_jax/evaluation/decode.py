@@ -1,73 +1,161 @@
 """Greedy decoding with a key-value cache, compiled as one loop."""
 
 import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from prom_jax.attention import visible
+from prom_jax.evaluation.batching import Batch, on_mesh, placed, plan
+from prom_jax.sharding import constrain, num_batch_shards
 
-# Prompt lengths are rounded up to a multiple of this, so that few shapes are compiled.
-BUCKET = 64
-EMPTY = -1  # segment of a cache place that holds nothing yet
+PLACES = 32_768  # tokens whose keys and values are in memory at a time
+CHUNK = 32  # new tokens between two looks from outside
+QUERIES = 256  # tokens of each row whose attention scores are in memory at a time
 
 
-def greedy(model, prompts: list[list[int]], max_new_tokens: int, eos_token_ids) -> list[list[int]]:
+def greedy(model, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_token_ids) -> list[list[int]]:
     """The most probable continuation of each prompt, up to and without its end-of-sequence token.
 
     Args:
       model: a `llama.Llama`.
-      prompts: token ids, of any lengths.
+      prompts: token ids, of any lengths but 0.
       max_new_tokens: at most so many are made.
       eos_token_ids: any of these ends an answer; none, and all have the full length.
     Returns: new token ids, one list a prompt.
     """
-    length = -(-max(map(len, prompts)) // BUCKET) * BUCKET
-    tokens = np.zeros((len(prompts), length), np.int32)
-    segments = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in enumerate(prompts):  # on the right, so that all continue at the same place
-        tokens[row, length - len(prompt) :] = prompt
-        segments[row, length - len(prompt) :] = 1
-    eos = jnp.asarray(sorted(set(eos_token_ids)) or [EMPTY], jnp.int32)  # which is no token
-    new = np.asarray(_decode(model, tokens, segments, eos, max_new_tokens))
-    stops = np.isin(new, eos)
-    return [row[: np.argmax(stop) if stop.any() else None].tolist() for row, stop in zip(new, stops)]
+    answers = dict(decode(model, prompts, max_new_tokens, eos_token_ids))
+    stop = lambda answer: answer[:-1] if answer and answer[-1] in eos_token_ids else answer
+    return [stop(answers[number]) for number in range(len(prompts))]
+
+
+def decode(
+    model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_tokens,
+    *,
+    watch: Callable[[int, list[int]], bool] | None = None,
+    chunk: int = CHUNK,
+    places: int = PLACES,
+) -> Iterator[tuple[int, list[int]]]:
+    """Greedy answers as they become ready, the longest prompts' first.
+
+    Prompts that begin alike are computed once where they do, and their keys and values are kept once.
+
+    Args:
+      model, prompts, max_new_tokens: as in `greedy`; rows are spread over the mesh that the model lies on.
+      stop_tokens: an answer ends with the first of these, which is still part of it.
+      watch: called every `chunk` tokens with an unfinished answer's number and what there is of it; true ends
+        it.
+      places: how many tokens' keys and values are in memory at a time, over all devices.
+    Yields: a prompt's number and its answer.
+    """
+    stops = np.zeros(model.config.vocab_size, bool)
+    stops[list(stop_tokens)] = True
+    watch = watch or (lambda number, answer: False)
+    shards = num_batch_shards(model.mesh) if model.mesh else 1
+    for batch in plan(prompts, [1] * len(prompts), extra=max_new_tokens, places=places, shards=shards):
+        made, lengths = _answer(model, batch, max_new_tokens, stops, watch, chunk)
+        for b, r in np.argwhere(batch.texts >= 0):
+            yield int(batch.texts[b, r]), made[b, r, : lengths[b, r]].tolist()
+
+
+def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
+    """Tokens made for the texts of a batch, [B, R, max_new_tokens], and how many of them count, [B, R]."""
+    with on_mesh(model):
+        state = _begin(model, placed(model, batch, done=batch.texts < 0), stops, max_new_tokens)
+        while True:
+            step = int(state["step"])
+            made, lengths, done = (np.array(state[name]) for name in ("made", "lengths", "done"))
+            for b, r in np.argwhere(~done):
+                done[b, r] = watch(int(batch.texts[b, r]), made[b, r, :step].tolist())
+            if step == max_new_tokens or done.all():
+                return made, lengths
+            state["done"] = jax.device_put(done, state["done"].sharding)
+            state = _advance(model, state, stops, min(step + chunk, max_new_tokens))
+
+
+def prefill(model, rows):
+    """The final states [B, T, D] of a batch's rows, and the cache with their keys and values.
+
+    Goes through the rows in parts of up to QUERIES tokens, so that attention scores are never whole.
+    """
+    batch, length = rows["tokens"].shape
+    number = next(n for n in itertools.count(-(-length // QUERIES)) if length % n == 0)
+    positions, segments = rows["positions"], rows["segments"]
+    parts = [
+        rows[name].reshape(batch, number, -1).swapaxes(0, 1) for name in ("tokens", "positions", "segments")
+    ]
+
+    def body(cache, part):
+        start, tokens, own_positions, own_segments = part
+        mask = visible(own_positions, positions, own_segments, segments, model.config.sliding_window)
+        states, cache = model.cached_states(tokens, own_positions, mask, cache, start)
+        return cache, states
+
+    starts = jnp.arange(0, length, length // number)
+    cache, states = jax.lax.scan(body, model.empty_cache(batch, length), (starts, *parts))
+    return states.swapaxes(0, 1).reshape(batch, length, -1), cache
 
 
 @functools.partial(jax.jit, static_argnames="max_new_tokens")
-def _decode(model, tokens_BT, segments_BT, eos_E, max_new_tokens):
-    batch, length = tokens_BT.shape
-    # Padding has position 0 and a segment of its own, 0; every new token continues segment 1.
-    positions = jnp.maximum(jnp.cumsum(segments_BT, axis=1) - 1, 0)
-    last = positions[:, -1:]
-    place = jnp.arange(length + max_new_tokens)
-    kv_positions = jnp.where(place < length, jnp.pad(positions, ((0, 0), (0, max_new_tokens))), 0)
-    kv_positions = jnp.where(place < length, kv_positions, last + 1 + place - length)
-    kv_segments = jnp.pad(segments_BT, ((0, 0), (0, max_new_tokens)), constant_values=EMPTY)
+def _begin(model, rows, stops_V, max_new_tokens):
+    """Runs the prompts; the state of `_advance` has the first new token of each.
 
-    def advance(tokens, positions, segments, cache, start):
-        written = (place >= length) & (place < start + tokens.shape[1])
-        filled = jnp.where(written, 1, kv_segments)
-        mask = visible(positions, kv_positions, segments, filled, model.config.sliding_window)
-        states, cache = model.cached_states(tokens, positions, mask, cache, start)
-        return model.logits(states[:, -1:]).argmax(axis=-1)[:, 0].astype(jnp.int32), cache
+    Of every prompt's r-th text, the i-th new token has place T + i·R + r in the cache.
+    """
+    batch, number = rows["ends"].shape
+    states, cache = prefill(model, rows)
+    last = jnp.take_along_axis(states, rows["ends"][..., None], axis=1)
+    room = max_new_tokens * number
+    cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 2 + [(0, room)] + [(0, 0)] * 2), cache)
+    to_come = jnp.repeat(jnp.arange(max_new_tokens), number) + jnp.tile(rows["lengths"], max_new_tokens)
+    own = jnp.broadcast_to(jnp.arange(1, number + 1), (batch, number))
+    state = {
+        "cache": cache,
+        "kv_positions": jnp.concatenate([rows["positions"], to_come], axis=1),
+        "kv_segments": jnp.concatenate([rows["segments"], jnp.tile(own, max_new_tokens)], axis=1),
+        "first": rows["lengths"],  # the position of the first new token
+        "made": jnp.zeros((batch, number, max_new_tokens), jnp.int32),
+        "lengths": jnp.zeros((batch, number), jnp.int32),
+        "done": rows["done"],
+        "step": jnp.int32(0),
+    }
+    return _keep(state, model.logits(last).argmax(axis=-1), stops_V)
 
-    def unfinished(carry):
-        i, _, _, _, done = carry
-        return (i < max_new_tokens) & ~done.all()
 
-    def body(carry):
-        i, token, new, cache, done = carry
-        token = jnp.where(done, eos_E[0], token)
-        new = new.at[:, i].set(token)
-        done |= (token[:, None] == eos_E).any(axis=1)
-        token, cache = advance(
-            token[:, None], last + 1 + i, jnp.ones((batch, 1), jnp.int32), cache, length + i
-        )
-        return i + 1, token, new, cache, done
+@functools.partial(jax.jit, donate_argnames="state")
+def _advance(model, state, stops_V, until):
+    """New tokens up to the `until`-th, or until all answers have ended."""
+    batch, number, max_new_tokens = state["made"].shape
+    before = state["kv_positions"].shape[1] - number * max_new_tokens
+    segments = jnp.broadcast_to(jnp.arange(1, number + 1), (batch, number))
 
-    cache = model.empty_cache(batch, length + max_new_tokens)
-    token, cache = advance(tokens_BT, positions, segments_BT, cache, 0)
-    new = jnp.full((batch, max_new_tokens), eos_E[0], jnp.int32)
-    return jax.lax.while_loop(unfinished, body, (0, token, new, cache, jnp.zeros(batch, bool)))[2]
+    def body(state):
+        done = state["step"] - 1
+        tokens, positions = state["made"][:, :, done], state["first"] + done
+        kv = state["kv_positions"], segments, state["kv_segments"]
+        mask = visible(positions, *kv, model.config.sliding_window)
+        place = before + done * number
+        states, cache = model.cached_states(tokens, positions, mask, state["cache"], place)
+        return _keep(state | {"cache": cache}, model.logits(states).argmax(axis=-1), stops_V)
+
+    unfinished = lambda state: (state["step"] < until) & ~state["done"].all()
+    return jax.lax.while_loop(unfinished, body, state)
+
+
+def _keep(state, tokens_BR, stops_V):
+    """The state with one more token in each answer that has not ended. What is looked at from outside lies
+    whole on every device."""
+    tokens = tokens_BR.astype(jnp.int32)
+    kept = {
+        "made": state["made"].at[:, :, state["step"]].set(tokens),
+        "lengths": state["lengths"] + ~state["done"],
+        "done": state["done"] | stops_V[tokens],
+        "step": state["step"] + 1,
+    }
+    return state | {name: constrain(value) for name, value in kept.items()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prom_jax import llama, sharding
-from prom_jax.evaluation.decode import greedy
+from prom_jax.evaluation.decode import decode, greedy
 from tests.reference import hf_model, place_params, to_model
 
 NEW = 12
@@ -46,6 +46,41 @@ def test_greedy_equals_transformers(family, pivot_layer):
         stopped = [generate(hf, prompt, eos) for prompt in PROMPTS]
         assert any(len(new) < NEW for new in stopped)
         assert greedy(model, PROMPTS, NEW, eos) == stopped
+
+
+@pytest.mark.parametrize(("family", "pivot_layer"), [("llama2", 0), ("mistral", 3)])
+def test_prompts_that_share_their_beginning(family, pivot_layer):
+    hf = hf_model(family, **MODELS.get(family, {}))
+    chance = np.random.default_rng(1)
+    beginning = chance.integers(0, 199, 290).tolist()  # more than a part of the prefill
+    prompts = [beginning + chance.integers(0, 199, length).tolist() for length in (1, 9, 3, 30, 2)]
+    prompts += [prompts[1], prompts[0][:291], *PROMPTS]
+    expected = [generate(hf, prompt) for prompt in prompts]
+    assert len({tuple(new) for new in expected[:5]}) == 5
+    model = to_model(hf, pivot_layer)
+    assert greedy(model, prompts, NEW, []) == expected
+    assert dict(decode(model, prompts, NEW, [], places=1)) == dict(enumerate(expected))  # row by row
+    eos = [expected[0][3], expected[3][5]]
+    assert greedy(model, prompts, NEW, eos) == [generate(hf, prompt, eos) for prompt in prompts]
+
+
+def test_watching_from_outside():
+    model = to_model(hf_model("smollm2"))
+    whole = dict(decode(model, PROMPTS, NEW, []))
+    seen = {number: [] for number in range(len(PROMPTS))}
+
+    def watch(number, answer):
+        seen[number].append(answer)
+        return number == 2 and len(answer) >= 5
+
+    watched = dict(decode(model, PROMPTS, NEW, [], watch=watch, chunk=4))
+    for number, answer in seen.items():
+        assert all(part == whole[number][: len(part)] for part in answer)
+    assert [len(part) for part in seen[0]] == [1, 5, 9, 12]
+    assert watched == whole | {2: whole[2][:5]}
+    # A stop token is the answer's last, and ends it alone.
+    stop = whole[1][2]
+    assert dict(decode(model, PROMPTS[1:2], NEW, [stop]))[0] == whole[1][: whole[1].index(stop) + 1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""python -m prom_jax.evaluate --model=MODEL --tasks=xquad_th,mgsm_th --out=DIR [--data-dir=DATA] [--limit=N]
+
+Evaluates a model zero-shot through lm-evaluation-harness, on one device or a mesh. DIR gets results.json,
+samples.jsonl (every prompt, answer and score) and answers.jsonl, from which a killed evaluation goes on when
+the same command is given again. MODEL is whatever prom_jax loads; tasks are the project's own
+(docs/evaluation.md) or any of the harness's.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from prom_jax import cli, models, tokenizer, weights
+from prom_jax.console import console
+from prom_jax.errors import UserError
+from prom_jax.evaluation import harness
+from prom_jax.evaluation.answers import Answers
+from prom_jax.evaluation.decode import PLACES
+from prom_jax.evaluation.lm import HarnessModel
+from prom_jax.sharding import describe
+from prom_jax.workdir import make_directory, write_json, write_text
+
+
+def main(argv=None):
+    """Reads the command line and evaluates."""
+    arguments = parse(argv)
+    out = Path(arguments.out)
+    make_directory(out)
+    tasks = harness.load_tasks(arguments.tasks.split(","), arguments.data_dir)  # before any weights
+    lm, header = load_model(arguments)
+    depends_on = header["settings"] | {"model": header["model"]["fingerprint"]}
+    lm.answers = Answers(out / "answers.jsonl", depends_on)
+    begun = time.perf_counter()
+    results, samples = harness.evaluate(lm, tasks, arguments.limit)
+    seconds = time.perf_counter() - begun
+    header["settings"] |= {"limit": arguments.limit}
+    lines = [json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples]
+    write_text(out / "samples.jsonl", "".join(lines))
+    write_json(out / "results.json", header | {"tasks": results})
+    console.print(results_table(results))
+    console.print(f"{seconds:,.0f} s; wrote {out}/results.json and {out}/samples.jsonl")
+
+
+def parse(argv) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prom_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True)
+    add("--tasks", required=True, help="such as xquad_th,mgsm_th")
+    add("--out", required=True, help="folder for the results")
+    add("--data-dir", help="folder with the official files, anywhere below it; default: the hub")
+    add("--limit", type=int, help="only the first so many documents of each task")
+    add("--bos", action="store_true", help="texts begin with the BOS token; the paper's do not")
+    add("--max_length", type=int, help="tokens of a prompt and its answer; default: the model's context")
+    add("--places", type=int, default=PLACES, help=f"tokens in memory at a time; default {PLACES}")
+    add("--compute_dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU")
+    cli.add_mesh(parser, data=-1, fsdp=1)  # whole weights on every device: the fastest where they fit
+    arguments = parser.parse_args(argv)
+    for name in ("limit", "max_length", "places"):
+        given = getattr(arguments, name)
+        if given is not None and given < 1:
+            raise UserError(f"--{name}={given}: expected 1 or more")
+    return arguments
+
+
+def load_model(arguments: argparse.Namespace):
+    """The model as the harness sees it; and what results are to say of it: the model and the settings that
+    answers depend on."""
+    mesh = cli.mesh(arguments)
+    reader, model_tokenizer = models.open_source(arguments.model)
+    compute_dtype = arguments.compute_dtype or models.default_compute_dtype()
+    model = models.build(reader, mesh, compute_dtype, param_dtype=compute_dtype)
+    limits = {"max_length": arguments.max_length, "places": arguments.places}
+    lm = HarnessModel(model, model_tokenizer, bos=arguments.bos, **limits)
+    console.print(
+        f"model     {arguments.model}: {model.config.num_hidden_layers} layers, computed in {compute_dtype}\n"
+        f"mesh      {describe(mesh)}\n"
+        f"context   {lm.max_length} tokens, {'with' if arguments.bos else 'without'} BOS; "
+        f"{arguments.places:,} tokens in memory at a time, "
+        f"{arguments.places * model.cache_bytes(1) / 2**30:.2f} GiB of keys and values"
+    )
+    header = {
+        "model": {
+            "source": str(arguments.model),
+            "fingerprint": f"{weights.fingerprint(reader)}-{tokenizer.fingerprint(model_tokenizer)}",
+            "training": reader.details if "method" in reader.details else None,
+        },
+        "settings": {"compute_dtype": compute_dtype, "bos": arguments.bos, "max_length": lm.max_length},
+        "versions": cli.versions() | harness.versions(),
+    }
+    return lm, header
+
+
+def results_table(results: dict[str, dict]) -> Table:
+    """Every metric of every task, in per cent where it is a share."""
+    table = Table("task", "metric", "n", "value", "± standard error", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for task, result in results.items():
+        for metric, entry in result["metrics"].items():
+            form = "{:.2%}" if 0 <= entry["value"] <= 1 else "{:.4g}"
+            numbers = ("" if entry[key] is None else form.format(entry[key]) for key in ("value", "stderr"))
+            table.add_row(task, metric, str(entry["n"]), *numbers)
+            task = ""
+    return table
+
+
+if __name__ == "__main__":
+    cli.guard(main)

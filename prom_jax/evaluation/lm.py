@@ -1,0 +1,207 @@
+"""A model of ours as lm-evaluation-harness sees it: it generates and scores text, without torch."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from prom_jax.console import console, progress
+from prom_jax.errors import UserError
+from prom_jax.evaluation.answers import Answers
+from prom_jax.evaluation.decode import PLACES, decode
+from prom_jax.evaluation.score import score
+
+MAX_NEW_TOKENS = 256  # where a task does not say
+
+
+class HarnessModel(TemplateLM):
+    """What `lm_eval.simple_evaluate(model=…)` takes.
+
+    Every process of a mesh gets the same requests and computes its part of each batch; to the harness they
+    are one (`world_size` 1), so that it needs no torch.
+
+    Args:
+      model, tokenizer: of `models.load`.
+      bos: whether texts begin with the BOS token; the paper's harness leaves it out.
+      max_length: tokens of a prompt and its answer; None for the model's context.
+      places: tokens whose keys and values are in memory at a time, over all devices.
+    Attributes:
+      answers: those already made, and where new ones go.
+    Raises:
+      UserError: for `bos` with a tokenizer that has no such token.
+    """
+
+    backend = "causal"
+
+    def __init__(
+        self, model, tokenizer, *, bos: bool = False, max_length: int | None = None, places: int = PLACES
+    ):
+        super().__init__()
+        if bos and tokenizer.bos_token_id is None:
+            raise UserError("--bos: this tokenizer has no BOS token; leave it out")
+        context = model.config.max_position_embeddings
+        if max_length and max_length > context:
+            raise UserError(f"--max_length={max_length}: the model's context has {context} tokens; give less")
+        self.model, self.tokenizer, self.max_length = model, tokenizer, max_length or context
+        self.answers = Answers(None, {})
+        self._bos = [tokenizer.bos_token_id] if bos else []
+        self._places = places
+        of_config = model.config.eos_token_id
+        eos = {tokenizer.eos_token_id, *(of_config if isinstance(of_config, tuple) else (of_config,))}
+        self._eos = eos - {None}
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-sequence token."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context is scored after: BOS, or where there is none EOS."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's own caches."""
+        return self.tokenizer.name_or_path
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Token ids, with BOS in front if the model was made so; `add_special_tokens=False` leaves it out."""
+        tokens = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+        return tokens if add_special_tokens is False else self._bos + tokens
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+        """The prompt of a conversation, in the tokenizer's own template."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+        """Greedy answers, each up to the first of its stop strings.
+
+        A prompt that leaves no room for its answer in the context loses its beginning.
+
+        Raises:
+          UserError: for sampling, or an answer as long as the whole context.
+        """
+        by_settings = defaultdict(list)
+        for number, (prompt, settings) in enumerate(request.args for request in requests):
+            by_settings[json.dumps(_generation(settings))].append((number, prompt))
+        texts = {}
+        for settings, group in by_settings.items():
+            stops, max_new_tokens = json.loads(settings)
+            answers = self._generate([prompt for _, prompt in group], stops, max_new_tokens)
+            texts |= {number: text for (number, _), text in zip(group, answers)}
+        return [texts[number] for number in range(len(requests))]
+
+    def _generate(self, prompts: list[str], stops: list[str], max_new_tokens: int) -> list[str]:
+        room = self.max_length - max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"max_gen_toks={max_new_tokens} leaves no room for a prompt in a context of "
+                f"{self.max_length} tokens: lower it in the task"
+            )
+        tokens = [self.tok_encode(prompt) or [self.prefix_token_id] for prompt in prompts]
+        _warn_if_cut(tokens, room)
+        questions = [[prompt[-room:], stops, max_new_tokens] for prompt in tokens]
+        ending = self._eos | self._tokens_with(stops)
+        # A stop string of several characters can also come about between tokens.
+        several = [stop for stop in stops if len(stop) > 1]
+        watch = lambda _, answer: any(stop in self._text(answer) for stop in several)
+
+        def compute(asked: list[list]):
+            contexts = [question[0] for question in asked]
+            watching = watch if several else None
+            made = decode(self.model, contexts, max_new_tokens, ending, watch=watching, places=self._places)
+            for number, answer in made:
+                yield number, _cut(self._text(answer), stops)
+
+        return self._ask(questions, compute, "answers")
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _tokens_with(self, stops: list[str]) -> set[int]:
+        """The tokens that hold a stop string by themselves, which therefore end an answer on the device."""
+        if not stops:
+            return set()
+        texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
+        return {token for token, text in enumerate(texts) if any(stop in text for stop in stops)}
+
+    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+        """Of (strings, context, continuation) in tokens: the log-likelihood, and whether it is greedy's."""
+        pairs = []
+        for _, context, continuation in requests:
+            kept = [*context, *continuation][-(self.max_length + 1) :]  # the last token is only predicted
+            first = min(len(continuation), len(kept) - 1)
+            pairs.append([kept[:-first], kept[-first:]])
+        _warn_if_cut(
+            [[*context, *continuation] for _, context, continuation in requests], self.max_length + 1
+        )
+
+        def compute(asked: list[list]):
+            for number, log, greedy in score(self.model, asked, places=self._places):
+                yield number, [log, greedy]
+
+        return [tuple(answer) for answer in self._ask(pairs, compute, "log-likelihoods")]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the context's length."""
+        windows, of = [], []
+        for number, (text,) in enumerate(request.args for request in requests):
+            rolled = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
+            )
+            windows += [(None, *make_disjoint_window(window)) for window in rolled]
+            of += [number] * (len(windows) - len(of))
+        totals = [0.0] * len(requests)
+        for number, (log, _) in zip(of, self._loglikelihood_tokens(windows)):
+            totals[number] += log
+        return totals
+
+    def _ask(self, questions: list, compute: Callable[[list], Iterable], what: str) -> list:
+        """The answers to questions in their order. Each different one is computed once, or taken from those
+        kept, and kept as soon as it is there."""
+        different = {json.dumps(question): question for question in questions}
+        missing = [question for question in different.values() if self.answers.get(question) is None]
+        done = len(different) - len(missing)
+        if done:
+            console.print(f"kept      {done:,} of {len(different):,} {what} from before")
+        begun = time.perf_counter()
+        with progress(len(different), done, what) as show:
+            for made, (number, answer) in enumerate(compute(missing), 1):
+                self.answers.add(missing[number], answer)
+                seconds = time.perf_counter() - begun
+                left = seconds / made * (len(missing) - made)
+                show(done + made, f"{made / seconds:.2f} a second, {left / 60:.1f} min left")
+        return [self.answers.get(question) for question in questions]
+
+
+def _generation(settings: dict) -> tuple[list[str], int]:
+    """Stop strings and the number of new tokens of a task's generation_kwargs."""
+    sampled = settings.get("do_sample") or settings.get("temperature") or settings.get("num_beams", 1) > 1
+    if sampled:
+        raise UserError(f"generation_kwargs {settings}: only greedy decoding is done; set do_sample: false")
+    until = settings.get("until") or []
+    length = settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_NEW_TOKENS))
+    return [until] if isinstance(until, str) else list(until), int(length)
+
+
+def _cut(text: str, stops: list[str]) -> str:
+    """What comes before the first stop string."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def _warn_if_cut(texts: list[list[int]], room: int):
+    cut = sum(len(text) > room for text in texts)
+    if cut:
+        console.print(
+            f"WARNING   {cut} of {len(texts)} prompts are longer than {room} tokens and lose their beginning"
+        )

@@ -1,0 +1,192 @@
+"""The documents of the tasks, from the benchmarks' official files or from the hub.
+
+Each public function is a task's `custom_dataset`. The harness calls it with the task's `dataset_kwargs` and
+with all of its metadata, of which `data_dir` is ours: where it is given the official file is read, which may
+lie anywhere below it; without it the data set is fetched from the hub. They return {"test": data set} with
+the columns
+
+- `question` and, but for MGSM, `context`: as the benchmark has them, zero-width characters included;
+- `golds`: the acceptable answers, none where the question has no answer;
+- `cluster`: the paragraph, whose questions are not independent of each other; in MGSM the problem;
+- `id`; `language`; `words`: the language's row of `words.json`.
+
+They raise UserError for a file that is missing, there twice or not what it should be, and for a hub that
+cannot be reached.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from prom_jax.errors import UserError
+from prom_jax.evaluation.metrics import NUMBER, last_number
+
+WORDS = Path(__file__).with_name("words.json")
+
+
+def xquad(language: str, data_dir: str | None = None, **_) -> dict:
+    """XQuAD (Artetxe et al. 2020): 1190 questions about 240 paragraphs in each language."""
+    name = f"xquad.{language}.json"
+    if data_dir:
+        return _questions(*_squad_file(data_dir, name), language)
+    return _questions(*_hub_data_set(name, "google/xquad", f"xquad.{language}", "validation"), language)
+
+
+def mlqa(language: str, data_dir: str | None = None, **_) -> dict:
+    """MLQA (Lewis et al. 2020), the test part whose contexts and questions are both in `language`."""
+    name = f"test-context-{language}-question-{language}.json"
+    if data_dir:
+        return _questions(*_squad_file(data_dir, name), language)
+    return _questions(*_hub_data_set(name, "facebook/mlqa", f"mlqa.{language}.{language}", "test"), language)
+
+
+def indicqa(language: str, data_dir: str | None = None, **_) -> dict:
+    """IndicQA (Doddapaneni et al. 2023), with and without answers."""
+    name = f"indicqa.{language}.json"
+    # On the hub it is these same files beside a script, which `datasets` rightly refuses to run.
+    directory = data_dir or _hub_file(name, "ai4bharat/IndicQA", f"data/{name}")
+    return _questions(*_squad_file(directory, name), language)
+
+
+def mgsm(language: str, data_dir: str | None = None, **_) -> dict:
+    """MGSM (Shi et al. 2023): 250 problems in each language, whose answers are numbers."""
+    name = f"mgsm_{language}.tsv"
+    if data_dir:
+        source, rows = _mgsm_file(data_dir, name)
+    else:
+        source, rows = _hub_data_set(name, "juletxara/mgsm", language, "test")
+    return _documents(source, _checked(source, rows, _problem), language)
+
+
+def _questions(source: str, rows: Iterable[dict], language: str) -> dict:
+    questions = _checked(source, rows, _question)
+    paragraphs: dict[str, int] = {}
+    for question in questions:
+        number = paragraphs.setdefault(question["context"], len(paragraphs) + 1)
+        question["cluster"] = f"paragraph {number}"
+    return _documents(source, questions, language)
+
+
+def _documents(source: str, documents: list[dict], language: str) -> dict:
+    from datasets import Dataset
+
+    words = json.loads(WORDS.read_text(encoding="utf-8"))
+    if language not in words:
+        raise UserError(f"{WORDS} has no words for '{language}': add a row.")
+    if not documents:
+        raise UserError(f"{source} has no questions: get it again.")
+    common = {"language": language, "words": words[language]}
+    return {"test": Dataset.from_list([{**document, **common} for document in documents])}
+
+
+# One row ---------------------------------------------------------------------------------------
+
+
+def _checked(source: str, rows: Iterable[dict], convert: Callable[[dict], dict]) -> list[dict]:
+    try:
+        return [convert(row) for row in rows]
+    except KeyError as error:
+        reason = f"{error} is missing"
+    except (OSError, TypeError, ValueError) as error:  # among them bytes not UTF-8, and text not JSON
+        reason = str(error)
+    raise UserError(f"{source} is not as its benchmark publishes it ({reason}): get it again.")
+
+
+def _question(raw: dict) -> dict:
+    answers = raw["answers"]  # the hub has one dict of lists, a file a list of dicts
+    texts = answers["text"] if isinstance(answers, dict) else [answer["text"] for answer in answers]
+    return {
+        "id": str(raw["id"]),
+        "context": _text(raw["context"]),
+        "question": _text(raw["question"]),
+        "golds": [text for text in map(_text, texts) if text.strip()],
+    }
+
+
+def _problem(raw: dict) -> dict:
+    answer = str(raw["answer_number"])
+    if not NUMBER.fullmatch(answer.strip()):
+        raise ValueError(f"{raw['id']} has the answer '{answer}', not a number")
+    identity = {"id": raw["id"], "cluster": raw["id"]}
+    return {**identity, "question": _text(raw["question"]), "golds": [str(last_number(answer))]}
+
+
+def _text(value) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    value.encode()  # refuses half a character
+    return value
+
+
+# Official files --------------------------------------------------------------------------------
+
+
+def _squad_file(directory: str, name: str) -> tuple[str, Iterator[dict]]:
+    path = _find(directory, name)
+
+    def rows():
+        for article in json.loads(path.read_text(encoding="utf-8-sig"))["data"]:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    yield {**question, "context": paragraph["context"]}
+
+    return str(path), rows()
+
+
+def _mgsm_file(directory: str, name: str) -> tuple[str, Iterator[dict]]:
+    path = _find(directory, name)
+
+    def rows():
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+        for number, line in enumerate(filter(None, lines), 1):
+            question, tab, answer = line.partition("\t")
+            if not tab:
+                raise ValueError(f"line {number} has no tab")
+            yield {"id": f"problem {number}", "question": question, "answer_number": answer}
+
+    return str(path), rows()
+
+
+def _find(directory: str, name: str) -> Path:
+    if not Path(directory).is_dir():
+        raise UserError(f"There is no directory '{directory}': give --data-dir one that has {name} below it.")
+    found = sorted(Path(directory).rglob(name))
+    if not found:
+        raise UserError(
+            f"There is no {name} below '{directory}': put it there, or leave --data-dir out to fetch it."
+        )
+    if len(found) > 1:
+        places = ", ".join(map(str, found))
+        raise UserError(f"There are {len(found)} files {name} below '{directory}' ({places}): leave one.")
+    return found[0]
+
+
+# The hub ---------------------------------------------------------------------------------------
+
+
+def _hub_data_set(name: str, repository: str, config: str, split: str) -> tuple[str, Iterable[dict]]:
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises too
+    rows = _fetched(repository, name, lambda: datasets.load_dataset(repository, config, split=split))
+    # MGSM's rows have no id of their own
+    return f"{repository}:{config}", ({"id": f"problem {n}", **row} for n, row in enumerate(rows, 1))
+
+
+def _hub_file(name: str, repository: str, path: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        _fetched(repository, name, lambda: hf_hub_download(repository, path, repo_type="dataset"))
+    ).parent
+
+
+def _fetched(repository: str, name: str, fetch: Callable):
+    try:
+        return fetch()
+    except Exception as error:  # the libraries raise a dozen kinds, and not all of them their own
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"{repository} cannot be fetched from the hub ({type(error).__name__}: {reason}): give "
+            f"--data-dir=DIR, a directory that has {name} somewhere below it."
+        ) from error

@@ -1,0 +1,53 @@
+"""The command that answers one prompt."""
+
+import json
+import shutil
+
+import pytest
+
+import prom_jax
+from prom_jax import generate
+from prom_jax.data.prompts import wording
+from prom_jax.errors import UserError
+from prom_jax.evaluation.decode import greedy
+
+
+def expected(model, tokenizer, prompt, length):
+    (answer,) = greedy(model, [tokenizer(prompt)["input_ids"]], length, [tokenizer.eos_token_id])
+    return tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_streams_the_greedy_answer(tiny, tmp_path, capsys):
+    model, tokenizer = prom_jax.load(tiny / "model")
+    for flags, prompt in ((["--raw"], "maziwa"), ([], wording("en").prompt("maziwa"))):
+        generate.main(["maziwa", f"--model={tiny / 'model'}", "--max_new_tokens=21", *flags])
+        assert capsys.readouterr().out == expected(model, tokenizer, prompt, 21).rstrip("\ufffd") + "\n"
+
+    # A model that was trained here is asked in the language of its prompts.
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prom_jax": {"prompts": "sw"}}))
+    generate.main(["maziwa", f"--model={tmp_path / 'model'}", "--max_new_tokens=9"])
+    answer = expected(model, tokenizer, wording("sw").prompt("maziwa"), 9)
+    assert capsys.readouterr().out == answer.rstrip("\ufffd") + "\n"
+
+
+def test_half_a_character_waits(byte_level, capsys):
+    show = generate.Stream(byte_level)
+    tokens = byte_level("สวัสดี ใช่")["input_ids"]
+    for end in range(1, len(tokens) + 1):
+        assert show(0, tokens[:end]) is False
+    assert capsys.readouterr().out == "สวัสดี ใช่"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["", "--raw"], "has 0 tokens: expected 1 to 768"),
+        (["a " * 900, "--raw"], "expected 1 to 768, which leaves 256"),
+        (["a", "--max_new_tokens=0"], "--max_new_tokens=0"),
+    ],
+)
+def test_bad_input(tiny, flags, message):
+    with pytest.raises(UserError, match=message):
+        generate.main([*flags, f"--model={tiny / 'model'}"])
