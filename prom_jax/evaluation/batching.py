@@ -41,8 +41,8 @@ class _Row:
 
     @property
     def places(self) -> int:
-        """R: texts that it is computed for, a power of two so that few shapes are compiled."""
-        return 1 << (len(self.texts) - 1).bit_length()
+        """R: texts that it is computed for, one of few so that few shapes are compiled."""
+        return next(number for number in (1, MAX_TEXTS // 2, MAX_TEXTS) if len(self.texts) <= number)
 
 
 def plan(
@@ -111,8 +111,8 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _bucket(length: int) -> int:
-    """The length that a row is padded to: four steps between powers of two, of 16 places or more."""
-    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    """The length that a row is padded to: powers of two and what lies halfway between them."""
+    step = max(32, 1 << max(0, (length - 1).bit_length() - 2))
     return -(-length // step) * step
 
 

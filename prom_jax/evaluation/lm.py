@@ -111,7 +111,7 @@ class HarnessModel(TemplateLM):
         tokens = [self.tok_encode(prompt) or [self.prefix_token_id] for prompt in prompts]
         _warn_if_cut(tokens, room)
         questions = [[prompt[-room:], stops, max_new_tokens] for prompt in tokens]
-        ending = self._eos | self._tokens_with(stops)
+        ending = self._eos | tokens_with(self.tokenizer, stops)
         # A stop string of several characters can also come about between tokens.
         several = [stop for stop in stops if len(stop) > 1]
         watch = lambda _, answer: any(stop in self._text(answer) for stop in several)
@@ -127,13 +127,6 @@ class HarnessModel(TemplateLM):
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def _tokens_with(self, stops: list[str]) -> set[int]:
-        """The tokens that hold a stop string by themselves, which therefore end an answer on the device."""
-        if not stops:
-            return set()
-        texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
-        return {token for token, text in enumerate(texts) if any(stop in text for stop in stops)}
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
         """Of (strings, context, continuation) in tokens: the log-likelihood, and whether it is greedy's."""
@@ -182,6 +175,14 @@ class HarnessModel(TemplateLM):
                 left = seconds / made * (len(missing) - made)
                 show(done + made, f"{made / seconds:.2f} a second, {left / 60:.1f} min left")
         return [self.answers.get(question) for question in questions]
+
+
+def tokens_with(tokenizer, stops: list[str]) -> set[int]:
+    """The tokens that hold a stop string by themselves, which therefore end an answer on the device."""
+    if not stops:
+        return set()
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return {token for token, text in enumerate(texts) if any(stop in text for stop in stops)}
 
 
 def _generation(settings: dict) -> tuple[list[str], int]:

@@ -1,0 +1,59 @@
+"""python -m prom_jax.report --runs=DIR --out=DIR
+
+Makes the paper's tables out of every evaluation below --runs (prom_jax.evaluate's results.json, and
+samples.jsonl beside it): our numbers beside the paper's, with paired tests between methods. --out gets
+report.html, report.md, tables/*.csv, and the pictures of the probe and of interference found below --runs.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from prom_jax import cli
+from prom_jax.console import console
+from prom_jax.reporting import figures, output, tables
+from prom_jax.reporting import runs as evaluations
+
+PAPER = Path(__file__).parent / "resources" / "paper.json"
+
+
+def main(argv=None):
+    """Reads the command line and reports."""
+    arguments = parse(argv)
+    root, out = Path(arguments.runs), Path(arguments.out)
+    paper = json.loads(PAPER.read_text(encoding="utf-8"))
+    runs, notes = evaluations.find(root)
+    sections, left_out = tables.sections(runs, paper)
+    notes += left_out
+    output.write(out, sections, runs, figures.find(root), notes, paper)
+    for section in sections:
+        console.print(f"base      {section.base}")
+        for table in section.tables:
+            console.print(f"          {summary(table)}")
+    for note in notes:
+        console.print(f"WARNING   {note}")
+    console.print(f"wrote {out}/report.html, {out}/report.md and {out}/tables")
+
+
+def parse(argv) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prom_jax.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--runs", required=True, help="folder with evaluations anywhere below it")
+    parser.add_argument("--out", required=True, help="folder for the report")
+    return parser.parse_args(argv)
+
+
+def summary(table: tables.Table) -> str:
+    """How full a table is, and how many comparisons it holds."""
+    values = [value for _, cells in table.rows for cell in cells for value in cell.values]
+    there = sum(value.ours is not None for value in values)
+    tests = [comparison for comparison in table.comparisons if not comparison.refused]
+    significant = sum(comparison.verdict != 0 for comparison in tests)
+    tested = f"; {len(tests)} comparisons, {significant} significant" if table.comparisons else ""
+    return f"{table.title}: {there} of {len(values)} numbers{tested}"
+
+
+if __name__ == "__main__":
+    cli.guard(main)

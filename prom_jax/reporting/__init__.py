@@ -1,0 +1,1 @@
+"""From evaluations on disk to the paper's tables."""
