@@ -14,6 +14,7 @@ from prom_jax.sharding import constrain, num_batch_shards
 
 PLACES = 32_768  # tokens whose keys and values are in memory at a time
 CHUNK = 32  # new tokens between two looks from outside
+ROOM = 128  # new tokens for which the cache grows at a time: most answers need no more
 QUERIES = 256  # tokens of each row whose attention scores are in memory at a time
 
 
@@ -67,7 +68,9 @@ def decode(
 def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
     """Tokens made for the texts of a batch, [B, R, max_new_tokens], and how many of them count, [B, R]."""
     with on_mesh(model):
+        room = min(ROOM, max_new_tokens)
         state = _begin(model, placed(model, batch, done=batch.texts < 0), stops, max_new_tokens)
+        state = _make_room(state, 0, room)
         while True:
             step = int(state["step"])
             made, lengths, done = (np.array(state[name]) for name in ("made", "lengths", "done"))
@@ -76,7 +79,10 @@ def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
             if step == max_new_tokens or done.all():
                 return made, lengths
             state["done"] = jax.device_put(done, state["done"].sharding)
-            state = _advance(model, state, stops, min(step + chunk, max_new_tokens))
+            if step == room:
+                more = min(ROOM, max_new_tokens - room)
+                state, room = _make_room(state, room, more), room + more
+            state = _advance(model, state, stops, min(step + chunk, room))
 
 
 def prefill(model, rows):
@@ -104,21 +110,16 @@ def prefill(model, rows):
 
 @functools.partial(jax.jit, static_argnames="max_new_tokens")
 def _begin(model, rows, stops_V, max_new_tokens):
-    """Runs the prompts; the state of `_advance` has the first new token of each.
-
-    Of every prompt's r-th text, the i-th new token has place T + i·R + r in the cache.
-    """
-    batch, number = rows["ends"].shape
+    """Runs the prompts: the state of `_advance`, with the first new token of each answer and no room for
+    more."""
     states, cache = prefill(model, rows)
     last = jnp.take_along_axis(states, rows["ends"][..., None], axis=1)
-    room = max_new_tokens * number
-    cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 2 + [(0, room)] + [(0, 0)] * 2), cache)
-    to_come = jnp.repeat(jnp.arange(max_new_tokens), number) + jnp.tile(rows["lengths"], max_new_tokens)
-    own = jnp.broadcast_to(jnp.arange(1, number + 1), (batch, number))
+    batch, number = rows["ends"].shape
     state = {
         "cache": cache,
-        "kv_positions": jnp.concatenate([rows["positions"], to_come], axis=1),
-        "kv_segments": jnp.concatenate([rows["segments"], jnp.tile(own, max_new_tokens)], axis=1),
+        "kv_positions": rows["positions"],
+        "kv_segments": rows["segments"],
+        "before": jnp.int32(rows["tokens"].shape[1]),
         "first": rows["lengths"],  # the position of the first new token
         "made": jnp.zeros((batch, number, max_new_tokens), jnp.int32),
         "lengths": jnp.zeros((batch, number), jnp.int32),
@@ -128,19 +129,35 @@ def _begin(model, rows, stops_V, max_new_tokens):
     return _keep(state, model.logits(last).argmax(axis=-1), stops_V)
 
 
+@functools.partial(jax.jit, static_argnames=("room", "more"))
+def _make_room(state, room, more):
+    """The state with places for `more` new tokens of every text, where there are some for `room`: the i-th of
+    the r-th has place T + i·R + r."""
+    number = state["first"].shape[1]
+    steps = jnp.repeat(room + jnp.arange(more), number)
+    positions = steps + jnp.tile(state["first"], more)
+    segments = jnp.broadcast_to(jnp.tile(jnp.arange(1, number + 1), more), positions.shape)
+    behind = lambda old, new: jnp.concatenate([old, new], axis=1)
+    longer = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, more * number), (0, 0), (0, 0)])
+    return state | {
+        "cache": jax.tree.map(longer, state["cache"]),
+        "kv_positions": behind(state["kv_positions"], positions),
+        "kv_segments": behind(state["kv_segments"], segments),
+    }
+
+
 @functools.partial(jax.jit, donate_argnames="state")
 def _advance(model, state, stops_V, until):
     """New tokens up to the `until`-th, or until all answers have ended."""
-    batch, number, max_new_tokens = state["made"].shape
-    before = state["kv_positions"].shape[1] - number * max_new_tokens
+    batch, number, _ = state["made"].shape
     segments = jnp.broadcast_to(jnp.arange(1, number + 1), (batch, number))
 
     def body(state):
-        done = state["step"] - 1
-        tokens, positions = state["made"][:, :, done], state["first"] + done
+        last = state["step"] - 1
+        tokens, positions = state["made"][:, :, last], state["first"] + last
         kv = state["kv_positions"], segments, state["kv_segments"]
         mask = visible(positions, *kv, model.config.sliding_window)
-        place = before + done * number
+        place = state["before"] + last * number
         states, cache = model.cached_states(tokens, positions, mask, state["cache"], place)
         return _keep(state | {"cache": cache}, model.logits(states).argmax(axis=-1), stops_V)
 

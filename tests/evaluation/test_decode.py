@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prom_jax import llama, sharding
+from prom_jax.evaluation import decode as decoding
 from prom_jax.evaluation.decode import decode, greedy
 from tests.reference import hf_model, place_params, to_model
 
@@ -49,7 +50,7 @@ def test_greedy_equals_transformers(family, pivot_layer):
 
 
 @pytest.mark.parametrize(("family", "pivot_layer"), [("llama2", 0), ("mistral", 3)])
-def test_prompts_that_share_their_beginning(family, pivot_layer):
+def test_prompts_that_share_their_beginning(family, pivot_layer, monkeypatch):
     hf = hf_model(family, **MODELS.get(family, {}))
     chance = np.random.default_rng(1)
     beginning = chance.integers(0, 199, 290).tolist()  # more than a part of the prefill
@@ -59,6 +60,7 @@ def test_prompts_that_share_their_beginning(family, pivot_layer):
     assert len({tuple(new) for new in expected[:5]}) == 5
     model = to_model(hf, pivot_layer)
     assert greedy(model, prompts, NEW, []) == expected
+    monkeypatch.setattr(decoding, "ROOM", 5)  # so that the cache grows
     assert dict(decode(model, prompts, NEW, [], places=1)) == dict(enumerate(expected))  # row by row
     eos = [expected[0][3], expected[3][5]]
     assert greedy(model, prompts, NEW, eos) == [generate(hf, prompt, eos) for prompt in prompts]
