@@ -3,6 +3,7 @@
 from prom_jax.analysis.figures import length_histogram
 from prom_jax.data.checks import script
 from prom_jax.data.records import COUNTS, ROLES
+from prom_jax.distributed import is_first
 from prom_jax.workdir import write_json, write_text
 
 # Scripts that put no space between words, so that "words" are not counted.
@@ -12,8 +13,10 @@ NONE = dict.fromkeys(COUNTS, 0) | {"reasons": {}}
 
 def write(experiment) -> dict:
     """Writes `data_card.json`, `data_card.md` and `lengths.png` into the work directory of an
-    `experiment.Experiment`; returns the card (see `make`)."""
+    `experiment.Experiment`, in process 0; returns the card (see `make`)."""
     card = make(experiment)
+    if not is_first():
+        return card
     write_json(experiment.workdir / "data_card.json", card)
     write_text(experiment.workdir / "data_card.md", as_markdown(card))
     train = experiment.data.train

@@ -3,31 +3,46 @@
     checkpoints/
       model.json     architecture, pivot layer, dtype of the source, how it was made
       tokenizer/     as Hugging Face saves it
-      <step>/        params and, for training, optimizer state
+      <step>/        params and, for training, optimizer state and their checksums
 
-The data position is the step number, so there is nothing else to keep.
+The data position is the step number, so there is nothing else to keep. A directory may be a path or a place
+in an object store, gs://bucket/….
 """
 
+import collections
+import contextlib
 import dataclasses
-import functools
 import json
 import logging
+import os
+import re
+import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
+import tensorstore as ts
+from etils import epath
+from jax.sharding import AbstractMesh
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
-from prom_jax import llama
+from prom_jax import llama, tokenizer
 from prom_jax.architecture import LlamaConfig
+from prom_jax.console import console
 from prom_jax.errors import UserError
 from prom_jax.readers import PIVOT_NAME
-from prom_jax.sharding import param_sharding, path_keys
-from prom_jax.tokenizer import save as save_tokenizer
-from prom_jax.weights import hf_tensors
+from prom_jax.sharding import AXES, param_sharding, path_keys
+from prom_jax.weights import LazyArray, hf_tensors
 
-DESCRIPTION = "model.json"
+DESCRIPTION, TOKENIZER, CHECKSUMS = "model.json", "tokenizer", "checksums"
+CHUNK_BYTES = 64 * 2**20  # the largest part of an array that is compressed, and thus read, as one
+CACHE_BYTES = 256 * 2**20  # of decompressed chunks: a tensor is often read row by row
+FILE_BYTES = 256 * 2**20  # TensorStore buffers a file before it writes it
+PENDING = 2  # parts of a lazy array that are being written while the next is read
+# What Orbax, TensorStore and the system raise where files cannot be read or written.
+STORE_ERRORS = (OSError, ValueError, KeyError, TypeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +59,15 @@ class Description:
     dtype: str
     details: dict
 
-    def write(self, directory: Path):
+    def write(self, directory):
         """Writes `model.json`."""
         fields = dataclasses.asdict(self) | {"config": self.config.to_hf()}
-        (Path(directory) / DESCRIPTION).write_text(json.dumps(fields, indent=2, ensure_ascii=False))
+        (located(directory) / DESCRIPTION).write_text(json.dumps(fields, indent=2, ensure_ascii=False))
 
     @classmethod
-    def read(cls, directory: Path) -> "Description":
+    def read(cls, directory) -> "Description":
         """Reads `model.json`."""
-        fields = json.loads((Path(directory) / DESCRIPTION).read_text())
+        fields = json.loads((located(directory) / DESCRIPTION).read_text())
         return cls(**fields | {"config": LlamaConfig.from_hf(fields["config"])})
 
     def abstract(self, **kwargs) -> llama.Llama:
@@ -64,89 +79,324 @@ class Description:
 class Checkpoints:
     """The steps in a directory. Saving goes on in the background; a step appears when it is whole.
 
-    Args: directory: made if missing; keep: how many of the latest steps stay (None: all).
+    Args:
+      directory: made if missing.
+      keep: how many of the latest steps stay (None: all).
+      keep_best: how many of those with the lowest held-out loss stay besides.
+      keep_every: steps that are multiples of it stay besides; 0: none.
     """
 
-    def __init__(self, directory, keep: int | None = None):
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file it touches
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+    def __init__(self, directory, keep: int | None = None, keep_best: int = 0, keep_every: int = 0):
+        _quiet()
+        self.directory = located(directory)
+        policies = [LatestN(keep)]
+        if keep_best:
+            best = {"get_metric_fn": lambda metrics: metrics["loss"], "reverse": True}
+            policies.append(BestN(n=keep_best, keep_checkpoints_without_metrics=False, **best))
+        if keep_every:
+            policies.append(EveryNSteps(keep_every))
+        self._policy = AnyPreservationPolicy(policies)
+        self._step, self._failure = 0, ""  # what is being saved; why the last save failed
+        self._open()
+
+    def _open(self):
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
         """The last whole step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, **items):
-        """Starts saving `items` (trees of arrays, such as params= and opt_state=) as `step`."""
-        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**args))
+    def save(self, step: int, loss: float | None = None, **items):
+        """Starts saving `items` (trees of arrays, such as params= and opt_state=) as `step`.
 
-    def restore(self, step: int, **items):
-        """Reads items of `step` into the shapes, dtypes and shardings of the given abstract trees."""
-        args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+        If the save before failed, or this one cannot begin, a warning says so and the caller goes on:
+        earlier steps are whole, and the next save tries again.
+
+        Args: loss: held-out, by which the best steps are told.
+        Raises:
+          UserError: with several processes, if a save failed.
+        """
+        self._finish()
+        self._failure = ""
+        args = {name: ocp.args.PyTreeSave(item, _storage(item), FILE_BYTES) for name, item in items.items()}
+        args[CHECKSUMS] = ocp.args.JsonSave(checksums(items))
+        metrics = None if loss is None else {"loss": float(loss)}
+        self._step = step
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
+        except STORE_ERRORS as error:
+            self._failed(error)
+
+    def resume(self, **items):
+        """Reads the last step that is whole; damaged ones are named and put aside as `<step>.damaged`.
+
+        Args: items: abstract trees, whose shapes, dtypes and shardings the results have.
+        Returns: the step and the items, a tuple in their order; 0 and None where there is no whole step.
+        Raises:
+          UserError: with several processes, for a damaged step: run again to go on from the one before.
+        """
+        while step := self.latest():
+            try:
+                restored = self.restore(step, **items)
+            except STORE_ERRORS as error:
+                self._put_aside(step, error)
+            else:
+                console.print(f"resumed   after step {step}")
+                return step, restored
+        return 0, None
+
+    def restore(self, step: int, **items) -> tuple:
+        """Reads items of `step` into the shapes, dtypes and shardings of the given abstract trees.
+
+        Raises:
+          ValueError, OSError, KeyError, TypeError: where the step is damaged.
+        """
+        args = {
+            name: ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+            for name, item in items.items()
+        }
+        args[CHECKSUMS] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        for name, found in checksums({name: restored[name] for name in items}).items():
+            if restored[CHECKSUMS][name] != found:
+                raise ValueError(f"the values of {name} are not those that were saved")
         return tuple(restored[name] for name in items)
 
     def close(self):
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
+        """Waits until everything is written.
+
+        Raises:
+          UserError: if the last save failed.
+        """
+        self._finish()
         self._manager.close()
+        if self._failure:
+            raise UserError(self._failure)
+
+    def _finish(self):
+        try:
+            self._manager.wait_until_finished()
+        except STORE_ERRORS as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception):
+        told = (
+            f"{self.directory}: step {self._step} could not be saved ({_reason(error)}): make room or choose "
+            "another checkpoint.directory"
+        )
+        if jax.process_count() > 1:  # the others wait for this one's part of the step
+            raise UserError(told) from error
+        self._manager.close()
+        self._open()  # forgets the step, and removes what there is of it
+        self._failure = f"{told}; the last whole step is {self.latest() or 'none'}"
+        console.print(f"WARNING   {self._failure}")
+
+    def _put_aside(self, step: int, error: Exception):
+        place, aside = self.directory / str(step), self.directory / f"{step}.damaged"
+        with contextlib.suppress(FileNotFoundError):  # another process may be first
+            if place.exists() and aside.exists():
+                aside.rmtree()
+            place.rename(aside)
+        told = f"{self.directory}: step {step} is damaged ({_reason(error)}), it is now {aside.name}"
+        if jax.process_count() > 1:  # the others may have read their parts of it
+            raise UserError(f"{told}: run the same command to go on from the step before") from error
+        self._manager.close()
+        self._open()
+        console.print(f"WARNING   {told}; going on from step {self.latest() or 'none'}")
 
 
-def describe(directory: Path, description: Description, tokenizer):
-    """Writes what the checkpoints in `directory` are, and their tokenizer."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, directory / "tokenizer", tokenizer.chat_template)
+def _quiet():
+    """Orbax tells of every file it touches, and prints the trace of each error that it raises."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def _reason(error: Exception) -> str:
+    """The gist of an error: TensorStore's tell of every layer, the system's word is in them somewhere."""
+    if code := re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", str(error)):
+        return os.strerror(int(code[1] or code[2]))
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _storage(item):
+    """How the arrays of a tree are cut: stacks by layer, so that a layer can be read without the others."""
+    args = lambda x: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if x.ndim > 2 else ())
+    return jax.tree.map(args, item)
+
+
+def checksums(tree) -> dict[str, int]:
+    """The sum of each array's bits, as unsigned integers modulo 2³², by its place in the tree: the same on
+    every mesh, and another one if a bit has changed."""
+    sums = jax.device_get(_sums(tree))
+    return {jax.tree_util.keystr(path): int(x) for path, x in jax.tree.leaves_with_path(sums)}
+
+
+@jax.jit
+def _sums(tree):
+    def bits(x):
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned), dtype=jnp.uint32)
+
+    return jax.tree.map(bits, tree)
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `LazyArray`s part by part, so that no array is ever in memory; they restore as others do."""
+
+    async def serialize(self, values, infos, args=None):
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            # A part for each of eight devices: meshes up to that size read what they need and no more.
+            mesh = AbstractMesh((1, 8, 1), AXES)
+            shard = param_sharding(mesh, tuple(info.name.split(".")), value.shape).shard_shape(value.shape)
+            chunk = (1, *shard[1:]) if len(shard) > 2 else shard
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=True,
+                global_shape=value.shape,
+                local_shape=chunk,
+                dtype=value.dtype,
+                process_index=jax.process_index(),
+            )
+            store = await ts.open(ts.Spec(spec), create=True, context=info.ts_context)
+            # A layer at a time, or a device's part of what has no layers.
+            part = (1, *value.shape[1:]) if len(shard) > 2 else shard
+            pending = collections.deque()
+            for start in np.ndindex(*(size // of for size, of in zip(value.shape, part, strict=True))):
+                index = tuple(slice(i * of, (i + 1) * of) for i, of in zip(start, part, strict=True))
+                pending.append(store[index].write(value.read(index)))
+                if len(pending) > PENDING:
+                    await pending.popleft()
+            for written in pending:
+                await written
+        return []
+
+
+def write(directory, description: Description, model_tokenizer, params: dict):
+    """Writes `LazyArray`s as the only step, 0, of a new checkpoint directory.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    describe(directory, description, model_tokenizer)
+    _quiet()
+    path = located(directory) / "0" / "params"
+    args = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=FILE_BYTES)
+    registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _LazyHandler()))
+    options = {
+        "options": ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        "item_handlers": {"params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)},
+    }
+    try:
+        with ocp.CheckpointManager(located(directory), **options) as manager:
+            manager.save(0, args=ocp.args.Composite(params=args))
+    except STORE_ERRORS as error:
+        raise UserError(
+            f"{path} could not be written ({_reason(error)}): make room or choose another place"
+        ) from error
+
+
+def describe(directory, description: Description, model_tokenizer):
+    """Writes what the checkpoints in `directory` are, and their tokenizer; process 0 does."""
+    if jax.process_index() != 0:
+        return
+    directory = located(directory)
+    (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as local:
+        tokenizer.save(model_tokenizer, Path(local), model_tokenizer.chat_template)
+        for path in Path(local).iterdir():
+            (directory / TOKENIZER / path.name).write_bytes(path.read_bytes())
     description.write(directory)
 
 
-def find(source) -> Path | None:
-    """The checkpoint directory that `source` is, or holds as `checkpoints`; None if it is neither."""
-    for directory in (Path(source), Path(source) / "checkpoints"):
+def load_tokenizer(directory):
+    """The tokenizer beside the checkpoints in `directory`."""
+    with tempfile.TemporaryDirectory() as local:
+        for path in (located(directory) / TOKENIZER).iterdir():
+            (Path(local) / path.name).write_bytes(path.read_bytes())
+        return tokenizer.load(local)
+
+
+def located(path) -> epath.Path:
+    """A place on this machine, made absolute, or in an object store."""
+    return epath.Path(path) if str(path).startswith("gs://") else epath.Path(os.path.abspath(path))
+
+
+def find(source) -> epath.Path | None:
+    """The checkpoint directory that `source` is or holds as `checkpoints`, or the one step that it is; None
+    if it is none of these."""
+    place = located(source)
+    for directory in (place, place / "checkpoints"):
         if (directory / DESCRIPTION).is_file():
             return directory
-    return None
+    return place if place.name.isdecimal() and (place.parent / DESCRIPTION).is_file() else None
 
 
 class CheckpointReader:
-    """The latest step's parameters, behind the interface of `readers`.
+    """A step's parameters, behind the interface of `readers`; of arrays, only the asked part is read.
 
+    Args: place: as `find` gives it: a directory, of which the latest step is read, or one step of it.
     Raises:
-      UserError: if there is no whole step.
+      UserError: if there is no such whole step, or where it turns out to be damaged.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, place):
+        place = located(place)
+        directory = place if (place / DESCRIPTION).is_file() else place.parent
         description = Description.read(directory)
         self.source, self.config, self.dtype = directory, description.config, np.dtype(description.dtype)
         self.pivot_layer, self.details = description.pivot_layer, description.details
-        checkpoints = Checkpoints(directory)
-        self.step = checkpoints.latest()
-        if self.step is None:
-            raise UserError(f"{directory} holds no whole checkpoint: train on, or give another source")
-        host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        abstract = llama.to_params(description.abstract())
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
-        (self._params,) = checkpoints.restore(self.step, params=jax.tree.map(place, abstract))
-        checkpoints.close()
-        self._places = {name: (path, index) for name, path, index in hf_tensors(self._params)}
+        steps = ocp.utils.checkpoint_steps(directory)
+        if not steps or (place != directory and int(place.name) not in steps):
+            raise UserError(f"{place} holds no whole checkpoint: train on, or give another source")
+        self.step = max(steps) if place == directory else int(place.name)
+        params = llama.to_params(description.abstract())
+        self._places = {name: (path, index) for name, path, index in hf_tensors(params)}
         self.names = set(self._places)
+        pools = {"cache_pool": {"total_bytes_limit": CACHE_BYTES}, "cache_pool#ocdbt": {}}
+        self._context, self._stores = ts.Context(pools), {}
 
     def shape(self, name) -> tuple[int, ...]:
         """Of a tensor, by its Hugging Face name."""
-        return self._tensor(name).shape
+        path, layer = self._place(name)
+        return self._store(path).shape[len(layer) :]
 
-    def where(self, name) -> Path:
+    def where(self, name) -> epath.Path:
         """What holds a tensor."""
         return self.source / str(self.step)
 
     def read(self, name, index) -> np.ndarray:
-        """A slice of a tensor."""
-        return self._tensor(name)[index]
+        """A part of a tensor."""
+        path, layer = self._place(name)
+        store = self._store(path)
+        with self._naming_damage(name):
+            return store[(*layer, *index)].read().result()
 
-    def _tensor(self, name) -> np.ndarray:
-        path, layer = (("pivot_head",), ()) if name == PIVOT_NAME else self._places[name]
-        return np.asarray(functools.reduce(lambda node, key: node[key], path, self._params))[layer]
+    def _place(self, name):
+        return (("pivot_head",), ()) if name == PIVOT_NAME else self._places[name]
+
+    def _store(self, path: tuple[str, ...]) -> ts.TensorStore:
+        if path not in self._stores:
+            name = ".".join(path)
+            info = ocp.type_handlers.ParamInfo(
+                name=name, parent_dir=self.where(name) / "params", ts_context=self._context
+            )
+            spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
+            with self._naming_damage(name):
+                self._stores[path] = ts.open(ts.Spec(spec), context=self._context).result()
+        return self._stores[path]
+
+    @contextlib.contextmanager
+    def _naming_damage(self, name):
+        try:
+            yield
+        except STORE_ERRORS as error:
+            raise UserError(
+                f"{self.where(name)} is damaged, {name} cannot be read ({_reason(error)}): give another step "
+                f"of {self.source}, or another source"
+            ) from error
 
 
 def placed(abstract: dict, mesh) -> dict:

@@ -9,11 +9,26 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from prom_jax.distributed import MISTAKE, together
 from prom_jax.errors import UserError
 from prom_jax.sharding import AXES, make_mesh
 
-MISTAKE = 2  # exit status
 COMPILED = Path("~/.cache/prom_jax/compiled").expanduser()
+_number = lambda name: int(os.environ[name]) if os.environ.get(name, "").isdigit() else None
+# Name, type, default and meaning of what `processes` takes.
+PROCESS_FLAGS = (
+    (
+        "coordinator",
+        str,
+        None,
+        "host:port of process 0 in a run of several processes, where the environment does not tell; "
+        "default $JAX_COORDINATOR_ADDRESS",
+    ),
+    ("num_processes", int, _number("JAX_NUM_PROCESSES"), "Default $JAX_NUM_PROCESSES"),
+    ("process_id", int, _number("JAX_PROCESS_ID"), "From 0 on; default $JAX_PROCESS_ID"),
+    ("connect_timeout", float, 300.0, "Seconds until all processes must have come"),
+    ("hang_timeout", float, 3600.0, "Seconds after which a step that hangs ends the run; 0: never"),
+)
 
 
 def define_run_flags():
@@ -26,6 +41,26 @@ def define_run_flags():
         lock_config=True,
     )
     flags.DEFINE_string("workdir", None, "Where the run goes; default runs/<config>[-variant]")
+
+
+def define_process_flags():
+    """Defines what `processes` takes."""
+    define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    for name, kind, default, about in PROCESS_FLAGS:
+        define[kind](name, default, about)
+
+
+def add_processes(parser):
+    """Adds what `processes` takes to an argparse parser."""
+    for name, kind, default, about in PROCESS_FLAGS:
+        parser.add_argument(f"--{name}", type=kind, default=default, help=about)
+
+
+def processes(arguments=None):
+    """A context in which this process runs in step with those that the flags (or argparse's `arguments`) or
+    the environment tell of; see `distributed.together`."""
+    value = (lambda name: flags.FLAGS[name].value) if arguments is None else arguments.__getattribute__
+    return together(**{name: value(name) for name, *_ in PROCESS_FLAGS})
 
 
 def config():

@@ -134,6 +134,12 @@ def default() -> ConfigDict:
     c.checkpoint.every = 200
     # How many of the latest are kept.
     c.checkpoint.keep = 2
+    # How many are kept besides of those with the lowest held-out loss, where eval.every falls on them.
+    c.checkpoint.keep_best = 0
+    # Steps that are multiples of it are kept besides; 0: none.
+    c.checkpoint.keep_every = 0
+    # Where they go: a path or gs://bucket/…; '': into the work directory.
+    c.checkpoint.directory = ""
 
     c.export = ConfigDict()
     # Of the exported weights: 'float32', 'bfloat16', 'float16'; '': as the source has them.
@@ -162,7 +168,8 @@ def check(config: ConfigDict) -> None:
         "data.seq_len": 2, "batch.sequences": 1, "batch.accumulation": 1, "steps": 0, "pivot.layer": 0,
         "optimizer.learning_rate": 0, "optimizer.warmup_ratio": 0, "optimizer.weight_decay": 0,
         "optimizer.clip": 0, "optimizer.epochs": 0, "eval.every": 0, "eval.holdout": 0, "eval.samples": 0,
-        "checkpoint.every": 0, "checkpoint.keep": 1, "probe.shots": 0, "seed": 0,
+        "checkpoint.every": 0, "checkpoint.keep": 1,
+        "checkpoint.keep_best": 0, "checkpoint.keep_every": 0, "probe.shots": 0, "seed": 0,
     }  # fmt: skip
     one_of = {
         "data.prompts": ("english", "target"),

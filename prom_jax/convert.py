@@ -6,9 +6,11 @@ Hugging Face directory or hub id, a .gguf file, an Orbax checkpoint or a work di
 """
 
 import argparse
-from pathlib import Path
 
-from prom_jax import checkpoints, cli, llama, models
+import numpy as np
+
+from prom_jax import checkpoints, cli, models, weights
+from prom_jax.data.chat import chat_template
 from prom_jax.errors import UserError
 from prom_jax.workdir import make_directory
 
@@ -30,29 +32,33 @@ def main(argv=None):
 
 
 def to_hf(source, destination, dtype=None):
-    """Writes `source` as a Hugging Face directory, in its own dtype or another."""
-    model, model_tokenizer = models.load(source, param_dtype=dtype)
-    directory = checkpoints.find(source)
-    card = checkpoints.Description.read(directory).details if directory else {"base_model": str(source)}
+    """Writes `source` as a Hugging Face directory, in its own dtype or another, one tensor at a time."""
+    reader, tokenizer = models.open_source(source)
+    card = reader.details or {"base_model": str(source)}
     # A model that was not trained here keeps the chat template that it came with.
-    template = None if "method" in card else model_tokenizer.chat_template
-    models.save_hf(model, model_tokenizer, destination, card=card, template=template)
+    template = None if "prompts" in card else tokenizer.chat_template
+    weights.save_hf(
+        reader,
+        tokenizer,
+        destination,
+        dtype=dtype or reader.dtype,
+        chat_template=template or chat_template(tokenizer, card.get("prompts", "en")),
+        card=card,
+    )
 
 
 def from_hf(source, destination, dtype=None):
-    """Writes `source` as an Orbax checkpoint, in its own dtype or another."""
-    destination = Path(destination)
+    """Writes `source` as an Orbax checkpoint, in its own dtype or another, a part of a tensor at a time."""
+    destination = checkpoints.located(destination)
     make_directory(destination)
     if any(destination.iterdir()):
         raise UserError(f"{destination} is not empty: give a new place")
-    model, model_tokenizer = models.load(source, param_dtype=dtype)
-    params = llama.to_params(model)
-    dtype = params["embed_tokens"].dtype.name
-    description = checkpoints.Description(model.config, model.pivot_layer, dtype, {"base_model": str(source)})
-    checkpoints.describe(destination, description, model_tokenizer)
-    store = checkpoints.Checkpoints(destination)
-    store.save(0, params=params)
-    store.close()
+    reader, tokenizer = models.open_source(source)
+    layer, dtype = reader.pivot_layer, np.dtype(dtype or reader.dtype)
+    params = weights.lazy_params(reader, pivot_layer=layer, pivot_head=layer > 0, dtype=dtype)
+    details = reader.details or {"base_model": str(source)}
+    description = checkpoints.Description(reader.config, layer, dtype.name, details)
+    checkpoints.write(destination, description, tokenizer, params)
 
 
 if __name__ == "__main__":

@@ -16,20 +16,29 @@ from rich.table import Table
 
 from prom_jax import cli, models, tokenizer, weights
 from prom_jax.console import console
+from prom_jax.distributed import first_alone
 from prom_jax.errors import UserError
 from prom_jax.evaluation import harness
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.decode import PLACES
 from prom_jax.evaluation.lm import HarnessModel
 from prom_jax.sharding import describe
-from prom_jax.workdir import make_directory, write_json, write_text
+from prom_jax.workdir import check_shared, make_directory, write_json, write_text
 
 
 def main(argv=None):
     """Reads the command line and evaluates."""
     arguments = parse(argv)
+    with cli.processes(arguments):
+        evaluate(arguments)
+
+
+def evaluate(arguments: argparse.Namespace):
+    """Answers all tasks and writes what came out; several processes go through this in step."""
     out = Path(arguments.out)
-    make_directory(out)
+    with first_alone("out"):
+        make_directory(out)
+        check_shared(out)
     tasks = harness.load_tasks(arguments.tasks.split(","), arguments.data_dir)  # before any weights
     lm, header = load_model(arguments)
     depends_on = header["settings"] | {"model": header["model"]["fingerprint"]}
@@ -63,6 +72,7 @@ def parse(argv) -> argparse.Namespace:
     add("--places", type=int, default=PLACES, help=f"tokens in memory at a time; default {PLACES}")
     add("--compute_dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU")
     cli.add_mesh(parser, data=-1, fsdp=1)  # whole weights on every device: the fastest where they fit
+    cli.add_processes(parser)
     arguments = parser.parse_args(argv)
     for name in ("limit", "max_length", "places"):
         given = getattr(arguments, name)

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from prom_jax import budget, llama, models
+from prom_jax import budget, distributed, llama, models
 from prom_jax import config as configuration
 from prom_jax.console import console
 from prom_jax.data.examples import Recipe
@@ -13,7 +13,7 @@ from prom_jax.data.records import Prepared, prepare
 from prom_jax.errors import UserError
 from prom_jax.objective import Objective
 from prom_jax.regulation import Regulation, decide
-from prom_jax.workdir import as_dict, check_owner
+from prom_jax.workdir import as_dict, check_owner, check_shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,10 @@ class Experiment:
                 "pivot.label_smoothing": objective.label_smoothing,
                 "pivot.norm": objective.norm,
             }
+            unusual = {"english_prompt": "target", "translation_source": True}  # as in the published script
+            details |= {f"pivot.{key}": value for key, value in unusual.items() if config.pivot[key] == value}
         return details | {
+            "regulate": config.pivot.regulate,
             "regulation": self.regulation.reason,
             "prompts": self.prompt_language,
             "steps": self.batches.num_steps,
@@ -92,7 +95,10 @@ def resolve(config, workdir: Path) -> Experiment:
             f"WARNING   data.seq_len={config.data.seq_len} is more than the "
             f"{reader.config.max_position_embeddings} positions that the model was made for"
         )
-    data = prepare(recipe(config, objective), tokenizer, workdir / "records")
+    with distributed.first_alone("records"):
+        if not distributed.is_first():
+            check_shared(workdir / "records")
+        data = prepare(recipe(config, objective), tokenizer, workdir / "records")
     batches = Batches(
         data.train,
         sequences=config.batch.sequences,

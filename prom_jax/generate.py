@@ -1,8 +1,8 @@
 """python -m prom_jax.generate --model=MODEL "prompt" [--raw]
 
 Streams a model's greedy answer, to try it by hand. The prompt becomes an instruction in the template that the
-model was trained on here, Alpaca's English one for other models; --raw continues it as it is. MODEL is whatever
-prom_jax loads.
+model was trained on here, Alpaca's English one for other models; --raw continues it as it is. MODEL is
+whatever prom_jax loads.
 """
 
 import argparse
@@ -31,8 +31,8 @@ def main(argv=None):
     room = reader.config.max_position_embeddings - arguments.max_new_tokens
     if not 0 < len(prompt) <= room:
         raise UserError(
-            f"The prompt has {len(prompt)} tokens: expected 1 to {room}, which leaves {arguments.max_new_tokens} "
-            "of the model's context for the answer (--max_new_tokens)"
+            f"The prompt has {len(prompt)} tokens: expected 1 to {room}, which leaves "
+            f"{arguments.max_new_tokens} of the model's context for the answer (--max_new_tokens)"
         )
     compute_dtype = arguments.compute_dtype or models.default_compute_dtype()
     model = models.build(reader, cli.mesh(arguments), compute_dtype, param_dtype=compute_dtype)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from prom_jax.distributed import is_first
 from prom_jax.errors import UserError
 
 
 class MetricsLog:
-    """Appends one JSON object a line to `metrics.jsonl`, and the same numbers to TensorBoard.
+    """Appends one JSON object a line to `metrics.jsonl`, and the same numbers to TensorBoard; other processes
+    than 0 keep the rows in memory alone.
 
     Args: workdir; step: rows after it, and a torn last line, are removed: they will be made again.
     """
@@ -17,6 +19,9 @@ class MetricsLog:
     def __init__(self, workdir: Path, step: int):
         path = Path(workdir) / "metrics.jsonl"
         self.rows = [row for row in read(path) if row["step"] <= step]
+        self._file = self._board = None
+        if not is_first():
+            return
         repaired = path.with_suffix(".partial")
         repaired.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         repaired.replace(path)
@@ -27,6 +32,8 @@ class MetricsLog:
         """Adds a row."""
         row = {"step": step, **{key: float(value) for key, value in values.items()}}
         self.rows.append(row)
+        if not self._file:
+            return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for key, value in row.items():
@@ -40,8 +47,9 @@ class MetricsLog:
 
     def close(self):
         """Flushes everything."""
-        self._file.close()
-        self._board.close()
+        if self._file:
+            self._file.close()
+            self._board.close()
 
 
 def read(path: Path) -> list[dict]:

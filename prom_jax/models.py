@@ -1,7 +1,6 @@
 """A model from anywhere, ready to use, and back out."""
 
 import jax
-import numpy as np
 
 from prom_jax import checkpoints, llama, readers, tokenizer, weights
 from prom_jax.data.chat import chat_template
@@ -10,13 +9,15 @@ from prom_jax.data.chat import chat_template
 def open_source(source):
     """What a model can be read from: a Hugging Face directory, hub id, `.gguf` file or Orbax checkpoint.
 
+    An Orbax checkpoint is a directory of steps, of which the latest is read, or one step of it.
     Returns: its reader (config, dtype, pivot_layer and slices of tensors) and its tokenizer.
     Raises:
       UserError: if it cannot be reached or read, or is of a model that is not supported.
     """
     directory = checkpoints.find(source)
     if directory:
-        return checkpoints.CheckpointReader(directory), tokenizer.load(directory / "tokenizer")
+        reader = checkpoints.CheckpointReader(directory)
+        return reader, checkpoints.load_tokenizer(reader.source)
     return readers.open_reader(source), tokenizer.load(source)
 
 
@@ -62,13 +63,12 @@ def save_hf(model: llama.Llama, model_tokenizer, directory, *, dtype=None, card=
     Raises:
       UserError: if the directory holds something else, or cannot be written.
     """
-    params = llama.to_params(model)
+    reader = weights.ParamsReader(llama.to_params(model), model.config)
     weights.save_hf(
-        params,
-        model.config,
+        reader,
         model_tokenizer,
         directory,
-        dtype=dtype or np.dtype(params["embed_tokens"].dtype).name,
+        dtype=dtype or reader.dtype,
         chat_template=chat_template(model_tokenizer) if template is None else template,
         card=card or {},
     )

@@ -5,6 +5,7 @@ A reader has
   `config`       its LlamaConfig,
   `dtype`        the dtype that holds its tensors, float32 where they are quantised,
   `pivot_layer`  the layer of the pivot head that lies beside the weights, 0 if none does,
+  `details`      how the model was made, as its model card tells it; {} if it was not made here,
   `names`        the set of its tensors, by their Hugging Face names,
   `shape(name)`, `where(name)`  a tensor's shape and the file it is in,
   `read(name, index)`  a part of a tensor, `index` one slice an axis; no other part is read or dequantised.
@@ -49,6 +50,8 @@ TENSORS = (
 )
 # The pivot head is ours alone: a tensor in a file beside the weights, with its layer in the metadata.
 PIVOT_FILE, PIVOT_NAME = "pivot_head.safetensors", "pivot_head.weight"
+# What the model card tells, in `config.json` under a key that transformers keeps and does not read.
+DETAILS_KEY = "prom_jax"
 
 _SAFETENSORS_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _GGUF_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
@@ -113,7 +116,14 @@ class SafetensorsReader:
 
     def __init__(self, directory):
         self.source = Path(directory)
-        self.config = LlamaConfig.from_hf(_read_json(self.source / "config.json"))
+        config = _read_json(self.source / "config.json")
+        self.details = config.pop(DETAILS_KEY, {})
+        if not isinstance(self.details, dict):
+            raise UserError(
+                f"{self.source / 'config.json'} sets {DETAILS_KEY}={self.details!r}: expected an object, as "
+                "in an export; remove the key"
+            )
+        self.config = LlamaConfig.from_hf(config)
         self._files = {}  # tensor -> the open file it is in, and that file's path
         for path, names in self._shards():
             file = _open_safetensors(path)
@@ -206,11 +216,16 @@ class SafetensorsReader:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: expected a whole Hugging Face model folder") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch the file again") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds {type(content).__name__}: expected a JSON object; fetch the file again"
+        )
+    return content
 
 
 def _open_safetensors(path: Path):
@@ -230,7 +245,7 @@ class GGUFReader:
     pivot_layer = 0
 
     def __init__(self, path):
-        self.source = Path(path)
+        self.source, self.details = Path(path), {}
         file = open_gguf(path)
         tensors = {tensor.name: tensor for tensor in file.tensors}
         for tensor in file.tensors:

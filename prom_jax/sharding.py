@@ -51,7 +51,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> j
 
 def describe(mesh) -> str:
     """The mesh's shape and devices, for people."""
-    return f"{dict(mesh.shape)} on {jax.device_count()} × {jax.devices()[0].device_kind}"
+    processes = f" in {jax.process_count()} processes" * (jax.process_count() > 1)
+    return f"{dict(mesh.shape)} on {jax.device_count()} × {jax.devices()[0].device_kind}{processes}"
 
 
 def param_sharding(mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
@@ -117,3 +118,9 @@ def place_rows(mesh, batch, multiple: int = 1):
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(place, batch)
+
+
+def by_process(mesh, value) -> jax.Array:
+    """An array with an entry a device, which is the `value` that the device's process gives."""
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.array([value]))

@@ -18,11 +18,12 @@ import optax
 from absl import flags
 from rich.table import Table
 
-from prom_jax import budget, card, cli, llama, models, sharding, weights
+from prom_jax import budget, card, cli, distributed, llama, models, sharding, weights
 from prom_jax.analysis.figures import learning_curves
 from prom_jax.checkpoints import Checkpoints, Description, describe, placed
 from prom_jax.console import console, progress
 from prom_jax.data.chat import chat_template
+from prom_jax.distributed import REQUEUE
 from prom_jax.errors import UserError
 from prom_jax.evaluation import samples
 from prom_jax.evaluation.heldout import HeldOut
@@ -30,8 +31,6 @@ from prom_jax.experiment import Experiment, resolve
 from prom_jax.metrics import MetricsLog
 from prom_jax.optimization import abstract_state, make_optimizer, make_schedule, make_update
 from prom_jax.workdir import CONFIG_FILE, write_json
-
-REQUEUE = 75  # exit status (EX_TEMPFAIL) after a save on SIGTERM or SIGINT: run the same command again
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
 
@@ -51,10 +50,10 @@ def train(config, workdir, dry_run: bool = False) -> dict:
         update, abstract = compile_update(job)
         if dry_run:
             return {}
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-        start = checkpoints.latest() or 0
+        checkpoints = open_checkpoints(job)
+        start, state = checkpoints.resume(params=abstract[0], opt_state=abstract[1])
         log = MetricsLog(workdir, start or BEFORE_BASE)
-        params, opt_state = begin(job, checkpoints, start, abstract)
+        params, opt_state = state or begin(job, checkpoints, abstract)
         write_json(workdir / CONFIG_FILE, job.identity)
         if not start:
             evaluate(job, params, log, 0)
@@ -63,6 +62,7 @@ def train(config, workdir, dry_run: bool = False) -> dict:
         log.close()
         respond(job, params, "adapted")
         export(job, params)
+        checkpoints.close()  # only now: a last save that failed must not keep the result back
         return report(job, log, time.time() - started)
 
 
@@ -123,27 +123,40 @@ def plan(config, workdir: Path) -> Job:
 
 
 def compile_update(job: Job):
-    """The compiled update and the state it takes, in shapes with their places; says what memory it needs."""
+    """The compiled update and the state it takes, in shapes with their places; says what memory it needs.
+
+    Beside `make_update`'s arguments it takes whether to stop, from each process, and its metrics have `stop`:
+    whether any of them asked. So a signal that reaches one process stops all after the same step.
+    """
     parts = job.config.batch.accumulation
     params = placed(llama.to_params(job.model), job.mesh)
     opt_state = abstract_state(job.optimizer, params, job.mesh)
-    update = jax.jit(make_update(job.model, job.objective, job.optimizer, parts), donate_argnums=(0, 1))
+    step = make_update(job.model, job.objective, job.optimizer, parts)
+
+    def update(params, opt_state, batch, stops):
+        params, opt_state, metrics = step(params, opt_state, batch)
+        return params, opt_state, metrics | {"stop": stops.any()}
+
     batch = sharding.place_rows(job.mesh, job.batches[0], parts)
-    compiled = update.lower(params, opt_state, batch).compile()
+    stops = sharding.by_process(job.mesh, False)
+    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, opt_state, batch, stops).compile()
     console.print(f"memory    {budget.summary(budget.device_bytes(compiled))}")
     return compiled, (params, opt_state)
 
 
-def begin(job: Job, checkpoints: Checkpoints, start: int, abstract):
-    """Parameters and optimizer state: of the checkpoint `start`, or of the base model."""
-    params, opt_state = abstract
-    if start:
-        console.print(f"resumed   after step {start}")
-        return checkpoints.restore(start, params=params, opt_state=opt_state)
+def open_checkpoints(job: Job) -> Checkpoints:
+    """Those of the run, with the policy of the configuration."""
+    c = job.config.checkpoint
+    return Checkpoints(c.directory or job.workdir / "checkpoints", c.keep, c.keep_best, c.keep_every)
+
+
+def begin(job: Job, checkpoints: Checkpoints, abstract):
+    """Parameters of the base model and a new optimizer state, in the places of the abstract ones."""
+    _, opt_state = abstract
     description = Description(
         job.reader.config, job.pivot_layer, np.dtype(job.reader.dtype).name, job.details
     )
-    describe(job.workdir / "checkpoints", description, job.tokenizer)
+    describe(checkpoints.directory, description, job.tokenizer)
     params = weights.load_params(
         job.reader,
         job.mesh,
@@ -168,11 +181,14 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
     batch, tokens = next(upcoming, (None, 0))
     with progress(num_steps, start) as show, caught_signals() as stopping:
         for step in range(start + 1, num_steps + 1):
+            distributed.progress(f"step {step}")
             begun = time.perf_counter()
+            stops = sharding.by_process(job.mesh, bool(stopping))
             with jax.transfer_guard("disallow"):
-                params, opt_state, metrics = update(params, opt_state, batch)
+                params, opt_state, metrics = update(params, opt_state, batch, stops)
             done, (batch, tokens) = tokens, next(upcoming, (None, 0))  # while the devices work
             metrics = jax.device_get(metrics)
+            stop = metrics.pop("stop") and step < num_steps
             seconds = time.perf_counter() - begun
             check_finite(job, metrics, step, checkpoints)
             metrics["learning_rate"] = job.schedule(step - 1)
@@ -182,14 +198,14 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
             show(step, f"loss {metrics['loss']:.3f}  {done / seconds:,.0f} tokens/s")
             if due(step, config.eval.every):
                 evaluate(job, params, log, step)
-            stop = bool(stopping) and step < num_steps  # asked once: a signal may come at any time
             if due(step, config.checkpoint.every) or stop:
-                checkpoints.save(step, params=params, opt_state=opt_state)
+                loss = (log.evaluation(step) or {}).get("eval_target_nats")
+                checkpoints.save(step, loss, params=params, opt_state=opt_state)
             if stop:
                 checkpoints.close()
                 console.print(f"stopped after step {step}, which is saved; run the same command to go on")
                 raise SystemExit(REQUEUE)
-    checkpoints.close()
+    distributed.progress(None)
     return params
 
 
@@ -200,7 +216,7 @@ def check_finite(job: Job, metrics: dict, step: int, checkpoints: Checkpoints):
         checkpoints.close()
         raise UserError(
             f"step {step}: {', '.join(f'{name} {value:g}' for name, value in norms.items())}; the last good "
-            f"checkpoint is step {checkpoints.latest() or 'none'} in {job.workdir}/checkpoints: lower "
+            f"checkpoint is step {checkpoints.latest() or 'none'} in {checkpoints.directory}: lower "
             "optimizer.learning_rate, set optimizer.clip, or look at the data, with another --workdir"
         )
 
@@ -209,7 +225,15 @@ def feed(job: Job, start: int):
     """Batches on the mesh from step `start`, with their numbers of real tokens."""
     parts, shapes = job.config.batch.accumulation, job.batches.shapes
     here = {side: sharding.local_rows(job.mesh, rows, parts) for side, (rows, _) in shapes.items()}
-    for step, batch in enumerate(job.batches.iterate(start, here), start):
+    batches = job.batches.iterate(start, here)
+    for step in range(start, len(job.batches)):
+        try:
+            batch = next(batches)
+        except Exception as error:  # of whatever reads and decodes
+            raise UserError(
+                f"the data of step {step + 1} cannot be read ({type(error).__name__}: {error}): mend or "
+                f"remove {job.workdir}/records, and run the same command to go on"
+            ) from error
         yield sharding.place_rows(job.mesh, batch, parts), job.batches.tokens(step)
 
 
@@ -260,7 +284,8 @@ def export(job: Job, params):
 
 
 def report(job: Job, log: MetricsLog, seconds: float) -> dict:
-    """Writes summary.json and the learning curves, prints before and after; returns the summary."""
+    """Writes summary.json and the learning curves and prints before and after, in process 0; returns the
+    summary."""
     num_steps = job.batches.num_steps
     steps = [row for row in log.rows if "loss" in row]
     median = lambda key: statistics.median(row[key] for row in steps)
@@ -275,6 +300,8 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
         "seconds": seconds,
         "export": str(job.workdir / "hf"),
     }
+    if not distributed.is_first():
+        return summary
     write_json(job.workdir / "summary.json", summary)
     learning_curves(log.rows, job.workdir / "curves.png")
     if base and final:
@@ -297,10 +324,12 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
 
 def main():
     """The command."""
-    train(cli.config(), cli.workdir(), DRY_RUN.value)
+    with cli.processes():
+        train(cli.config(), cli.workdir(), DRY_RUN.value)
 
 
 if __name__ == "__main__":
     cli.define_run_flags()
+    cli.define_process_flags()
     DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print steps, FLOPs and memory, then stop")
     cli.run(main)

@@ -1,5 +1,7 @@
 """Weights in and out: from a reader into the model's shards, and out as a Hugging Face directory."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -17,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from prom_jax import llama, tokenizer
 from prom_jax.architecture import LlamaConfig
 from prom_jax.errors import UserError
-from prom_jax.readers import PIVOT_FILE, PIVOT_NAME, TENSORS
-from prom_jax.sharding import param_sharding
+from prom_jax.readers import DETAILS_KEY, PIVOT_FILE, PIVOT_NAME, TENSORS
+from prom_jax.sharding import param_sharding, path_keys
 
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 ADAPTED = (
@@ -29,17 +31,25 @@ CONVERTED = "A language model converted by prom_jax."
 _CARD_TAG = "- prom_jax"  # in its model card marks a folder as an export, which the next may replace
 
 
-def load_params(reader, mesh=None, *, pivot_layer: int = 0, pivot_head: bool = False, dtype=None) -> dict:
-    """Reads a model's parameters, one after the other; each device's shard is read on its own.
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array that is read when its values are needed: `read` gives a part, `index` one slice an axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[tuple[slice, ...]], np.ndarray]
+
+
+def lazy_params(reader, *, pivot_layer: int = 0, pivot_head: bool = False, dtype=None) -> dict:
+    """A model's parameters as `LazyArray`s: their values are still where the reader has them.
 
     Args:
       reader: where from, see `readers`.
-      mesh: where to; None for one device.
       pivot_layer: n, where the blocks are split into two stacks; 0 for one stack.
       pivot_head: whether to have one: that beside the weights if there is one, otherwise a copy of lm_head
         (of the embedding where they are tied).
       dtype: of the parameters, default the source's.
-    Returns: the nested dict of arrays that `llama.with_params` takes.
+    Returns: a nested dict like that of `llama.to_params`.
     Raises:
       UserError: if a tensor is missing, unknown, or not of the shape that the config gives it, or the pivot
         head beside the weights belongs to another layer.
@@ -58,13 +68,28 @@ def load_params(reader, mesh=None, *, pivot_layer: int = 0, pivot_head: bool = F
         shapes[name] = params["pivot_head"].shape
     _check_tensors(reader, shapes)
 
-    def load(keys, param):
-        path = tuple(key.key for key in keys)
-        sharding = param_sharding(mesh, path, param.shape) if mesh else SingleDeviceSharding(jax.devices()[0])
-        read = lambda index: _read_shard(reader, sources[path], index, param)
-        return jax.make_array_from_callback(param.shape, sharding, read)
+    def lazy(path, param):
+        read = functools.partial(_read_part, reader, sources[path_keys(path)], param)
+        return LazyArray(param.shape, dtype, read)
 
-    return jax.tree.map_with_path(load, params)
+    return jax.tree.map_with_path(lazy, params)
+
+
+def load_params(reader, mesh=None, **settings) -> dict:
+    """Reads a model's parameters, one after the other; each device's shard is read on its own.
+
+    Args: reader: where from, see `readers`; mesh: where to, None for one device; settings: of `lazy_params`.
+    Returns: the nested dict of arrays that `llama.with_params` takes.
+    Raises:
+      UserError: as `lazy_params`.
+    """
+
+    def load(path, param):
+        one = SingleDeviceSharding(jax.devices()[0])
+        sharding = param_sharding(mesh, path_keys(path), param.shape) if mesh else one
+        return jax.make_array_from_callback(param.shape, sharding, param.read)
+
+    return jax.tree.map_with_path(load, lazy_params(reader, **settings))
 
 
 def fingerprint(reader) -> str:
@@ -136,7 +161,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _read_shard(reader, names: list[str], index: tuple[slice, ...], param) -> np.ndarray:
+def _read_part(reader, names: list[str], param, index: tuple[slice, ...]) -> np.ndarray:
     """The part `index` of a parameter, which stacks the tensors `names` or is the only one."""
     if len(param.shape) == len(reader.shape(names[0])):
         return reader.read(names[0], index).astype(param.dtype, copy=False)
@@ -147,9 +172,40 @@ def _read_shard(reader, names: list[str], index: tuple[slice, ...], param) -> np
     return shard
 
 
+class ParamsReader:
+    """Parameters on devices behind the interface of `readers`; all processes must read the same parts.
+
+    Args: params: nested dict of arrays, as `llama.to_params` gives it; config: of the model.
+    """
+
+    def __init__(self, params: dict, config: LlamaConfig):
+        self.source, self.config, self.details = "the model", config, {}
+        self.pivot_layer = params["lower"]["q_proj"].shape[0] if "pivot_head" in params else 0
+        self.dtype = np.dtype(params["embed_tokens"].dtype)
+        places = {name: (path, index) for name, path, index in hf_tensors(params)}
+        self.names = set(places)
+        self._params, self._places = params, places | {PIVOT_NAME: (("pivot_head",), ())}
+
+    def shape(self, name) -> tuple[int, ...]:
+        """Of a tensor, by its Hugging Face name."""
+        path, layer = self._places[name]
+        return _at(self._params, path).shape[len(layer) :]
+
+    def where(self, name) -> str:
+        """What holds a tensor."""
+        return self.source
+
+    def read(self, name, index) -> np.ndarray:
+        """A part of a tensor, gathered from the devices of all processes."""
+        path, layer = self._places[name]
+        part = _at(self._params, path)[(*layer, *index)]
+        if not part.is_fully_addressable:
+            part = multihost_utils.process_allgather(part, tiled=True)
+        return np.asarray(part)
+
+
 def save_hf(
-    params: dict,
-    config: LlamaConfig,
+    reader,
     model_tokenizer: PreTrainedTokenizerFast,
     directory,
     *,
@@ -164,38 +220,41 @@ def save_hf(
     into a file of its own, which transformers ignores. One tensor at a time is held in host memory.
 
     Args:
-      params: nested dict of arrays, as `llama.to_params` gives it.
-      config: of the model.
+      reader: of the model, see `readers`; `ParamsReader` for one in memory.
       model_tokenizer: its tokenizer; its EOS token ends generation.
       directory: to write.
       dtype: of the written tensors: float32, float16 or bfloat16, by name or as a numpy dtype.
       chat_template: jinja, of the prompts that the model was trained on.
-      card: what the model card says: 'base_model', 'language', 'method' and any settings.
+      card: what the model card says: 'base_model', 'language', 'method' and any settings; `config.json` keeps
+        it for programs.
       max_shard_bytes: size of a safetensors file beyond which another one is begun.
     Raises:
-      UserError: for another dtype, or if the directory holds something else or cannot be written.
+      UserError: for another dtype, if the reader's tensors are not those of its config, or if the directory
+        holds something else or cannot be written.
     """
     if str(dtype) not in _SAFETENSORS_DTYPES:
         raise UserError(f"export.dtype={str(dtype)!r}: expected one of {', '.join(_SAFETENSORS_DTYPES)}")
-    directory, dtype = Path(directory).resolve(), np.dtype(dtype)
-    tensors = {name: (path, index) for name, path, index in hf_tensors(params)}
-    shapes = {name: _at(params, path).shape[len(index) :] for name, (path, index) in tensors.items()}
-    fetch = lambda name: _to_host(_at(params, tensors[name][0]), tensors[name][1], dtype)
+    directory, dtype, card = Path(directory).resolve(), np.dtype(dtype), _public(card)
+    shapes = {
+        name: _at(params, path).shape[len(index) :]
+        for params in [llama.to_params(llama.abstract(reader.config))]
+        for name, path, index in hf_tensors(params)
+    }
+    _check_tensors(reader, shapes)
     partial = directory.with_name(f".{directory.name}.partial")
     writer = jax.process_index() == 0
     try:
         if writer:
             _prepare(directory, partial, dtype.itemsize * sum(map(math.prod, shapes.values())))
-            _write_small_files(partial, config, dtype, model_tokenizer, chat_template, card)
+            _write_small_files(partial, reader.config, dtype, model_tokenizer, chat_template, card)
         shards = _split(shapes, dtype, max_shard_bytes)
         for file_name, names in shards.items():
             path = partial / file_name if writer else os.devnull
-            _write_safetensors(path, {name: shapes[name] for name in names}, dtype, fetch, {"format": "pt"})
-        if "pivot_head" in params:
-            path, head = partial / PIVOT_FILE if writer else os.devnull, params["pivot_head"]
-            metadata = {"format": "pt", "pivot_layer": str(params["lower"]["q_proj"].shape[0])}
-            shape = {PIVOT_NAME: head.shape}
-            _write_safetensors(path, shape, dtype, lambda _: _to_host(head, (), dtype), metadata)
+            _write_safetensors(path, reader, names, dtype, {"format": "pt"})
+        if reader.pivot_layer:
+            path = partial / PIVOT_FILE if writer else os.devnull
+            metadata = {"format": "pt", "pivot_layer": str(reader.pivot_layer)}
+            _write_safetensors(path, reader, [PIVOT_NAME], dtype, metadata)
         if writer:
             if len(shards) > 1:
                 _write_index(partial, shards, shapes, dtype)
@@ -210,14 +269,6 @@ def save_hf(
             shutil.rmtree(partial, ignore_errors=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_hf")
-
-
-def _to_host(array: jax.Array, index: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """One tensor, gathered from all processes' devices; `index` is its place in a stack."""
-    part = array[index] if index else array
-    if not part.is_fully_addressable:
-        part = multihost_utils.process_allgather(part, tiled=True)
-    return np.asarray(part).astype(dtype, copy=False)
 
 
 def _prepare(directory: Path, partial: Path, num_bytes: int):
@@ -274,23 +325,17 @@ def _write_index(directory: Path, shards: dict[str, list[str]], shapes: Mapping,
     _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _write_safetensors(
-    path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
-    fetch: Callable[[str], np.ndarray],
-    metadata: dict[str, str],
-):
+def _write_safetensors(path, reader, names: list[str], dtype: np.dtype, metadata: dict[str, str]):
     """Writes tensors one by one: the safetensors library would want all those of a file in memory.
 
     The format: the header's length (8 bytes, little-endian), the header (JSON), the values in its order.
     """
     header, start = {"__metadata__": metadata}, 0
-    for name, shape in shapes.items():
-        end = start + math.prod(shape) * dtype.itemsize
+    for name in names:
+        end = start + math.prod(reader.shape(name)) * dtype.itemsize
         header[name] = {
             "dtype": _SAFETENSORS_DTYPES[dtype.name],
-            "shape": list(shape),
+            "shape": list(reader.shape(name)),
             "data_offsets": [start, end],
         }
         start = end
@@ -298,8 +343,9 @@ def _write_safetensors(
     text += b" " * (-len(text) % 8)  # so that the values are aligned
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
-            file.write(np.ascontiguousarray(fetch(name)).view(np.uint8).data)
+        for name in names:
+            whole = reader.read(name, (slice(None),) * len(reader.shape(name)))
+            file.write(np.ascontiguousarray(whole, dtype).view(np.uint8).data)
 
 
 def _write_small_files(
@@ -310,7 +356,8 @@ def _write_small_files(
     chat_template: str | None,
     card: Mapping[str, object],
 ):
-    _write_json(directory / "config.json", {**config.to_hf(), "torch_dtype": dtype.name})
+    details = {DETAILS_KEY: card} if card else {}
+    _write_json(directory / "config.json", {**config.to_hf(), "torch_dtype": dtype.name, **details})
     of_config = config.eos_token_id
     eos = [model_tokenizer.eos_token_id, *(of_config if isinstance(of_config, tuple) else (of_config,))]
     eos = list(dict.fromkeys(token for token in eos if token is not None))
@@ -329,11 +376,14 @@ def _write_json(path: Path, content: dict):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _model_card(card: Mapping[str, object]) -> str:
-    card = dict(card)
+def _public(card: Mapping[str, object]) -> dict:
+    """A model card whose base model is no place on this machine, which says nothing to others."""
     base = str(card.get("base_model", ""))
-    if base and Path(base).exists():  # a place on this machine says nothing to others
-        base = card["base_model"] = Path(base).name
+    return {**card, "base_model": Path(base).name} if base and Path(base).exists() else dict(card)
+
+
+def _model_card(card: Mapping[str, object]) -> str:
+    base = str(card.get("base_model", ""))
     front = {"base_model": base if "/" in base else "", "language": card.get("language", "")}
     front = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value]
     rows = [f"| {key} | {value} |" for key, value in card.items()]

@@ -2,9 +2,13 @@
 
 import json
 import os
+import socket
 import tempfile
 from pathlib import Path
 
+import jax
+
+from prom_jax.distributed import is_first
 from prom_jax.errors import UserError
 
 # What may change between a run and its resumption, as it does not change the result.
@@ -35,6 +39,15 @@ def check_owner(workdir: Path, config: dict):
                 )
 
 
+def check_shared(path: Path):
+    """Raises UserError where a process does not see a folder that process 0 has made."""
+    if not path.is_dir():
+        raise UserError(
+            f"{path} was made by process 0 and cannot be seen from process {jax.process_index()} on "
+            f"{socket.gethostname()}: give a --workdir on storage that all hosts share"
+        )
+
+
 def make_directory(path: Path):
     """Makes a folder if there is none; raises UserError where none can be."""
     try:
@@ -44,12 +57,14 @@ def make_directory(path: Path):
 
 
 def write_json(path: Path, content):
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; process 0 does."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str):
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; process 0 does."""
+    if not is_first():
+        return
     make_directory(path.parent)
     try:
         descriptor, partial = tempfile.mkstemp(

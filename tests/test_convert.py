@@ -3,13 +3,16 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import prom_jax
-from prom_jax import checkpoints, convert, llama, readers, weights
+from prom_jax import checkpoints, convert, llama, readers, sharding, weights
+from prom_jax.data.chat import chat_template
 from prom_jax.errors import UserError
 from tests.reference import hf_model
 
@@ -65,6 +68,67 @@ def test_a_pivot_head_travels(tmp_path, byte_level):
     np.testing.assert_array_equal(back.pivot_head[...], params["pivot_head"])
     np.testing.assert_array_equal(back.upper.q_proj[...], params["upper"]["q_proj"])
     assert json.loads((tmp_path / "orbax" / "model.json").read_text())["pivot_layer"] == 3
+
+
+def test_details_travel_with_an_export(tmp_path, byte_level):
+    """How a model was made reaches every program that opens its export, and outlives conversions."""
+    model, tokenizer = prom_jax.load(folder(tmp_path / "source", byte_level, torch.float32, True))
+    card = {"base_model": "owner/base", "method": "prom", "pivot.weight": 0.1, "prompts": "sw", "seed": 0}
+    template = chat_template(tokenizer, "sw")
+    prom_jax.save_hf(model, tokenizer, tmp_path / "hf", card=card, template=template)
+    assert readers.open_reader(tmp_path / "hf").details == card
+    assert readers.open_reader(tmp_path / "source").details == {}
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").prom_jax == card
+    convert.from_hf(tmp_path / "hf", tmp_path / "orbax")
+    assert checkpoints.CheckpointReader(tmp_path / "orbax").details == card
+    convert.to_hf(tmp_path / "orbax", tmp_path / "back")
+    for path in (tmp_path / "hf").iterdir():
+        assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes(), path.name
+
+
+def test_a_checkpoint_is_read_in_parts(tmp_path, byte_level):
+    source = folder(tmp_path / "source", byte_level, torch.bfloat16, False)
+    convert.from_hf(source, tmp_path / "orbax")
+    folder_reader, reader = readers.open_reader(source), checkpoints.CheckpointReader(tmp_path / "orbax")
+    assert reader.names == folder_reader.names and reader.dtype == folder_reader.dtype
+    for name in reader.names:
+        index = tuple(slice(size // 4, size // 2) for size in reader.shape(name))
+        np.testing.assert_array_equal(reader.read(name, index), folder_reader.read(name, index), strict=True)
+    mesh = sharding.make_mesh(fsdp=8)
+    parts, whole = weights.load_params(reader, mesh), weights.load_params(folder_reader)
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+
+
+def test_a_stack_is_never_read_whole(tmp_path, byte_level, monkeypatch):
+    """What is asked of a source at a time is one layer at most, going there and coming back."""
+    source = folder(tmp_path / "source", byte_level, torch.float32, False)
+    asked = []
+    for owner in (readers.SafetensorsReader, checkpoints.CheckpointReader):
+        read = owner.read
+
+        def spy(self, name, index, read=read):
+            part = read(self, name, index)
+            asked.append(part.nbytes)
+            return part
+
+        monkeypatch.setattr(owner, "read", spy)
+    convert.from_hf(source, tmp_path / "orbax")
+    convert.to_hf(tmp_path / "orbax", tmp_path / "back")
+    assert max(asked) == max(tensor.nbytes for tensor in tensors(source).values())
+    assert sum(asked) == 2 * sum(tensor.nbytes for tensor in tensors(source).values())
+
+
+def test_one_step_of_several(tmp_path, byte_level):
+    source = folder(tmp_path / "source", byte_level, torch.float32, True)
+    convert.from_hf(source, tmp_path / "orbax")
+    shutil.copytree(tmp_path / "orbax" / "0", tmp_path / "orbax" / "7")
+    (tmp_path / "orbax" / "7" / "params" / "manifest.ocdbt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"orbax/7 is damaged, .* cannot be read"):
+        convert.to_hf(tmp_path / "orbax", tmp_path / "back")
+    convert.to_hf(tmp_path / "orbax" / "0", tmp_path / "back")
+    assert tensors(tmp_path / "back").keys() == tensors(source).keys()
+    with pytest.raises(UserError, match="orbax/3 holds no whole checkpoint"):
+        convert.to_hf(tmp_path / "orbax" / "3", tmp_path / "other")
 
 
 def test_a_place_in_use_is_refused(tmp_path, byte_level):

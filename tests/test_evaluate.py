@@ -33,10 +33,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(tiny, data, out, *flags, tasks="xquad_th,mgsm_sw"):
-    evaluate.main(
-        [f"--model={tiny / 'model'}", f"--tasks={tasks}", f"--data-dir={data}", f"--out={out}", *flags]
-    )
+def run(tiny, data, out, *more, tasks="xquad_th,mgsm_sw"):
+    flags = [f"--model={tiny / 'model'}", f"--tasks={tasks}", f"--data-dir={data}", f"--out={out}", *more]
+    evaluate.evaluate(evaluate.parse(flags))
     lines = (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads((out / "results.json").read_text(encoding="utf-8")), list(map(json.loads, lines))
 
@@ -98,15 +97,14 @@ def test_what_a_model_was_trained_on_is_told(tiny, data, tmp_path):
     config = json.loads((model / "config.json").read_text())
     details = {"base_model": "base", "language": "th", "method": "prom", "seed": 3}
     (model / "config.json").write_text(json.dumps(config | {"prom_jax": details}))
-    evaluate.main(
-        [
-            f"--model={model}",
-            "--tasks=xquad_th",
-            "--limit=1",
-            f"--data-dir={data}",
-            f"--out={tmp_path / 'out'}",
-        ]
-    )
+    flags = [
+        f"--model={model}",
+        "--tasks=xquad_th",
+        "--limit=1",
+        f"--data-dir={data}",
+        f"--out={tmp_path / 'out'}",
+    ]
+    evaluate.evaluate(evaluate.parse(flags))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["model"]["training"] == details
 
@@ -140,7 +138,7 @@ def test_bad_input(tiny, data, whole, tmp_path):
         } | change
         flags = [f"--{name}" if value is None else f"--{name}={value}" for name, value in given.items()]
         with pytest.raises(UserError, match=message):
-            evaluate.main(flags)
+            evaluate.evaluate(evaluate.parse(flags))
     assert (out / "results.json").read_bytes() == before
 
 
@@ -151,7 +149,8 @@ def test_results_of_another_model_are_kept(tiny, data, whole, tmp_path):
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
     with pytest.raises(UserError, match=r"holds an evaluation with model='\w+-\w+', now '\w+-\w+'"):
-        evaluate.main([f"--model={other}", "--tasks=xquad_th", f"--data-dir={data}", f"--out={out}"])
+        run_flags = [f"--model={other}", "--tasks=xquad_th", f"--data-dir={data}", f"--out={out}"]
+        evaluate.evaluate(evaluate.parse(run_flags))
 
 
 NO_TORCH = """

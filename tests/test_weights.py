@@ -1,7 +1,11 @@
 """Weights in and out, against transformers and plain formulas."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +28,7 @@ from transformers import (
 from prom_jax import llama, sharding
 from prom_jax.errors import UserError
 from prom_jax.readers import open_reader
-from prom_jax.weights import load_params, save_hf
+from prom_jax.weights import ParamsReader, load_params, save_hf
 
 SIZES = {
     "vocab_size": 64,
@@ -56,7 +60,7 @@ def hf_model(dtype=torch.float32, mistral=False, **settings):
 
 def save(params, reader, directory, **options):
     options = {"dtype": reader.dtype, "chat_template": "ours", "card": CARD, **options}
-    save_hf(params, reader.config, TOKENIZER, directory, **options)
+    save_hf(ParamsReader(params, reader.config), TOKENIZER, directory, **options)
 
 
 def tensors(directory):
@@ -219,7 +223,41 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         def full(*args):
             raise OSError(28, "No space left on device")
 
-        patch.setattr("prom_jax.weights._to_host", full)
+        patch.setattr(ParamsReader, "read", full)
         with pytest.raises(UserError, match="No space left"):
             save(params, reader, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from prom_jax import sharding
+from prom_jax.readers import open_reader
+from prom_jax.weights import load_params
+from tests.test_weights import save
+reader = open_reader(sys.argv[3])
+params = load_params(reader, sharding.make_mesh(fsdp=4, tensor=2), pivot_layer=3, pivot_head=True)
+assert not params["lower"]["q_proj"].is_fully_addressable
+save(params, reader, sys.argv[4])
+"""
+
+
+def test_two_processes_write_what_one_does(tmp_path):
+    hf_model().save_pretrained(tmp_path / "base")
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        address = f"localhost:{listener.getsockname()[1]}"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", TWO_PROCESSES, address]
+    processes = [
+        subprocess.Popen(
+            [*command, str(i), tmp_path / "base", tmp_path / "out"], env=os.environ | flags, text=True
+        )
+        for i in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "base")
+    head = load_file(tmp_path / "out" / "pivot_head.safetensors")["pivot_head.weight"]
+    np.testing.assert_array_equal(head, load_file(tmp_path / "base" / "model.safetensors")["lm_head.weight"])

@@ -4,14 +4,15 @@ import hashlib
 import json
 from pathlib import Path
 
+from prom_jax.distributed import barrier, first_alone, is_first
 from prom_jax.errors import UserError
 from prom_jax.workdir import make_directory
 
 
 class Answers:
-    """Answers by what was asked; each is written to a file at once.
+    """Answers by what was asked; each is written to a file at once, by process 0.
 
-    The file's first line says what the answers depend on.
+    The file's first line says what the answers depend on. Several processes read it alike.
 
     Args:
       path: of the file, made if missing; None to keep answers in memory alone.
@@ -27,10 +28,13 @@ class Answers:
             return
         make_directory(path.parent)
         try:
-            self._read(path, settings)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (it stays open)
-            if not self._file.tell():
-                self._write({"settings": settings})
+            with first_alone("answers"):
+                self._read(path, settings)
+            barrier("answers read")
+            if is_first():
+                self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (it stays open)
+                if not self._file.tell():
+                    self._write({"settings": settings})
         except OSError as error:
             raise UserError(f"{path} cannot be used ({error.strerror}): give another --out") from error
 
@@ -65,7 +69,7 @@ class Answers:
         """Reads what is there; a line that a kill cut short is cut off."""
         whole = path.read_bytes() if path.exists() else b""
         kept = whole[: whole.rfind(b"\n") + 1]
-        if kept != whole:
+        if kept != whole and is_first():
             with open(path, "r+b") as file:
                 file.truncate(len(kept))
         try:

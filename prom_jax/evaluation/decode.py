@@ -70,7 +70,7 @@ def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
     with on_mesh(model):
         room = min(ROOM, max_new_tokens)
         state = _begin(model, placed(model, batch, done=batch.texts < 0), stops, max_new_tokens)
-        state = _make_room(state, 0, room)
+        state |= _longer(state, 0, room)
         while True:
             step = int(state["step"])
             made, lengths, done = (np.array(state[name]) for name in ("made", "lengths", "done"))
@@ -81,7 +81,8 @@ def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
             state["done"] = jax.device_put(done, state["done"].sharding)
             if step == room:
                 more = min(ROOM, max_new_tokens - room)
-                state, room = _make_room(state, room, more), room + more
+                state |= _longer(state, room, more)
+                room += more
             state = _advance(model, state, stops, min(step + chunk, room))
 
 
@@ -126,20 +127,20 @@ def _begin(model, rows, stops_V, max_new_tokens):
         "done": rows["done"],
         "step": jnp.int32(0),
     }
-    return _keep(state, model.logits(last).argmax(axis=-1), stops_V)
+    return _shown(_keep(state, model.logits(last).argmax(axis=-1), stops_V))
 
 
 @functools.partial(jax.jit, static_argnames=("room", "more"))
-def _make_room(state, room, more):
-    """The state with places for `more` new tokens of every text, where there are some for `room`: the i-th of
-    the r-th has place T + i·R + r."""
+def _longer(state, room, more):
+    """The cache with places for `more` new tokens of every text, where it has some for `room`: the i-th
+    of the r-th has place T + i·R + r."""
     number = state["first"].shape[1]
     steps = jnp.repeat(room + jnp.arange(more), number)
     positions = steps + jnp.tile(state["first"], more)
     segments = jnp.broadcast_to(jnp.tile(jnp.arange(1, number + 1), more), positions.shape)
     behind = lambda old, new: jnp.concatenate([old, new], axis=1)
     longer = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, more * number), (0, 0), (0, 0)])
-    return state | {
+    return {
         "cache": jax.tree.map(longer, state["cache"]),
         "kv_positions": behind(state["kv_positions"], positions),
         "kv_segments": behind(state["kv_segments"], segments),
@@ -162,17 +163,20 @@ def _advance(model, state, stops_V, until):
         return _keep(state | {"cache": cache}, model.logits(states).argmax(axis=-1), stops_V)
 
     unfinished = lambda state: (state["step"] < until) & ~state["done"].all()
-    return jax.lax.while_loop(unfinished, body, state)
+    return _shown(jax.lax.while_loop(unfinished, body, state))
 
 
 def _keep(state, tokens_BR, stops_V):
-    """The state with one more token in each answer that has not ended. What is looked at from outside lies
-    whole on every device."""
+    """The state with one more token in each answer that has not ended."""
     tokens = tokens_BR.astype(jnp.int32)
-    kept = {
+    return state | {
         "made": state["made"].at[:, :, state["step"]].set(tokens),
         "lengths": state["lengths"] + ~state["done"],
         "done": state["done"] | stops_V[tokens],
         "step": state["step"] + 1,
     }
-    return state | {name: constrain(value) for name, value in kept.items()}
+
+
+def _shown(state):
+    """The state with what is looked at from outside whole on every device."""
+    return state | {name: constrain(state[name]) for name in ("made", "lengths", "done", "step")}

@@ -8,7 +8,7 @@ from prom_jax import llama
 from prom_jax.console import track
 from prom_jax.data.loader import Batches
 from prom_jax.objective import Objective, main_loss
-from prom_jax.sharding import place_rows
+from prom_jax.sharding import local_rows, place_rows
 
 
 class HeldOut:
@@ -48,7 +48,8 @@ class HeldOut:
         bytes do not.
         """
         totals = {}
-        for batch in track(self._batches.iterate(), "evaluating", len(self._batches)):
+        here = {side: local_rows(self._mesh, rows) for side, (rows, _) in self._batches.shapes.items()}
+        for batch in track(self._batches.iterate(0, here), "evaluating", len(self._batches)):
             sums = jax.device_get(self._sums(params, place_rows(self._mesh, batch)))
             totals = {key: totals.get(key, 0.0) + float(value) for key, value in sums.items()}
         results = {}
