@@ -140,14 +140,17 @@ def _alone_on_its_host() -> bool:
 
 def _end_unconnected(timeout: float):
     state = runtime.global_state
-    print(
-        f"error: process {state.process_id}: not all processes have met at the coordinator "
+    _print_error(
+        f"process {state.process_id}: not all processes have met at the coordinator "
         f"{state.coordinator_address} within {timeout:g} s: see that process 0 runs there, that its port is "
-        "open, and that all of them are started",
-        file=sys.stderr,
-        flush=True,
+        "open, and that all of them are started"
     )
     os._exit(LOST)
+
+
+def _print_error(message: str):
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def _leave(joined: bool):
@@ -194,11 +197,24 @@ class _Watch(threading.Thread):
 
     def run(self):
         while not self._stopped.wait(TICK):
+            unanswered = threading.Timer(SILENCE * TICK, self._end_unanswered)
+            unanswered.daemon = True
+            unanswered.start()
             try:
                 self._look()
             except jax.errors.JaxRuntimeError as error:
                 if not self._stopped.is_set():
                     self.fail(LOST, f"process 0, the coordinator, is lost ({str(error).splitlines()[0]})")
+            finally:
+                unanswered.cancel()
+
+    def _end_unanswered(self):
+        """Ends this process, where process 0 has the connection open but does not answer."""
+        _print_error(
+            f"process {self._process}: process 0, the coordinator, has not answered for {SILENCE * TICK:g} "
+            "s: it was stopped, or its host is lost; run the same command to go on from the last checkpoint"
+        )
+        os._exit(LOST)
 
     def _look(self):
         where, since = self._where, self._since
@@ -254,8 +270,7 @@ class _Watch(threading.Thread):
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 first, process, message = self._failure().split(" ", 2)
                 code, message = int(first), f"process {process}: {message}"
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        _print_error(message)
         if self._client:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._client.wait_at_barrier(f"{_FAILURE}/known", timeout_in_ms=FAREWELL * 1000)

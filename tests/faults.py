@@ -24,7 +24,7 @@ LIMIT = 60  # seconds in which all processes must have ended after a fault
 STATUS = {  # by fault: what all processes, or those that are left, end with
     "term one": 75, "term all": 75, "kill": 69, "stop": 69, "data": 2, "hang": 69, "nan": 2
 }  # fmt: skip
-ABORT = -6  # what is left after process 0, the coordinator, ends with: JAX sees to it
+ABORT = -6  # what is left after process 0, the coordinator, is killed ends with: JAX sees to it
 MESSAGE = {
     "kill": "no sign of life", "stop": "no sign of life", "data": "data of step", "hang": "nothing has moved",
     "nan": "loss nan",
@@ -121,7 +121,9 @@ def broken(config: Path, workdir: Path, fault: str, chance: random.Random) -> st
         return f"{told} (it was over)"
     text = "".join(run.output(id) for id in left)
     outside = fault.startswith("term") and -signal.SIGTERM in [p.returncode for p in run.processes]
-    if fault in ("kill", "stop") and victim == 0:
+    if fault == "stop" and victim == 0:
+        assert ended == [69] and "process 0, the coordinator, has not answered" in text, f"{told}\n{text}"
+    elif fault == "kill" and victim == 0:
         assert ended == [ABORT] and "coordination service" in text, f"{told}\n{text}"
     elif not outside:  # of the updates, where SIGTERM ends a process at once
         assert set(ended) == {STATUS[fault]} and MESSAGE.get(fault, "") in text, f"{told}\n{text}"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The tests, in an environment that has what they need.
-#   bash tests/run.sh [arguments of pytest]     # -m slow: those on real weights
+# The tests, in an environment that has what they need; two files at a time, as most of a test is compiling.
+#   bash tests/run.sh [arguments of pytest]     # -m slow: those on real weights, and faults at random moments
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh requirements-dev.txt
 source launch/model.sh
 export SMOLLM2
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses=2 --dist=loadfile "$@"

@@ -39,7 +39,7 @@ def test_every_failure_has_its_name(language):
     assert found == {reason: reason for reason in broken}
 
 
-@pytest.mark.parametrize("language", set(GOOD) - {"sw"})
+@pytest.mark.parametrize("language", sorted(set(GOOD) - {"sw"}))
 def test_letters_of_another_script(language):
     swahili = GOOD["sw"]
     assert checks.flaw(ENGLISH, swahili, language) == "script"
