@@ -1,5 +1,6 @@
 """What the commands share: a config flag with one-line errors."""
 
+import argparse
 import importlib.metadata
 import os
 import sys
@@ -92,6 +93,15 @@ def run(main):
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=_parse)
+
+
+def parser(command: str, about: str) -> argparse.ArgumentParser:
+    """For a command without configuration."""
+    return argparse.ArgumentParser(
+        prog=f"python -m prom_jax.{command}",
+        description=about,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
 
 
 def add_mesh(parser, data: int = 1, fsdp: int = -1, tensor: int = 1):

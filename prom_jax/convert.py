@@ -5,8 +5,6 @@ to_hf writes a Hugging Face directory; from_hf an Orbax checkpoint. SOURCE is wh
 Hugging Face directory or hub id, a .gguf file, an Orbax checkpoint or a work directory.
 """
 
-import argparse
-
 import numpy as np
 
 from prom_jax import checkpoints, cli, models, weights
@@ -17,9 +15,7 @@ from prom_jax.workdir import make_directory
 
 def main(argv=None):
     """Reads the command line and converts."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prom_jax.convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = cli.parser("convert", __doc__)
     parser.add_argument("direction", choices=("to_hf", "from_hf"))
     parser.add_argument("source")
     parser.add_argument("destination")

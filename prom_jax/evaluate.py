@@ -56,11 +56,7 @@ def evaluate(arguments: argparse.Namespace):
 
 def parse(argv) -> argparse.Namespace:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prom_jax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = cli.parser("evaluate", __doc__)
     add = parser.add_argument
     add("--model", required=True)
     add("--tasks", required=True, help="such as xquad_th,mgsm_th")

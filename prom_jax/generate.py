@@ -46,11 +46,7 @@ def main(argv=None):
 
 def parse(argv) -> argparse.Namespace:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prom_jax.generate",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = cli.parser("generate", __doc__)
     add = parser.add_argument
     add("prompt")
     add("--model", required=True)

@@ -56,9 +56,7 @@ def main(argv=None):
 
 def parse(argv) -> argparse.Namespace:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prom_jax.probe", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = cli.parser("probe", __doc__)
     add = parser.add_argument
     add("--model", required=True)
     add("--languages", required=True, help="of the tables, such as th,el")

@@ -37,9 +37,7 @@ def main(argv=None):
 
 def parse(argv) -> argparse.Namespace:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prom_jax.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = cli.parser("report", __doc__)
     parser.add_argument("--runs", required=True, help="folder with evaluations anywhere below it")
     parser.add_argument("--out", required=True, help="folder for the report")
     return parser.parse_args(argv)
