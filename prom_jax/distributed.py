@@ -210,6 +210,8 @@ class _Watch(threading.Thread):
 
     def _end_unanswered(self):
         """Ends this process, where process 0 has the connection open but does not answer."""
+        if self._ending.locked():  # it has answered, and waits for the others to take notice
+            return
         _print_error(
             f"process {self._process}: process 0, the coordinator, has not answered for {SILENCE * TICK:g} "
             "s: it was stopped, or its host is lost; run the same command to go on from the last checkpoint"
