@@ -45,11 +45,7 @@ class Synthetic:
 
     def __init__(self, config: LlamaConfig):
         self.config, self.details, self.dtype = config, {}, np.dtype(ml_dtypes.bfloat16)
-        params = llama.to_params(llama.abstract(config))
-        self._shapes = {}
-        for name, path, index in weights.hf_tensors(params):
-            param = params[path[0]] if len(path) == 1 else params[path[0]][path[1]]
-            self._shapes[name] = param.shape[len(index) :]
+        self._shapes = weights.hf_shapes(llama.to_params(llama.abstract(config)))
         self.names = set(self._shapes)
         self._values = (0.02 * np.random.default_rng(0).standard_normal(2**24, np.float32)).astype(self.dtype)
 

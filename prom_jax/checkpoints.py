@@ -31,6 +31,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, E
 from prom_jax import llama, tokenizer
 from prom_jax.architecture import LlamaConfig
 from prom_jax.console import console
+from prom_jax.distributed import is_first
 from prom_jax.errors import UserError
 from prom_jax.readers import PIVOT_NAME
 from prom_jax.sharding import AXES, param_sharding, path_keys
@@ -300,7 +301,7 @@ def write(directory, description: Description, model_tokenizer, params: dict):
 
 def describe(directory, description: Description, model_tokenizer):
     """Writes what the checkpoints in `directory` are, and their tokenizer; process 0 does."""
-    if jax.process_index() != 0:
+    if not is_first():
         return
     directory = located(directory)
     (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)

@@ -104,20 +104,22 @@ def parser(command: str, about: str) -> argparse.ArgumentParser:
     )
 
 
-def add_mesh(parser, data: int = 1, fsdp: int = -1, tensor: int = 1):
-    """Adds the mesh's sizes, with these defaults, to an argparse parser."""
+def add_compute(parser, data: int = 1, fsdp: int = -1, tensor: int = 1):
+    """Adds the dtype of computing and the mesh's sizes, with these defaults, to an argparse parser."""
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--compute_dtype", choices=dtypes, help="default: float32 on CPU, bfloat16 elsewhere")
     for axis, size in (("data", data), ("fsdp", fsdp), ("tensor", tensor)):
         parser.add_argument(f"--mesh.{axis}", type=int, default=size, help=f"devices; default {size}")
 
 
 def mesh(arguments):
-    """The mesh that `add_mesh`'s arguments ask for."""
+    """The mesh that `add_compute`'s arguments ask for."""
     return make_mesh(*(getattr(arguments, f"mesh.{axis}") for axis in AXES))
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that measured numbers depend on."""
-    return {package: importlib.metadata.version(package) for package in ("jax", "transformers", "numpy")}
+def versions(*more: str) -> dict[str, str]:
+    """Of the packages that measured numbers depend on, and of some `more`."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "transformers", "numpy", *more)}
 
 
 def guard(main):

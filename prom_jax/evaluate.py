@@ -66,8 +66,7 @@ def parse(argv) -> argparse.Namespace:
     add("--bos", action="store_true", help="texts begin with the BOS token; the paper's do not")
     add("--max_length", type=int, help="tokens of a prompt and its answer; default: the model's context")
     add("--places", type=int, default=PLACES, help=f"tokens in memory at a time; default {PLACES}")
-    add("--compute_dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU")
-    cli.add_mesh(parser, data=-1, fsdp=1)  # whole weights on every device: the fastest where they fit
+    cli.add_compute(parser, data=-1, fsdp=1)  # whole weights on every device: the fastest where they fit
     cli.add_processes(parser)
     arguments = parser.parse_args(argv)
     for name in ("limit", "max_length", "places"):
@@ -100,7 +99,7 @@ def load_model(arguments: argparse.Namespace):
             "training": reader.details if "method" in reader.details else None,
         },
         "settings": {"compute_dtype": compute_dtype, "bos": arguments.bos, "max_length": lm.max_length},
-        "versions": cli.versions() | harness.versions(),
+        "versions": cli.versions("lm_eval"),
     }
     return lm, header
 

@@ -52,8 +52,7 @@ def parse(argv) -> argparse.Namespace:
     add("--model", required=True)
     add("--raw", action="store_true", help="continue the prompt as it is, without template")
     add("--max_new_tokens", type=int, default=256)
-    add("--compute_dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU")
-    cli.add_mesh(parser, data=-1, fsdp=1)
+    cli.add_compute(parser, data=-1, fsdp=1)
     arguments = parser.parse_args(argv)
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens={arguments.max_new_tokens}: expected 1 or more")

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from prom_jax.architecture import LlamaConfig
 from prom_jax.attention import BACKENDS, attention, visible
 from prom_jax.errors import UserError
-from prom_jax.sharding import BATCH, constrain
+from prom_jax.sharding import BATCH, constrain, make_mesh
 
 REMAT = ("none", "full", "dots")
 
@@ -201,9 +201,10 @@ class Llama(nnx.Module):
 
     @property
     def mesh(self):
-        """The mesh that the parameters lie on; None if they are on one device."""
+        """The mesh that the parameters lie on; of one device where they are on one."""
         sharding = self.embed_tokens[...].sharding
-        return sharding.mesh if isinstance(sharding, NamedSharding) else None
+        named = isinstance(sharding, NamedSharding)
+        return sharding.mesh if named else make_mesh(devices=list(sharding.device_set))
 
     @property
     def output_embedding(self):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prom_jax import llama, tokenizer
 from prom_jax.architecture import LlamaConfig
+from prom_jax.distributed import is_first
 from prom_jax.errors import UserError
 from prom_jax.readers import DETAILS_KEY, PIVOT_FILE, PIVOT_NAME, TENSORS
 from prom_jax.sharding import param_sharding, path_keys
@@ -58,10 +60,10 @@ def lazy_params(reader, *, pivot_layer: int = 0, pivot_head: bool = False, dtype
     params = llama.to_params(
         llama.abstract(reader.config, pivot_layer=pivot_layer, pivot_head=pivot_head, param_dtype=dtype)
     )
-    sources, shapes = {}, {}  # path -> its tensors in the order of layers; tensor -> the shape it must have
-    for name, path, index in hf_tensors(params):
-        sources.setdefault(path, []).append(name)
-        shapes[name] = _at(params, path).shape[len(index) :]
+    shapes = hf_shapes(params)
+    sources = defaultdict(list)  # of each path its tensors in the order of layers
+    for name, path, _ in hf_tensors(params):
+        sources[path].append(name)
     if pivot_head:
         name = _pivot_source(reader, pivot_layer)
         sources[("pivot_head",)] = [name]
@@ -116,6 +118,11 @@ def hf_tensors(params: dict) -> Iterator[tuple[str, tuple[str, ...], tuple[int, 
         for ours, name, _ in TENSORS:
             if ours in params[stack]:
                 yield name.format(layer=layer), (stack, ours), (i,)
+
+
+def hf_shapes(params: dict) -> dict[str, tuple[int, ...]]:
+    """The shape of each Hugging Face tensor."""
+    return {name: _at(params, path).shape[len(index) :] for name, path, index in hf_tensors(params)}
 
 
 def _at(params: dict, path: tuple[str, ...]):
@@ -235,14 +242,10 @@ def save_hf(
     if str(dtype) not in _SAFETENSORS_DTYPES:
         raise UserError(f"export.dtype={str(dtype)!r}: expected one of {', '.join(_SAFETENSORS_DTYPES)}")
     directory, dtype, card = Path(directory).resolve(), np.dtype(dtype), _public(card)
-    shapes = {
-        name: _at(params, path).shape[len(index) :]
-        for params in [llama.to_params(llama.abstract(reader.config))]
-        for name, path, index in hf_tensors(params)
-    }
+    shapes = hf_shapes(llama.to_params(llama.abstract(reader.config)))
     _check_tensors(reader, shapes)
     partial = directory.with_name(f".{directory.name}.partial")
-    writer = jax.process_index() == 0
+    writer = is_first()
     try:
         if writer:
             _prepare(directory, partial, dtype.itemsize * sum(map(math.prod, shapes.values())))

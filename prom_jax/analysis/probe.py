@@ -5,7 +5,6 @@ as one row whose keys and values serve all; and the two words of a row, where bo
 branch off one query.
 """
 
-import contextlib
 from collections import Counter
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from prom_jax.analysis.cloze import Row, Table, prompts
 from prom_jax.analysis.statistics import interval, resampled_means
 from prom_jax.attention import SHARED, visible
 from prom_jax.console import track
+from prom_jax.data.tokens import common_prefix
 from prom_jax.errors import UserError
 from prom_jax.sharding import constrain, place_rows
 
@@ -225,7 +225,7 @@ def _whole_words(tokenizer, row: Row, prompt: str) -> _Question:
     (english, english_ends), (target, target_ends) = (
         _encode(tokenizer, prompt + word) for word in (row.english, row.word)
     )
-    common = _same(english, target)
+    common = common_prefix(english, target)
     branch = len(english) - common
     places, ids = [], []
     for tokens, ends, shift in ((english, english_ends, 0), (target, target_ends, branch)):
@@ -273,13 +273,6 @@ def _encode(tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(bos + encoded["input_ids"]), np.array([0] * len(bos) + ends)
 
 
-def _same(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two texts have in common at their beginning."""
-    length = min(len(a), len(b))
-    differ = a[:length] != b[:length]
-    return int(differ.argmax()) if differ.any() else length
-
-
 def _shared_tokens(questions: list[_Question]) -> list[int]:
     """Tokens that more than half of the targets can begin with."""
     counts = Counter(token for question in questions for token in question.ids[question.english :].tolist())
@@ -293,7 +286,7 @@ def _answer(model, questions: list[_Question], batch: int, what: str) -> list[np
     """Log-probabilities of what each question asks for, float64 [N, Q]."""
     first = questions[0].tokens
     prefix = min(
-        min(_same(first, question.tokens), question.places.min(), np.sum(question.branches == SHARED))
+        min(common_prefix(first, question.tokens), question.places.min(), np.sum(question.branches == SHARED))
         for question in questions
     )
     # Batches of rows that cost alike: a place that is read costs more than one that is passed through.
@@ -302,13 +295,12 @@ def _answer(model, questions: list[_Question], batch: int, what: str) -> list[np
     )
     groups = np.array_split(order, -(-len(order) // batch))
     answers = {}
-    mesh = model.mesh
-    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    with jax.set_mesh(model.mesh):
         shared = _pad([first[:prefix]], 1, PREFIX_BUCKET)
         cache = _run_prefix(model, shared)
         for group in track(groups, what, len(groups)):
             rows = _rows([questions[i] for i in group], len(groups[0]), prefix)
-            logs = np.asarray(_read(model, cache, prefix, place_rows(mesh, rows) if mesh else rows), float)
+            logs = np.asarray(_read(model, cache, prefix, place_rows(model.mesh, rows)), float)
             answers |= {i: logs[:, row, : len(questions[i].ids)] for row, i in enumerate(group)}
     return [answers[i] for i in range(len(questions))]
 

@@ -2,6 +2,7 @@
 
 import itertools
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,3 +88,10 @@ def _stop(span: Span, offsets: list[tuple[int, int]]) -> int:
 def _bos(tokenizer) -> list[int]:
     ids = tokenizer("a")["input_ids"]
     return ids[:1] if ids[0] == tokenizer.bos_token_id else []
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    length = min(len(a), len(b))
+    differ = np.not_equal(a[:length], b[:length])
+    return int(differ.argmax()) if differ.any() else length

@@ -1,14 +1,13 @@
 """Which texts are computed together: those that begin alike share a row, rows of like length a batch."""
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from prom_jax.attention import SHARED
+from prom_jax.data.tokens import common_prefix
 from prom_jax.sharding import place_rows
 
 MAX_TEXTS = 8  # in a row
@@ -69,16 +68,11 @@ def plan(
         rows = rows[len(taken) :]
 
 
-def on_mesh(model):
-    """A context in which the model's mesh is set, if it lies on one."""
-    return jax.set_mesh(model.mesh) if model.mesh else contextlib.nullcontext()
-
-
 def placed(model, batch: Batch, **more) -> dict:
     """The arrays that a model needs of a batch, and `more`, on its mesh."""
     rows = {name: getattr(batch, name) for name in ("tokens", "positions", "segments", "ends", "lengths")}
     rows |= more
-    return place_rows(model.mesh, rows) if model.mesh else rows
+    return place_rows(model.mesh, rows)
 
 
 def _rows(texts, own) -> Iterator[_Row]:
@@ -86,7 +80,7 @@ def _rows(texts, own) -> Iterator[_Row]:
     members, shared = [], 0
     for text in sorted(range(len(texts)), key=texts.__getitem__):
         if members:
-            common = min(_common(texts[members[0]], texts[text]), shared, len(texts[text]) - own[text])
+            common = min(common_prefix(texts[members[0]], texts[text]), shared, len(texts[text]) - own[text])
             saved = len(members) * common - (len(members) - 1) * shared
             if saved >= WORTHWHILE and len(members) < MAX_TEXTS:
                 members.append(text)
@@ -101,13 +95,6 @@ def _rows(texts, own) -> Iterator[_Row]:
 def _row(texts, members: list[int], shared: int) -> _Row:
     shared = shared if len(members) > 1 else 0
     return _Row(members, shared, shared + sum(len(texts[text]) - shared for text in members))
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginning."""
-    length = min(len(a), len(b))
-    differ = np.not_equal(a[:length], b[:length])
-    return int(differ.argmax()) if differ.any() else length
 
 
 def _bucket(length: int) -> int:

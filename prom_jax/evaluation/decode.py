@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prom_jax.attention import visible
-from prom_jax.evaluation.batching import Batch, on_mesh, placed, plan
+from prom_jax.evaluation.batching import Batch, placed, plan
 from prom_jax.sharding import constrain, num_batch_shards
 
 PLACES = 32_768  # tokens whose keys and values are in memory at a time
@@ -58,7 +58,7 @@ def decode(
     stops = np.zeros(model.config.vocab_size, bool)
     stops[list(stop_tokens)] = True
     watch = watch or (lambda number, answer: False)
-    shards = num_batch_shards(model.mesh) if model.mesh else 1
+    shards = num_batch_shards(model.mesh)
     for batch in plan(prompts, [1] * len(prompts), extra=max_new_tokens, places=places, shards=shards):
         made, lengths = _answer(model, batch, max_new_tokens, stops, watch, chunk)
         for b, r in np.argwhere(batch.texts >= 0):
@@ -67,7 +67,7 @@ def decode(
 
 def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
     """Tokens made for the texts of a batch, [B, R, max_new_tokens], and how many of them count, [B, R]."""
-    with on_mesh(model):
+    with jax.set_mesh(model.mesh):
         room = min(ROOM, max_new_tokens)
         state = _begin(model, placed(model, batch, done=batch.texts < 0), stops, max_new_tokens)
         state |= _longer(state, 0, room)

@@ -1,6 +1,5 @@
 """lm-evaluation-harness: its tasks and ours, and what comes out of them."""
 
-import importlib.metadata
 import logging
 from pathlib import Path
 
@@ -14,11 +13,6 @@ from prom_jax.evaluation.lm import HarnessModel
 TASKS = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234  # the harness's own
 RESAMPLES = 1000  # of the harness's bootstrap, for metrics whose standard error has no formula
-
-
-def versions() -> dict[str, str]:
-    """Of what scores depend on besides the model."""
-    return {"lm_eval": importlib.metadata.version("lm_eval")}
 
 
 def load_tasks(names: list[str], data_dir: str | None = None) -> dict:

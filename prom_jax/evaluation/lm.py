@@ -130,14 +130,14 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
         """Of (strings, context, continuation) in tokens: the log-likelihood, and whether it is greedy's."""
+        room = self.max_length + 1  # the last token is only predicted
+        texts = [[*context, *continuation] for _, context, continuation in requests]
+        _warn_if_cut(texts, room)
         pairs = []
-        for _, context, continuation in requests:
-            kept = [*context, *continuation][-(self.max_length + 1) :]  # the last token is only predicted
-            first = min(len(continuation), len(kept) - 1)
-            pairs.append([kept[:-first], kept[-first:]])
-        _warn_if_cut(
-            [[*context, *continuation] for _, context, continuation in requests], self.max_length + 1
-        )
+        for text, (_, _, continuation) in zip(texts, requests):
+            kept = text[-room:]
+            own = min(len(continuation), len(kept) - 1)
+            pairs.append([kept[:-own], kept[-own:]])
 
         def compute(asked: list[list]):
             for number, log, greedy in score(self.model, asked, places=self._places):

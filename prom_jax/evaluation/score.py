@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prom_jax.evaluation.batching import Batch, on_mesh, placed, plan
+from prom_jax.evaluation.batching import Batch, placed, plan
 from prom_jax.evaluation.decode import PLACES, prefill
 from prom_jax.sharding import constrain, num_batch_shards
 
@@ -30,10 +30,10 @@ def score(
     """
     inputs = [[*context, *continuation[:-1]] for context, continuation in pairs]
     own = [len(continuation) for _, continuation in pairs]
-    shards = num_batch_shards(model.mesh) if model.mesh else 1
+    shards = num_batch_shards(model.mesh)
     for batch in plan(inputs, own, extra=0, places=places, shards=shards):
         asked = _asked(batch, pairs)
-        with on_mesh(model):
+        with jax.set_mesh(model.mesh):
             logs, best = map(np.asarray, _read(model, placed(model, batch, **asked)))
         for b, r in np.argwhere(batch.texts >= 0):
             mine = np.flatnonzero(asked["of"][b] == r)
