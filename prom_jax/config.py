@@ -116,8 +116,8 @@ def default() -> ConfigDict:
     c.compute_dtype = ""
     # What the backward pass recomputes: 'none', 'dots' (all but matrix products), 'full' (whole blocks).
     c.remat = "full"
-    # Attention backend: 'xla' or 'cudnn'.
-    c.attention = "xla"
+    # Attention backend: 'auto' ('blocks' on CPU, 'xla' elsewhere), 'xla', 'blocks' or 'cudnn'.
+    c.attention = "auto"
 
     c.eval = ConfigDict()
     # Steps between evaluations; 0: only before the first and after the last.

@@ -34,7 +34,7 @@ class Compute:
 
     dtype: str = "float32"
     remat: str = "none"
-    attention: str = "xla"
+    attention: str = "auto"
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -47,7 +47,7 @@ class Compute:
         if self.attention == "cudnn" and (self.dtype != "bfloat16" or jax.default_backend() != "gpu"):
             raise UserError(
                 f"attention='cudnn' needs compute_dtype='bfloat16' and a GPU, not {self.dtype} on "
-                f"{jax.default_backend()}: use 'xla'"
+                f"{jax.default_backend()}: use 'auto'"
             )
 
 

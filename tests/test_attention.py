@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prom_jax.attention import attention, visible
+from prom_jax.attention import BLOCK, attention, visible
+from prom_jax.sharding import make_mesh
 from tests.reference import hf_model, pack, random_examples, to_model
 
 
@@ -22,7 +23,8 @@ def softmax_attention(q, k, v, mask):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("window", [None, 3])
-def test_against_the_formula(kv_heads, window):
+@pytest.mark.parametrize("backend", ["xla", "blocks"])
+def test_against_the_formula(kv_heads, window, backend):
     random = np.random.default_rng(0)
     q = random.normal(size=(2, 9, 6, 8))
     k, v = random.normal(size=(2, 2, 9, kv_heads, 8))
@@ -32,8 +34,69 @@ def test_against_the_formula(kv_heads, window):
     for b, t, s in np.ndindex(2, 9, 9):
         near = window is None or t - s < window
         assert mask[b, 0, t, s] == (segments[b, t] == segments[b, s] and s <= t and near)
-    out = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask)
+    out = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask, backend)
     np.testing.assert_allclose(out, softmax_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
+
+
+def packed_rows(rows, length, window=None, heads=4, kv_heads=2):
+    """Queries, keys and values of rows with examples of many lengths and padding, their mask, and weights of
+    the outputs that are 0 where padding is."""
+    random = np.random.default_rng(0)
+    q = random.normal(size=(rows, length, heads, 16)).astype(np.float32)
+    k, v = random.normal(size=(2, rows, length, kv_heads, 16)).astype(np.float32)
+    segments = np.sort(random.integers(1, 6, (rows, length)), axis=1)
+    segments[:, length - length // 5 :] = 0
+    positions = np.broadcast_to(np.arange(length), segments.shape)
+    mask = visible(positions, positions, segments, segments, window)
+    weights = random.normal(size=q.shape).astype(np.float32) * (segments > 0)[..., None, None]
+    return (q, k, v), mask, weights
+
+
+def value_and_gradients(qkv, mask, weights, backend):
+    def weighted(*qkv):
+        out = attention(*qkv, mask, backend)
+        return (out * weights).sum(), out * (weights != 0)
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(*qkv)
+    return out, *gradients
+
+
+@pytest.mark.parametrize(
+    "rows, length, window",
+    [(1, 7, None), (2, 3 * BLOCK - 8, None), (3, 3 * BLOCK + 1, 40), (2, 2 * BLOCK, 1)],
+)
+def test_blocks_give_the_values_and_gradients_of_whole_scores(rows, length, window):
+    arguments = packed_rows(rows, length, window)
+    for ours, theirs in zip(
+        value_and_gradients(*arguments, "blocks"), value_and_gradients(*arguments, "xla")
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape, rows", [((8, 1, 1), 8), ((2, 2, 2), 4), ((1, 1, 8), 3), ((4, 2, 1), 1)])
+def test_blocks_on_a_mesh(shape, rows):
+    arguments = packed_rows(rows, 100)
+    expected = value_and_gradients(*arguments, "blocks")
+    with jax.set_mesh(make_mesh(*shape)):
+        for ours, alone in zip(value_and_gradients(*arguments, "blocks"), expected):
+            np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_that_nobody_sees_are_skipped():
+    (q, k, v), mask, weights = packed_rows(2, 4 * BLOCK)
+    mask[..., 2 * BLOCK :] = False
+    hidden = [np.concatenate([x[:, : 2 * BLOCK], np.nan * x[:, 2 * BLOCK :]], axis=1) for x in (k, v)]
+    expected = value_and_gradients((q, k, v), mask, weights, "blocks")
+    for ours, theirs in zip(value_and_gradients((q, *hidden), mask, weights, "blocks"), expected):
+        np.testing.assert_array_equal(ours, theirs)  # what is hidden was never read
+
+
+def test_blocks_in_bfloat16_keep_sums_in_float32():
+    (q, k, v), mask, weights = packed_rows(1, 5 * BLOCK)
+    exact = value_and_gradients((q, k, v), mask, weights, "xla")
+    rounded = value_and_gradients([jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)], mask, weights, "blocks")
+    for ours, theirs in zip(rounded, exact):
+        assert np.linalg.norm(np.asarray(ours, np.float32) - theirs) < 0.01 * np.linalg.norm(theirs)
 
 
 @pytest.fixture(scope="module", params=["smollm2", "mistral"])
@@ -75,8 +138,9 @@ def test_padding_is_finite(model):
     assert np.isfinite(forward(model, rows)).all()
 
 
-def test_a_query_that_sees_nothing_is_finite_in_value_and_gradient():
+@pytest.mark.parametrize("backend", ["xla", "blocks"])
+def test_a_query_that_sees_nothing_is_finite_in_value_and_gradient(backend):
     q, k, v = np.random.default_rng(0).normal(size=(3, 1, 2, 3, 4)).astype(np.float32)
     mask = np.array([[[[False, False], [True, True]]]])
-    out, backward = jax.vjp(lambda *qkv: attention(*qkv, mask), q, k, v)
+    out, backward = jax.vjp(lambda *qkv: attention(*qkv, mask, backend), q, k, v)
     assert all(np.isfinite(x).all() for x in (out, *backward(jnp.ones_like(out))))

@@ -44,7 +44,7 @@ def step_flops(method):
     objective = Objective(method, chunk=ROWS * LENGTH)  # one turn of the loss's loop
     has_pivot = objective.has_pivot
     head = copy.deepcopy(hf.lm_head).weight if has_pivot else None
-    model = to_model(hf, PIVOT * has_pivot, head)
+    model = to_model(hf, PIVOT * has_pivot, head, attention="xla")  # 'blocks' is a loop
     optimizer = optax.sgd(1e-3)
     params = llama.to_params(model)
     update = jax.jit(make_update(model, objective, optimizer, 1))
