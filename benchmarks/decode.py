@@ -1,15 +1,13 @@
 """python -m benchmarks.decode --model=MODEL --data=xquad.el.json [--prompts=32] [--new=64] [--repetitions=3]
 
 Answers questions about paragraphs, several to a paragraph, as an evaluation does: seconds, answers and new
-tokens a second, beside transformers' `generate` at batch 8 on the same prompts (sorted by length, padded on
-the left), dtype and cores, both up to a newline. Each side runs once before, so that nothing is compiled in
-what counts. The peak of memory is that of a process which answers all prompts once. For a CPU; needs
-requirements-dev.txt.
+tokens a second, and peak memory, beside transformers' `generate` at batch 8 on the same prompts (sorted by
+length, padded on the left), dtype and cores, both up to a newline. Each side is a process of its own; they
+take turns, and a first run of each, which compiles, is not counted. For a CPU; needs requirements-dev.txt.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import resource
 import statistics
@@ -27,14 +25,22 @@ BATCH = 8  # of the peer, as in the paper
 def main(argv=None):
     """Reads the command line and measures."""
     arguments = parse(argv)
+    prompts = read(arguments.data, arguments.prompts)
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = models.load(arguments.model, compute_dtype="float32")
         models.save_hf(model, tokenizer, folder, dtype="float32")
-        prompts = read(arguments.data, arguments.prompts)
-        memory = {side: peak(side, folder, prompts, arguments.new) for side in SIDES}
-        runs = {name: side(folder, prompts, arguments.new) for name, side in SIDES.items()}
+        sides = {
+            name: measure.Worker(side, folder, prompts, arguments.new)
+            for name, side in (("ours", Ours), ("peer", Peer))
+        }
+        answers = {}
+
+        def run(name):
+            answers[name] = sides[name].call("answer")
+
+        runs = {name: lambda name=name: run(name) for name in sides}
         seconds = measure.interleaved(runs, arguments.repetitions)
-        answers = {name: run() for name, run in runs.items()}
+        memory = {name: side.call("peak") for name, side in sides.items()}
     median = {name: measure.median(times) for name, times in seconds.items()}
     made = {name: sum(map(len, each)) for name, each in answers.items()}
     equal = sum(ours == theirs for ours, theirs in zip(answers["ours"], answers["peer"]))
@@ -42,8 +48,8 @@ def main(argv=None):
     row = lambda what, values: {"what": what, **values, "ratio": values["ours"] / values["peer"]}
     rows = [
         row("seconds", median),
-        row("answers a second", {name: len(prompts) / median[name] for name in runs}),
-        row("new tokens a second", {name: made[name] / median[name] for name in runs}),
+        row("answers a second", {name: len(prompts) / median[name] for name in sides}),
+        row("new tokens a second", {name: made[name] / median[name] for name in sides}),
         row("peak memory (GiB)", memory),
     ]
     title = (
@@ -78,68 +84,71 @@ def read(path: str, number: int) -> list[str]:
     ][:number]
 
 
-def ours(folder: str, prompts: list[str], new: int):
-    """A function that answers all prompts with prom_jax, in token ids without what ends them."""
-    model, tokenizer = models.load(folder, compute_dtype="float32")
-    stops = {tokenizer.eos_token_id} | tokens_with(tokenizer, ["\n"])
-    tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+class Side:
+    """A process that answers all prompts, in token ids without what ends them."""
 
-    def run() -> list[list[int]]:
-        answers = dict(decode(model, tokens, new, stops))
-        return [_up_to(answers[number], stops) for number in range(len(tokens))]
+    def __init__(self, tokenizer):
+        self.stops = {tokenizer.eos_token_id} | tokens_with(tokenizer, ["\n"])
 
-    return run
+    def up_to_stop(self, tokens: list[int]) -> list[int]:
+        """What comes before the first token that ends an answer."""
+        end = next((place for place, token in enumerate(tokens) if token in self.stops), len(tokens))
+        return tokens[:end]
+
+    def peak(self) -> float:
+        """GiB of resident memory that this process has taken at most."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def peer(folder: str, prompts: list[str], new: int):
-    """The same with transformers."""
-    import torch
-    import transformers
+class Ours(Side):
+    """prom_jax, as `prom_jax.evaluate` decodes."""
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    stops = {tokenizer.eos_token_id} | tokens_with(tokenizer, ["\n"])
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    def __init__(self, folder: str, prompts: list[str], new: int):
+        self.model, tokenizer = models.load(folder, compute_dtype="float32")
+        super().__init__(tokenizer)
+        self.prompts, self.new = [tokenizer(prompt)["input_ids"] for prompt in prompts], new
 
-    def run() -> list[list[int]]:
+    def answer(self) -> list[list[int]]:
+        """All answers."""
+        answers = dict(decode(self.model, self.prompts, self.new, self.stops))
+        return [self.up_to_stop(answers[number]) for number in range(len(self.prompts))]
+
+
+class Peer(Side):
+    """transformers."""
+
+    def __init__(self, folder: str, prompts: list[str], new: int):
+        import torch
+        import transformers
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        super().__init__(self.tokenizer)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.prompts, self.new = prompts, new
+
+    def answer(self) -> list[list[int]]:
+        """All answers."""
+        import torch
+
+        order = sorted(range(len(self.prompts)), key=lambda number: len(self.prompts[number]))
         answers = {}
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
-            given = tokenizer([prompts[number] for number in batch], padding=True, return_tensors="pt")
+            texts = [self.prompts[number] for number in batch]
+            given = self.tokenizer(texts, padding=True, return_tensors="pt")
             with torch.inference_mode():
-                made = model.generate(
+                made = self.model.generate(
                     **given,
-                    max_new_tokens=new,
+                    max_new_tokens=self.new,
                     do_sample=False,
-                    eos_token_id=sorted(stops),
-                    pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=sorted(self.stops),
+                    pad_token_id=self.tokenizer.pad_token_id,
                 )
             for number, tokens in zip(batch, made[:, given["input_ids"].shape[1] :].tolist()):
-                answers[number] = _up_to(tokens, stops)
-        return [answers[number] for number in range(len(prompts))]
-
-    return run
-
-
-SIDES = {"ours": ours, "peer": peer}
-
-
-def _up_to(tokens: list[int], stops: set[int]) -> list[int]:
-    end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
-    return tokens[:end]
-
-
-def peak(side: str, *arguments) -> float:
-    """GiB of resident memory that a process takes at most which answers all prompts once."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (side, *arguments))
-
-
-def _peak(side: str, *arguments) -> float:
-    SIDES[side](*arguments)()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+                answers[number] = self.up_to_stop(tokens)
+        return [answers[number] for number in range(len(self.prompts))]
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from rich.table import Table
@@ -29,19 +31,47 @@ def interleaved(sides: dict[str, Callable], repetitions: int) -> dict[str, list[
     return seconds
 
 
-def report(title: str, rows: list[dict], out: str | None) -> None:
-    """Prints the rows as a table, and writes them with the machine and versions into `out`."""
+class Worker:
+    """An object in a process of its own: sides share neither threads nor an allocator, and each has its peak
+    of memory.
+
+    Args: build, arguments: what makes it there; both can be pickled.
+    """
+
+    def __init__(self, build: Callable, *arguments):
+        spawn = multiprocessing.get_context("spawn")
+        self._process = ProcessPoolExecutor(1, spawn, initializer=_build, initargs=(build, arguments))
+
+    def call(self, method: str, *arguments):
+        """What the object's method returns."""
+        return self._process.submit(_call, method, arguments).result()
+
+
+def _build(build: Callable, arguments: tuple) -> None:
+    global _object
+    _object = build(*arguments)
+
+
+def _call(method: str, arguments: tuple):
+    return getattr(_object, method)(*arguments)
+
+
+def report(title: str, rows: list[dict], out: str | None, notes: tuple[str, ...] = ()) -> None:
+    """Prints the rows as a table and the notes, and writes them with the machine and versions into `out`."""
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(
             *(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values())
         )
     console.print(table)
+    for note in notes:
+        console.print(note)
     machine = environment()
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if out:
         Path(out).write_text(
-            json.dumps({"title": title, "rows": rows, "environment": machine}, indent=2) + "\n"
+            json.dumps({"title": title, "rows": rows, "notes": notes, "environment": machine}, indent=2)
+            + "\n"
         )
 
 

@@ -104,7 +104,7 @@ class Blocks(nnx.Module):
         self.post_attention_layernorm = nnx.Param(init((num_layers, hidden), ones=True))
 
     def __call__(self, x_BTD, angles_BTF, mask_B1TS, cache=None, layer=None, start=None):
-        """One block. With the stack's `cache` (keys and values, [n, B, S, K, D] each) the new ones of this
+        """One block. With the stack's `cache` (keys and values, [n, B, K, S, D] each) the new ones of this
         `layer` go in at `start`.
 
         Without `start` the cache is only read, and the new ones stand behind it; it may have one row, which
@@ -118,18 +118,16 @@ class Blocks(nnx.Module):
         q = rotate(split(self._project("q_proj", h)), angles_BTF)
         k = rotate(split(self._project("k_proj", h)), angles_BTF)
         v = split(self._project("v_proj", h))
-        if start is not None:  # in place: the cache is carried through the layers, never stacked anew
+        if start is not None:  # in place: the cache is carried through the layers, never stacked or sliced
             write = lambda old, new: jax.lax.dynamic_update_slice(
-                old, new.astype(old.dtype)[None], (layer, 0, start, 0, 0)
+                old, new.astype(old.dtype).swapaxes(1, 2)[None], (layer, 0, 0, start, 0)
             )
             cache = write(cache[0], k), write(cache[1], v)
-            k, v = cache[0][layer], cache[1][layer]
-        elif cache is not None:
-            behind = lambda old, new: jnp.concatenate(
-                [jnp.broadcast_to(old[layer], (len(new), *old.shape[2:])), new], axis=1
-            )
-            k, v = behind(cache[0], k), behind(cache[1], v)
-        h = attention(q, k, v, mask_B1TS, self.compute.attention)
+            h = attention(q, *cache, mask_B1TS, self.compute.attention, layer)
+        else:
+            if cache is not None:
+                k, v = _behind(cache[0][layer], k), _behind(cache[1][layer], v)
+            h = attention(q, k, v, mask_B1TS, self.compute.attention)
         x_BTD = x_BTD + self._project("o_proj", h.reshape(*h.shape[:2], -1))
         h = rms_norm(x_BTD, self.post_attention_layernorm[...], config.rms_norm_eps)
         h = jax.nn.silu(self._project("gate_proj", h)) * self._project("up_proj", h)
@@ -156,6 +154,12 @@ class Blocks(nnx.Module):
         layers = jnp.arange(len(self.input_layernorm[...]))
         (x_BTD, cache), hiddens = jax.lax.scan(body, (x_BTD, cache), (self, layers))
         return x_BTD, hiddens, cache
+
+
+def _behind(old_BKSD, new_BTKD):
+    """Keys or values [B, S + T, K, D]; the old ones may have one row, which is then that of all."""
+    old = old_BKSD.swapaxes(1, 2)
+    return jnp.concatenate([jnp.broadcast_to(old, (len(new_BTKD), *old.shape[1:])), new_BTKD], axis=1)
 
 
 class Llama(nnx.Module):
@@ -249,7 +253,7 @@ class Llama(nnx.Module):
     def cached_states(self, tokens_BT, positions_BT, mask_B1TS, cache, start):
         """As `final_states`, with keys and values kept: those of the new tokens go into the cache at `start`.
 
-        Args: cache: by stack, keys and values [n, B, S, K, D] each; mask_B1TS: over the cache's S places.
+        Args: cache: by stack, keys and values [n, B, K, S, D] each; mask_B1TS: over the cache's S places.
         Returns: the states [B, T, D] and the updated cache.
         """
         x, angles, updated = self.embed(tokens_BT), self.angles(positions_BT), {}
@@ -276,7 +280,7 @@ class Llama(nnx.Module):
         config = self.config
         upper = config.num_hidden_layers - self.pivot_layer
         layers = {"lower": self.pivot_layer, "upper": upper} if self.pivot_layer else {"lower": upper}
-        shape = (batch, length, config.num_key_value_heads, config.head_dim)
+        shape = (batch, config.num_key_value_heads, length, config.head_dim)
         return {
             name: (jnp.zeros((n, *shape), self.compute.dtype), jnp.zeros((n, *shape), self.compute.dtype))
             for name, n in layers.items()

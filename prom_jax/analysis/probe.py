@@ -348,7 +348,7 @@ def _read(model, cache, prefix, rows):
     Only the places that are read reach the head, and the logits of one layer alone are in memory.
     """
     positions, branches = rows["positions"], rows["branches"]
-    before = jnp.arange(cache["lower"][0].shape[2])
+    before = jnp.arange(cache["lower"][0].shape[3])
     join = lambda first, rest: jnp.concatenate(
         [jnp.broadcast_to(first, (len(rest), len(first))), rest], axis=1
     )

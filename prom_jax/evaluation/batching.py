@@ -64,7 +64,7 @@ def plan(
         alike = sum(row.places == number for row in rows)
         batch = shards * min(1 << int(math.log2(fit)), 1 << (-(-alike // shards) - 1).bit_length())
         taken = rows[: min(batch, alike)]
-        yield _batch(texts, taken, (batch, length, number))
+        yield _batch(texts, taken, (batch, length, number), shards)
         rows = rows[len(taken) :]
 
 
@@ -103,12 +103,15 @@ def _bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def _batch(texts, rows: list[_Row], shape: tuple[int, int, int]) -> Batch:
+def _batch(texts, rows: list[_Row], shape: tuple[int, int, int], shards: int) -> Batch:
+    """The rows as arrays of B, T, R places; those of like length have the same place in their shards, which
+    work through them in step."""
     number, length, places = shape
     tokens, positions, segments = (np.zeros((number, length), np.int32) for _ in range(3))
     ends, lengths = (np.zeros((number, places), np.int32) for _ in range(2))
     batch = Batch(tokens, positions, segments, np.full((number, places), -1), ends, lengths)
-    for b, row in enumerate(rows):
+    dealt = np.arange(number).reshape(shards, -1).T.ravel()
+    for b, row in zip(dealt, rows):
         end = length - row.tokens
         parts = [(SHARED, texts[row.texts[0]][: row.shared], 0)]
         parts += [(r, texts[text][row.shared :], row.shared) for r, text in enumerate(row.texts, 1)]

@@ -89,24 +89,40 @@ def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
 def prefill(model, rows):
     """The final states [B, T, D] of a batch's rows, and the cache with their keys and values.
 
-    Goes through the rows in parts of up to QUERIES tokens, so that attention scores are never whole.
+    Each batch shard goes through its rows one after the other, and through a row in parts of up to QUERIES
+    tokens from where its padding ends: no time is spent on padding, and attention scores are never whole.
     """
     batch, length = rows["tokens"].shape
+    shards = num_batch_shards(jax.sharding.get_abstract_mesh())
     number = next(n for n in itertools.count(-(-length // QUERIES)) if length % n == 0)
-    positions, segments = rows["positions"], rows["segments"]
-    parts = [
-        rows[name].reshape(batch, number, -1).swapaxes(0, 1) for name in ("tokens", "positions", "segments")
-    ]
+    size = length // number
+    by_shard = lambda x, axis=0: x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])
+    of_rows = [by_shard(rows[name]) for name in ("tokens", "positions", "segments")]
+    padding = (jnp.cumsum(rows["segments"] != 0, axis=1) == 0).sum(axis=1)
+    first_parts = by_shard(padding).min(axis=0) // size
 
-    def body(cache, part):
-        start, tokens, own_positions, own_segments = part
-        mask = visible(own_positions, positions, own_segments, segments, model.config.sliding_window)
-        states, cache = model.cached_states(tokens, own_positions, mask, cache, start)
-        return cache, states
+    def row(r, done):
+        tokens, positions, segments = (x[:, r] for x in of_rows)
 
-    starts = jnp.arange(0, length, length // number)
-    cache, states = jax.lax.scan(body, model.empty_cache(batch, length), (starts, *parts))
-    return states.swapaxes(0, 1).reshape(batch, length, -1), cache
+        def part(p, carry):
+            states, cache = carry
+            own = lambda x: jax.lax.dynamic_slice_in_dim(x, p * size, size, axis=1)
+            mask = visible(own(positions), positions, own(segments), segments, model.config.sliding_window)
+            new, cache = model.cached_states(own(tokens), own(positions), mask, cache, p * size)
+            return jax.lax.dynamic_update_slice_in_dim(states, new, p * size, axis=1), cache
+
+        empty = jnp.zeros((shards, length, model.config.hidden_size), model.compute.dtype)
+        states, cache = jax.lax.fori_loop(
+            first_parts[r], number, part, (empty, model.empty_cache(shards, length))
+        )
+        into = lambda whole, new: whole.at[:, :, r].set(new)
+        return done[0].at[:, r].set(states), jax.tree.map(into, done[1], cache)
+
+    states = jnp.zeros((batch, length, model.config.hidden_size), model.compute.dtype)
+    cache = model.empty_cache(batch, length)
+    done = by_shard(states), jax.tree.map(functools.partial(by_shard, axis=1), cache)
+    done = jax.lax.fori_loop(0, batch // shards, row, done)
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), done, (states, cache))
 
 
 @functools.partial(jax.jit, static_argnames="max_new_tokens")
@@ -139,7 +155,7 @@ def _longer(state, room, more):
     positions = steps + jnp.tile(state["first"], more)
     segments = jnp.broadcast_to(jnp.tile(jnp.arange(1, number + 1), more), positions.shape)
     behind = lambda old, new: jnp.concatenate([old, new], axis=1)
-    longer = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, more * number), (0, 0), (0, 0)])
+    longer = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, more * number), (0, 0)])
     return {
         "cache": jax.tree.map(longer, state["cache"]),
         "kv_positions": behind(state["kv_positions"], positions),
