@@ -1,6 +1,7 @@
-"""python -m benchmarks.decode --model=MODEL --data=xquad.el.json [--prompts=32] [--new=64] [--repetitions=3]
+"""python -m benchmarks.decode --model=MODEL --data=xquad.el.json [--paragraphs=8] [--new=64]
+    [--repetitions=3]
 
-Answers questions about paragraphs, several to a paragraph, as an evaluation does: seconds, answers and new
+Answers all questions about some paragraphs, as an evaluation does: seconds, answers and new
 tokens a second, and peak memory, beside transformers' `generate` at batch 8 on the same prompts (sorted by
 length, padded on the left), dtype and cores, both up to a newline. Each side is a process of its own; they
 take turns, and a first run of each, which compiles, is not counted. For a CPU; needs requirements-dev.txt.
@@ -25,7 +26,7 @@ BATCH = 8  # of the peer, as in the paper
 def main(argv=None):
     """Reads the command line and measures."""
     arguments = parse(argv)
-    prompts = read(arguments.data, arguments.prompts)
+    prompts = read(arguments.data, arguments.paragraphs)
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = models.load(arguments.model, compute_dtype="float32")
         models.save_hf(model, tokenizer, folder, dtype="float32")
@@ -66,7 +67,7 @@ def parse(argv) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="a file in SQuAD's format")
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--paragraphs", type=int, default=8, help="spread over the file")
     parser.add_argument("--new", type=int, default=64, help="new tokens at most")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out")
@@ -74,14 +75,14 @@ def parse(argv) -> argparse.Namespace:
 
 
 def read(path: str, number: int) -> list[str]:
-    """The first questions, each under its paragraph."""
+    """The questions about some paragraphs, spread over the file, each under its paragraph."""
     articles = json.loads(Path(path).read_text(encoding="utf-8"))["data"]
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
     return [
         f"{paragraph['context']}\n\n{question['question']}\n\n"
-        for article in articles
-        for paragraph in article["paragraphs"]
+        for paragraph in paragraphs[:: -(-len(paragraphs) // number)]
         for question in paragraph["qas"]
-    ][:number]
+    ]
 
 
 class Side:

@@ -1,6 +1,5 @@
 """Which texts are computed together: those that begin alike share a row, rows of like length a batch."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from prom_jax.data.tokens import common_prefix
 from prom_jax.sharding import place_rows
 
 MAX_TEXTS = 8  # in a row
+SHORTEST = 32  # tokens of a row
 WORTHWHILE = 16  # tokens that are to be saved before a text joins a row
 
 
@@ -40,8 +40,8 @@ class _Row:
 
     @property
     def places(self) -> int:
-        """R: texts that it is computed for, one of few so that few shapes are compiled."""
-        return next(number for number in (1, MAX_TEXTS // 2, MAX_TEXTS) if len(self.texts) <= number)
+        """R: texts that it is computed for."""
+        return _few(len(self.texts))
 
 
 def plan(
@@ -59,13 +59,15 @@ def plan(
     """
     rows = sorted(_rows(texts, own), key=lambda row: (row.places, row.tokens), reverse=True)
     while rows:
-        length, number = _bucket(rows[0].tokens), rows[0].places
-        fit = max(1, places // (length + number * extra) // shards)
-        alike = sum(row.places == number for row in rows)
-        batch = shards * min(1 << int(math.log2(fit)), 1 << (-(-alike // shards) - 1).bit_length())
-        taken = rows[: min(batch, alike)]
-        yield _batch(texts, taken, (batch, length, number), shards)
-        rows = rows[len(taken) :]
+        taken, shape = 0, None
+        for number in range(1, len(rows) + 1):
+            larger = _shape(rows[:number], shards)
+            batch, length, per_row = larger
+            if batch > shards and batch * (length + per_row * extra) > places:
+                break
+            taken, shape = number, larger
+        yield _batch(texts, rows[:taken], shape, shards)
+        rows = rows[taken:]
 
 
 def placed(model, batch: Batch, **more) -> dict:
@@ -97,10 +99,17 @@ def _row(texts, members: list[int], shared: int) -> _Row:
     return _Row(members, shared, shared + sum(len(texts[text]) - shared for text in members))
 
 
-def _bucket(length: int) -> int:
-    """The length that a row is padded to: powers of two and what lies halfway between them."""
-    step = max(32, 1 << max(0, (length - 1).bit_length() - 2))
-    return -(-length // step) * step
+def _shape(rows: list[_Row], shards: int) -> tuple[int, int, int]:
+    """B, T and R of a batch of these rows, the first of which has the most texts."""
+    length = SHORTEST * _few(-(-max(row.tokens for row in rows) // SHORTEST))
+    return shards * _few(-(-len(rows) // shards)), length, rows[0].places
+
+
+def _few(number: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12 … (powers of two and what lies halfway between): with few sizes, few
+    shapes are compiled."""
+    step = 1 << max(0, (number - 1).bit_length() - 2)
+    return -(-number // step) * step
 
 
 def _batch(texts, rows: list[_Row], shape: tuple[int, int, int], shards: int) -> Batch:
