@@ -18,9 +18,20 @@ from jax.sharding import NamedSharding
 from prom_jax.architecture import LlamaConfig
 from prom_jax.attention import BACKENDS, attention, visible
 from prom_jax.errors import UserError
-from prom_jax.sharding import BATCH, constrain, make_mesh
+from prom_jax.sharding import BATCH, constrain, gathered, make_mesh, param_spec
 
-REMAT = ("none", "full", "dots")
+
+def _all_but_gathered(primitive, *_, **__):
+    # Weights that were gathered for a block are gathered again, or all of them would be kept.
+    return primitive.name != "sharding_constraint"
+
+
+# What is kept of a block for the backward pass.
+REMAT = {
+    "none": _all_but_gathered,
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +125,7 @@ class Blocks(nnx.Module):
         """
         config = self.config
         split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
-        h = rms_norm(x_BTD, self.input_layernorm[...], config.rms_norm_eps)
+        h = self._norm("input_layernorm", x_BTD)
         q = rotate(split(self._project("q_proj", h)), angles_BTF)
         k = rotate(split(self._project("k_proj", h)), angles_BTF)
         v = split(self._project("v_proj", h))
@@ -129,12 +140,15 @@ class Blocks(nnx.Module):
                 k, v = _behind(cache[0][layer], k), _behind(cache[1][layer], v)
             h = attention(q, k, v, mask_B1TS, self.compute.attention)
         x_BTD = x_BTD + self._project("o_proj", h.reshape(*h.shape[:2], -1))
-        h = rms_norm(x_BTD, self.post_attention_layernorm[...], config.rms_norm_eps)
+        h = self._norm("post_attention_layernorm", x_BTD)
         h = jax.nn.silu(self._project("gate_proj", h)) * self._project("up_proj", h)
         return x_BTD + self._project("down_proj", h), cache
 
+    def _norm(self, name, x):
+        return rms_norm(x, gathered(getattr(self, name)[...], name, x.dtype), self.config.rms_norm_eps)
+
     def _project(self, name, x):
-        return jnp.einsum("...i,oi->...o", x, getattr(self, name)[...].astype(x.dtype))
+        return jnp.einsum("...i,oi->...o", x, gathered(getattr(self, name)[...], name, x.dtype))
 
     def scan(self, x_BTD, angles_BTF, mask_B1TS, cache=None, start=None, collect=None):
         """Runs the whole stack. Returns its output, `collect` of each block's output stacked, the cache."""
@@ -146,11 +160,7 @@ class Blocks(nnx.Module):
             x = constrain(x, BATCH)
             return (x, kv), (collect(x) if collect else None)
 
-        if self.compute.remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
-        elif self.compute.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.compute.remat])
         layers = jnp.arange(len(self.input_layernorm[...]))
         (x_BTD, cache), hiddens = jax.lax.scan(body, (x_BTD, cache), (self, layers))
         return x_BTD, hiddens, cache
@@ -217,12 +227,16 @@ class Llama(nnx.Module):
 
     def final_norm(self, x_BTD):
         """The norm before the main head."""
-        return rms_norm(x_BTD, self.norm[...], self.config.rms_norm_eps)
+        return rms_norm(x_BTD, gathered(self.norm[...], "norm", x_BTD.dtype), self.config.rms_norm_eps)
 
     def embed(self, tokens_BT):
         """Token embeddings [B, T, D] in the compute dtype."""
-        x = jnp.take(self.embed_tokens[...], tokens_BT, axis=0)
-        return constrain(x.astype(self.compute.dtype), BATCH)
+        axis = "fsdp" if "fsdp" in param_spec("embed_tokens", self.embed_tokens.shape) else None
+        # Every device looks up its columns for all rows, and these then go where they belong: they are
+        # smaller than the table, and so is what comes back.
+        columns = jnp.take(self.embed_tokens[...], constrain(tokens_BT, "data"), axis=0)
+        columns = constrain(columns.astype(self.compute.dtype), "data", None, axis)
+        return constrain(columns, BATCH)
 
     def context(self, tokens_BT, positions_BT, segments_BT):
         """What every block needs: rotary angles and the attention mask of a batch without cache."""

@@ -6,17 +6,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from prom_jax.sharding import BATCH, num_batch_shards
+from prom_jax.sharding import BATCH, gathered, num_batch_shards, scattered
 
 MAX_CHUNK = 1024  # tokens whose logits are in memory at a time, on each device
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing=0.0, chunk=None):
     """Sum of weighted token losses, the targets smoothed to (1-α)·onehot + α/V.
 
     Only tokens of non-zero weight reach the head. Their gradient is computed in the forward pass, chunk by
     chunk, so that no logits are kept or computed twice. Under a mesh each batch shard works through its own
-    tokens, and the head's gradient is summed over shards once.
+    tokens. It gets the head whole, once, in the compute dtype, and keeps its own part alone of the sum of all
+    shards' gradients of the head.
 
     Args:
       hidden_RTD: what the head reads, in the compute dtype.
@@ -28,33 +30,53 @@ def cross_entropy(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing=0.
         last chunk are computed whether they bear loss or not.
     Returns: float32 scalar, the sum; divide by the sum of weights of the whole update.
     """
-    loss = functools.partial(_shard_loss, label_smoothing=label_smoothing, chunk=chunk)
+    value = functools.partial(_value, label_smoothing=label_smoothing, chunk=chunk)
+    return _on_shards(value, hidden_RTD, head_VD, labels_RT, weights_RT)[0]
+
+
+def _forward(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing, chunk):
+    gradients = functools.partial(_gradients, label_smoothing=label_smoothing, chunk=chunk)
+    loss, d_hidden, d_head = _on_shards(gradients, hidden_RTD, head_VD, labels_RT, weights_RT)
+    return loss, (d_hidden, d_head.astype(head_VD.dtype))
+
+
+def _backward(label_smoothing, chunk, gradients, cotangent):
+    d_hidden, d_head = ((cotangent * gradient).astype(gradient.dtype) for gradient in gradients)
+    return d_hidden, d_head, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _on_shards(function, hidden_RTD, head_VD, labels_RT, weights_RT):
+    """`function` of each batch shard's rows and the head; the loss and the head's gradient are summed over
+    shards. (Gradients may be None.)"""
+    head_VD = gathered(head_VD, "lm_head", hidden_RTD.dtype)
     if num_batch_shards(jax.sharding.get_abstract_mesh()) > 1:
-        loss = jax.shard_map(
-            loss,
-            in_specs=(PartitionSpec(BATCH), PartitionSpec(), PartitionSpec(BATCH), PartitionSpec(BATCH)),
-            out_specs=PartitionSpec(BATCH),
+        rows = PartitionSpec(BATCH)
+        function = jax.shard_map(
+            function,
+            in_specs=(rows, PartitionSpec(), rows, rows),
+            out_specs=rows,
             axis_names=set(BATCH),
             check_vma=False,
         )
-    return loss(hidden_RTD, head_VD, labels_RT, weights_RT).sum()
+    losses, d_hidden, d_heads = function(hidden_RTD, head_VD, labels_RT, weights_RT)
+    d_head = None if d_heads is None else scattered(d_heads.sum(0), "lm_head")
+    return losses.sum(), d_hidden, d_head
 
 
-def _shard_loss(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing, chunk):
-    """The loss of one shard's rows, as an array of one element."""
-    hidden_MD = hidden_RTD.reshape(-1, hidden_RTD.shape[-1])
-    loss = _chunked(hidden_MD, head_VD, labels_RT.ravel(), weights_RT.ravel(), label_smoothing, chunk)
-    return loss[None]
+def _value(*arrays, label_smoothing, chunk):
+    """The loss of one shard's rows, as an array of one element, and nothing else."""
+    chunks = _Chunks(*arrays, label_smoothing, chunk)
+    loss = jax.lax.fori_loop(0, chunks.number, lambda i, loss: loss + chunks.loss(i)[0], jnp.float32(0))
+    return loss[None], None, None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked(hidden_MD, head_VD, labels_M, weights_M, label_smoothing, chunk):
-    chunks = _Chunks(hidden_MD, head_VD, labels_M, weights_M, label_smoothing, chunk)
-    return jax.lax.fori_loop(0, chunks.number, lambda i, loss: loss + chunks.loss(i)[0], jnp.float32(0))
-
-
-def _chunked_forward(hidden_MD, head_VD, labels_M, weights_M, label_smoothing, chunk):
-    chunks = _Chunks(hidden_MD, head_VD, labels_M, weights_M, label_smoothing, chunk)
+def _gradients(hidden_RTD, *arrays, label_smoothing, chunk):
+    """The loss of one shard's rows and its gradients: of hidden states, and of the head in float32; each has
+    an axis of shards, or, for hidden states, of rows."""
+    chunks = _Chunks(hidden_RTD, *arrays, label_smoothing, chunk)
 
     def body(i, carry):
         loss, d_hidden, d_head = carry
@@ -63,37 +85,24 @@ def _chunked_forward(hidden_MD, head_VD, labels_M, weights_M, label_smoothing, c
         d_head += jnp.einsum("cv,cd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return loss + chunk_loss, d_hidden, d_head
 
-    start = jnp.float32(0), jnp.zeros_like(hidden_MD), jnp.zeros(head_VD.shape, jnp.float32)
+    start = jnp.float32(0), jnp.zeros_like(chunks.hidden), jnp.zeros(chunks.head.shape, jnp.float32)
     loss, d_hidden, d_head = jax.lax.fori_loop(0, chunks.number, body, start)
-    return loss, (d_hidden, d_head.astype(head_VD.dtype))
-
-
-def _chunked_backward(label_smoothing, chunk, gradients, cotangent):
-    d_hidden, d_head = gradients
-    return (
-        (cotangent * d_hidden).astype(d_hidden.dtype),
-        (cotangent * d_head).astype(d_head.dtype),
-        None,
-        None,
-    )
-
-
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+    return loss[None], d_hidden.reshape(hidden_RTD.shape), d_head[None]
 
 
 class _Chunks:
     """The loss-bearing tokens of one shard, a chunk at a time."""
 
-    def __init__(self, hidden_MD, head_VD, labels_M, weights_M, label_smoothing, chunk):
-        tokens = weights_M.shape[0]
+    def __init__(self, hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing, chunk):
+        tokens = weights_RT.size
         self.chunk = min(chunk or min(MAX_CHUNK, -(-tokens // 4)), tokens)
-        self.hidden, self.labels, self.weights = hidden_MD, labels_M, weights_M
-        self.head = head_VD.astype(hidden_MD.dtype)
+        self.hidden = hidden_RTD.reshape(tokens, -1)
+        self.head, self.labels, self.weights = head_VD, labels_RT.ravel(), weights_RT.ravel()
         self.label_smoothing = label_smoothing
         # Loss-bearing tokens first; places past the end point outside and are filled with zeros.
-        order = jnp.argsort(weights_M == 0, stable=True)
+        order = jnp.argsort(self.weights == 0, stable=True)
         self.order = jnp.pad(order, (0, -tokens % self.chunk), constant_values=tokens)
-        self.number = -(-jnp.count_nonzero(weights_M) // self.chunk)
+        self.number = -(-jnp.count_nonzero(self.weights) // self.chunk)
 
     def loss(self, i, gradient=False):
         """Loss of chunk i; with `gradient` also its token indices, hidden states and d loss / d logits."""

@@ -83,6 +83,25 @@ def constrain_params(params: dict) -> dict:
     )
 
 
+def gathered(weight, name: str, dtype):
+    """A parameter, or one layer's slice of a stack, cast and then whole along `fsdp`: what a device computes
+    with (ZeRO stage 3). Its gradient, in this dtype, comes back to where the parameter lies."""
+    spec = param_spec(name, weight.shape)
+    weight = constrain(weight.astype(dtype), *spec)  # or XLA would gather it first and cast it then
+    return constrain(weight, *(None if axis == "fsdp" else axis for axis in spec))
+
+
+def scattered(gradient, name: str):
+    """A gradient, summed over batch shards, as its parameter lies; each device gets its part of the sum."""
+    return constrain(gradient, *param_spec(name, gradient.shape))
+
+
+def param_spec(name: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """How a parameter lies on the mesh in use; without a mesh, whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return PartitionSpec() if mesh.empty else param_sharding(mesh, (name,), shape).spec
+
+
 def path_keys(path) -> tuple[str, ...]:
     """A JAX key path of nested dicts as strings."""
     return tuple(entry.key for entry in path)
