@@ -44,6 +44,11 @@ class LlamaConfig:
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; check the model's config.json"
             )
+        if self.head_dim % 2 or not self.head_dim:
+            raise UserError(
+                f"head_dim={self.head_dim}: rotary embeddings need an even number; check the model's "
+                "config.json"
+            )
         if self.model_type == "llama" and self.sliding_window is not None:
             raise UserError(
                 f"sliding_window={self.sliding_window}: a model of type 'llama' has none; remove the "
@@ -59,11 +64,12 @@ class LlamaConfig:
             ignored but what cannot change the computation.
         """
         hf = dict(hf)
+        _check_kinds(hf)
         model_type = hf.pop("model_type", None)
         architectures = hf.pop("architectures", None) or [_ARCHITECTURE.get(model_type)]
         if model_type not in _ARCHITECTURE or architectures != [_ARCHITECTURE[model_type]]:
             raise UserError(
-                f"unsupported architecture {architectures} (model_type {model_type!r}): "
+                f"unsupported architecture {architectures!r:.100} (model_type {model_type!r:.100}): "
                 f"expected one of {', '.join(_ARCHITECTURE.values())}"
             )
         missing = [key for key in _REQUIRED if key not in hf]
@@ -95,11 +101,12 @@ class LlamaConfig:
         for key, value in hf.items():
             if key in _FIXED and value not in _FIXED[key]:
                 raise UserError(
-                    f"config.json sets {key}={value!r}, which is not supported: expected {_FIXED[key][0]!r}"
+                    f"config.json sets {key}={value!r:.100}, which is not supported: expected "
+                    f"{_FIXED[key][0]!r}"
                 )
             if key not in _FIXED and key not in _METADATA:
                 raise UserError(
-                    f"config.json sets {key}={value!r}, which this model does not know; "
+                    f"config.json sets {key:.100}={value!r:.100}, which this model does not know; "
                     "remove the key if it does not change what the model computes"
                 )
         return config
@@ -126,6 +133,42 @@ _REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+_MOST_LAYERS = 10_000  # each costs memory before any tensor is looked at
+
+
+def _or_null(kind):
+    words, holds = kind
+    return f"{words} or null", lambda value: value is None or holds(value)
+
+
+_SIZE = "a whole number above 0", lambda value: type(value) is int and 0 < value < 2**31
+_NUMBER = "a number above 0", lambda value: type(value) in (int, float) and 0 < value < 1e30
+_TOKEN = "a token's number", lambda value: type(value) is int and abs(value) < 2**31
+_NAME = "a name", lambda value: isinstance(value, str)
+_OBJECT = "an object", lambda value: isinstance(value, dict)
+_LAYERS = f"1 to {_MOST_LAYERS} layers", lambda value: type(value) is int and 0 < value <= _MOST_LAYERS
+_TOKENS = (
+    "a token's number or a list of them",
+    lambda value: all(map(_TOKEN[1], value if isinstance(value, list) else [value])),
+)
+# What a setting's value has to be, in words, and whether it is.
+_KINDS = {
+    key: kind
+    for kind, keys in (
+        (_SIZE, ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+                 "max_position_embeddings", "original_max_position_embeddings")),
+        (_or_null(_SIZE), ("num_key_value_heads", "head_dim", "sliding_window")),
+        (_LAYERS, ("num_hidden_layers",)),
+        (_NUMBER, ("rms_norm_eps", "factor", "low_freq_factor", "high_freq_factor")),
+        (_or_null(_NUMBER), ("rope_theta",)),
+        (("true or false", lambda value: type(value) is bool), ("tie_word_embeddings",)),
+        (_or_null(_TOKEN), ("bos_token_id", "pad_token_id")),
+        (_or_null(_TOKENS), ("eos_token_id",)),
+        (_or_null(_NAME), ("model_type", "rope_type", "type")),
+        (_or_null(_OBJECT), ("rope_parameters", "rope_scaling")),
+    )
+    for key in keys
+}  # fmt: skip
 # Settings with the values, first the usual one, at which they are what this model computes.
 _FIXED = {
     "hidden_act": ("silu", "swish"),
@@ -155,9 +198,18 @@ _METADATA = {
 }  # fmt: skip
 
 
+def _check_kinds(settings: dict):
+    """Raises UserError for a value that is not of its key's kind."""
+    for key, value in settings.items():
+        expected, holds = _KINDS.get(key, ("", lambda value: True))
+        if not holds(value):
+            raise UserError(f"config.json sets {key}={value!r:.100}: expected {expected}")
+
+
 def _rope_from_hf(hf: dict, max_length: int) -> tuple[float, RopeScaling | None]:
     """Takes theta and scaling out of `hf`: `rope_parameters` (transformers 5) or `rope_scaling` (4)."""
     rope = dict(hf.pop("rope_parameters", None) or hf.pop("rope_scaling", None) or {})
+    _check_kinds(rope)
     hf.pop("rope_scaling", None)
     theta = float(rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
     hf.pop("rope_theta", None)
@@ -175,13 +227,13 @@ def _rope_from_hf(hf: dict, max_length: int) -> tuple[float, RopeScaling | None]
     }.get(rope_type)
     if fields is None:
         raise UserError(
-            f"config.json asks for rope scaling {rope_type!r}: expected default, linear or llama3"
+            f"config.json asks for rope scaling {rope_type!r:.100}: expected default, linear or llama3"
         )
     rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings", max_length))
     rest = set(rope) - set(fields) - {"original_max_position_embeddings"}
     if rest or not set(fields) <= set(rope):
         raise UserError(
-            f"config.json's rope scaling {rope_type!r} has {sorted(rope)}: expected {sorted(fields)}"
+            f"config.json's rope scaling {rope_type!r} has {sorted(rope)!r:.300}: expected {sorted(fields)}"
         )
     return theta, RopeScaling(
         rope_type, **{key: rope[key] for key in fields}

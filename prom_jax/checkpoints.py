@@ -67,9 +67,22 @@ class Description:
 
     @classmethod
     def read(cls, directory) -> "Description":
-        """Reads `model.json`."""
-        fields = json.loads((located(directory) / DESCRIPTION).read_text())
-        return cls(**fields | {"config": LlamaConfig.from_hf(fields["config"])})
+        """Reads `model.json`.
+
+        Raises:
+          UserError: if it is damaged.
+        """
+        path = located(directory) / DESCRIPTION
+        try:
+            fields = json.loads(path.read_text())
+            for name, kind in (("config", dict), ("pivot_layer", int), ("dtype", str), ("details", dict)):
+                if not isinstance(fields[name], kind):
+                    raise TypeError(f"{name} is {fields[name]!r:.100}")
+            if not jnp.issubdtype(np.dtype(fields["dtype"]), jnp.floating):
+                raise TypeError(f"dtype is {fields['dtype']!r:.100}")
+            return cls(**fields | {"config": LlamaConfig.from_hf(fields["config"])})
+        except (*STORE_ERRORS, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({_reason(error)}): give another source") from error
 
     def abstract(self, **kwargs) -> llama.Llama:
         """The model in shapes; the keywords are `llama.Llama`'s."""

@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import gguf
@@ -82,7 +83,10 @@ def local_path(source) -> Path:
       UserError: if there is no such path, and no such model on the hub or no access to it.
     """
     path = Path(source).expanduser()
-    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+    if path.is_dir():
+        _check_entries(path)
+        return path
+    if path.suffix == ".gguf" and path.is_file():
         return path
     if path.exists():
         raise UserError(f"{path} is not a model: expected a Hugging Face directory or a .gguf file")
@@ -111,6 +115,21 @@ def local_path(source) -> Path:
         ) from error
 
 
+def _check_entries(folder: Path):
+    """Refuses links that lead out of a folder, and what cannot be read to an end, such as a pipe."""
+    root = Path(os.path.realpath(folder))
+    inside = [root]
+    if root.parent.name == "snapshots":  # of the hub's cache, whose files are links to ../../blobs
+        inside.append(root.parents[1] / "blobs")
+    for entry in (*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")):
+        place = Path(os.path.realpath(entry))
+        if not (place.is_file() or place.is_dir()) or not any(map(place.is_relative_to, inside)):
+            raise UserError(
+                f"{entry} is a link that leads out of its folder, or no file: expected the files "
+                "themselves; put a copy in its place"
+            )
+
+
 class SafetensorsReader:
     """A Hugging Face directory with one or many safetensors files."""
 
@@ -132,6 +151,8 @@ class SafetensorsReader:
                 if name not in held:
                     raise UserError(f"{path} lacks {name}, which the index places there; fetch both again")
                 self._files[name] = (file, path)
+        if not self._files:
+            raise UserError(f"{self.source} has no tensors: expected a whole model; fetch it again")
         dtypes = {self._dtype(name) for name in self._files}
         self.dtype = np.dtype(functools.reduce(jnp.promote_types, dtypes))
         self.config = self._resolve_tie()
@@ -168,14 +189,18 @@ class SafetensorsReader:
         """Pairs of a file and the tensors to take from it (None: all)."""
         index = self.source / "model.safetensors.index.json"
         if index.exists():
-            weight_map = _read_json(index).get("weight_map", {})
-            for name in sorted(set(weight_map.values())):
-                if Path(name).name != name or not name.endswith(".safetensors"):
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index} has no object `weight_map`: fetch the file again")
+            shards = {}
+            for tensor, name in weight_map.items():
+                if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
                     raise UserError(
-                        f"{index} names {name!r}: expected safetensors files in the same folder; "
+                        f"{index} names {name!r:.100}: expected safetensors files in the same folder; "
                         "do not use this folder unless you know who made it"
                     )
-                yield self.source / name, [k for k, v in weight_map.items() if v == name]
+                shards.setdefault(name, []).append(tensor)
+            yield from ((self.source / name, tensors) for name, tensors in sorted(shards.items()))
         elif (self.source / "model.safetensors").exists():
             yield self.source / "model.safetensors", None
         elif any(f.suffix in (".bin", ".pt", ".pth") for f in self.source.iterdir()):
@@ -192,9 +217,9 @@ class SafetensorsReader:
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         if not self.config.tie_word_embeddings or not {head, embedding} <= set(self._files):
             return self.config
-        rows = self.shape(head)[0]
-        parts = [(slice(i, min(i + 4096, rows)),) for i in range(0, rows, 4096)]  # not all in memory at once
-        equal = self.shape(head) == self.shape(embedding) and all(
+        rows = self.config.vocab_size
+        parts = ((slice(i, min(i + 4096, rows)),) for i in range(0, rows, 4096))  # not all in memory at once
+        equal = self.shape(head) == self.shape(embedding) == (rows, self.config.hidden_size) and all(
             np.array_equal(self.read(head, part), self.read(embedding, part)) for part in parts
         )
         return dataclasses.replace(self.config, tie_word_embeddings=equal)
@@ -205,7 +230,7 @@ class SafetensorsReader:
             return 0
         file = _open_safetensors(path)
         layer = (file.metadata() or {}).get("pivot_layer", "")
-        if PIVOT_NAME not in file.keys() or not layer.isdecimal():  # noqa: SIM118 (no mapping)
+        if PIVOT_NAME not in file.keys() or not re.fullmatch("[1-9][0-9]{0,4}", layer):  # noqa: SIM118 (no mapping)
             raise UserError(
                 f"{path}: expected a tensor {PIVOT_NAME!r} and its layer as metadata 'pivot_layer'; "
                 "delete the file to do without its pivot head"
@@ -219,7 +244,7 @@ def _read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: expected a whole Hugging Face model folder") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch the file again") from error
     if not isinstance(content, dict):
         raise UserError(
@@ -254,7 +279,12 @@ class GGUFReader:
                     f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, expected one of "
                     f"{', '.join(_GGUF_TYPES)}; use another quantisation of the model"
                 )
-        self.config = _gguf_config(path, gguf_metadata(file), tensors)
+            if len(tensor.shape) not in (1, 2):
+                raise UserError(
+                    f"{path}: {tensor.name} has {len(tensor.shape)} dimensions, expected 1 or 2; fetch the "
+                    "file again"
+                )
+        self.config = _gguf_config(path, file.metadata, tensors)
         tensors.pop("rope_freqs.weight", None)
         hf_names = {
             theirs.format(layer=layer): hf.format(layer=layer)
@@ -291,7 +321,7 @@ class GGUFReader:
         return gguf.dequantize(data, tensor.tensor_type)[:, start - first * block : stop - first * block]
 
 
-def open_gguf(path) -> gguf.GGUFReader:
+def open_gguf(path) -> "_WholeFile":
     """A GGUF file, parsed once for weights and tokenizer: that takes seconds for a large vocabulary.
 
     Raises:
@@ -302,34 +332,65 @@ def open_gguf(path) -> gguf.GGUFReader:
 
 
 class _WholeFile(gguf.GGUFReader):
-    """A reader that stops where the file ends: a damaged length would keep the package's own going on."""
+    """The package's reader, kept within the file: it believes every length, takes a kilobyte for each element
+    of an array, and follows arrays in arrays.
+
+    `metadata`: the key-value pairs as Python values.
+    """
+
+    def __init__(self, path):
+        super().__init__(path)
+        if sum(tensor.n_bytes for tensor in self.tensors) > len(self.data):
+            raise ValueError("its tensors overlap")
+        self.metadata = {key: field.contents() for key, field in self.fields.items()}
+        self.fields.clear()
 
     def _get(self, offset, dtype, count=1, override_order=None):
         if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
             raise ValueError("it ends early")
         return super()._get(offset, dtype, count, override_order)
 
+    def _get_field_parts(self, orig_offs, raw_type):
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        of, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        kind, at = gguf.GGUFValueType(of[0]), orig_offs + 12
+        if kind == gguf.GGUFValueType.STRING:
+            elements = list(self._strings(at, int(length[0])))
+            size = sum(8 + len(element) for element in elements)
+        elif kind in self.gguf_scalar_to_np:
+            elements = [self._get(at, self.gguf_scalar_to_np[kind], length[0])]
+            size = elements[0].nbytes
+        else:
+            raise ValueError("it has arrays in arrays")
+        places = list(range(2, 2 + len(elements)))
+        return 12 + size, [of, length, *elements], places, [gguf.GGUFValueType.ARRAY, kind]
+
+    def _strings(self, at: int, count: int):
+        data = memoryview(self.data)
+        for _ in range(count):
+            end = at + 8 + int.from_bytes(data[at : at + 8], sys.byteorder)
+            if end > len(data):
+                raise ValueError("it ends early")
+            yield data[at + 8 : end]
+            at = end
+
 
 @functools.lru_cache(maxsize=1)
-def _parse_gguf(path: str, *state_of_the_file: int) -> gguf.GGUFReader:
+def _parse_gguf(path: str, *state_of_the_file: int) -> _WholeFile:
     try:
         file = _WholeFile(path)
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
         raise UserError(
             f"{path} is not a whole GGUF file ({error}): it was cut short or damaged, fetch it again"
         ) from error
-    split = file.get_field("split.count")
-    if split is not None and split.contents() > 1:
+    parts = file.metadata.get("split.count", 1)
+    if parts not in (0, 1):  # 0: joined
         raise UserError(
-            f"{path} is one of {split.contents()} parts: expected one file; join them with "
+            f"{path} is one of {parts!r:.100} parts: expected one file; join them with "
             "`llama-gguf-split --merge`"
         )
     return file
-
-
-def gguf_metadata(file: gguf.GGUFReader) -> dict:
-    """The key-value pairs of a GGUF file as Python values."""
-    return {key: field.contents() for key, field in file.fields.items()}
 
 
 def _gguf_config(path, metadata: dict, tensors: dict) -> LlamaConfig:
@@ -337,13 +398,13 @@ def _gguf_config(path, metadata: dict, tensors: dict) -> LlamaConfig:
     architecture = metadata.get("general.architecture")
     if architecture not in ("llama", "mistral"):
         raise UserError(
-            f"{path} holds a model of architecture {architecture!r}: expected 'llama' or 'mistral'"
+            f"{path} holds a model of architecture {architecture!r:.100}: expected 'llama' or 'mistral'"
         )
     prefix = architecture + "."
     settings = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     for key, value in settings.items():
         if isinstance(value, list) or (key not in _GGUF_SETTINGS and value):
-            raise UserError(f"{path} sets {prefix}{key}={value!r}, which is not supported")
+            raise UserError(f"{path} sets {prefix}{key:.100}={value!r:.100}, which is not supported")
 
     def need(key):
         if key not in settings:
@@ -352,25 +413,19 @@ def _gguf_config(path, metadata: dict, tensors: dict) -> LlamaConfig:
 
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path} lacks the tensor token_embd.weight: expected a whole model; fetch it again")
-    heads, hidden = need("attention.head_count"), need("embedding_length")
-    head_dim = settings.get("attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if settings.get(key, head_dim) != head_dim:
-            raise UserError(
-                f"{path} sets {prefix}{key}={settings[key]}: expected the head dimension, {head_dim}"
-            )
-    window = settings.get("attention.sliding_window")
+    heads = need("attention.head_count")
+    window = settings.get("attention.sliding_window") or None
     mistral = {"model_type": "mistral", "sliding_window": window}
     config = LlamaConfig.from_hf(
         {
             **(mistral if window or architecture == "mistral" else {"model_type": "llama"}),
             "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
-            "hidden_size": hidden,
+            "hidden_size": need("embedding_length"),
             "intermediate_size": need("feed_forward_length"),
             "num_hidden_layers": need("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": settings.get("attention.head_count_kv", heads),
-            "head_dim": head_dim,
+            "head_dim": settings.get("attention.key_length"),
             "rms_norm_eps": _decimal(need("attention.layer_norm_rms_epsilon")),
             "rope_theta": _decimal(settings.get("rope.freq_base", 10000.0)),
             "rope_scaling": _gguf_rope_scaling(settings),
@@ -381,12 +436,18 @@ def _gguf_config(path, metadata: dict, tensors: dict) -> LlamaConfig:
             "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
         }
     )
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if settings.get(key, config.head_dim) != config.head_dim:
+            raise UserError(
+                f"{path} sets {prefix}{key}={settings[key]!r:.100}: expected the head dimension, "
+                f"{config.head_dim}"
+            )
     return _with_rope_factors(path, config, tensors.get("rope_freqs.weight"))
 
 
-def _decimal(value: float) -> float:
-    """The shortest decimal of a value stored in float32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+def _decimal(value):
+    """The shortest decimal of a number stored in float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _gguf_rope_scaling(settings: dict) -> dict | None:
@@ -399,11 +460,16 @@ def _with_rope_factors(path, config: LlamaConfig, tensor) -> LlamaConfig:
     if tensor is None:
         return config
     divisors = np.asarray(tensor.data, np.float32)
+    if divisors.shape != (config.head_dim // 2,) or not np.all((divisors > 0) & (divisors < 1e6)):
+        raise UserError(
+            f"{path} has rope_freqs of the shape {list(divisors.shape)}, or not all above 0: expected a "
+            f"divisor for each of {config.head_dim // 2} frequencies; fetch the file again"
+        )
     # All published models have the low and high frequency factors 1 and 4 over 8192 positions, which are
     # `RopeScaling`'s defaults; the longest wave is divided by the whole factor.
-    scaled = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", _decimal(divisors.max())))
+    scaled = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", _decimal(float(divisors.max()))))
     expected = rope_frequencies(config) / rope_frequencies(scaled)
-    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+    if not np.allclose(divisors, expected, rtol=1e-4):
         raise UserError(
             f"{path} has rope_freqs of an unknown rope scaling: expected Llama-3's; "
             "use the model's Hugging Face directory instead"

@@ -1,17 +1,18 @@
 """Tokenizers: those that come with a Hugging Face model, and those written in a GGUF file's metadata."""
 
-import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 
-import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from prom_jax.errors import UserError
-from prom_jax.readers import gguf_metadata, local_path, open_gguf
+from prom_jax.readers import local_path, open_gguf
 
+LONGEST = 1000  # characters of a token; the ways to halve it cost its square
 # Kinds of token in `tokenizer.ggml.token_type`.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
@@ -29,7 +30,18 @@ def load(source) -> PreTrainedTokenizerFast:
       UserError: if there is no tokenizer, it is of a kind that is not supported, or it has no EOS token.
     """
     path = local_path(source)
-    tokenizer = from_gguf(path) if path.is_file() else _from_directory(path)
+    try:
+        tokenizer = from_gguf(path) if path.is_file() else _from_directory(path)
+        if not tokenizer.is_fast or not tokenizer("a")["input_ids"]:
+            raise ValueError("it makes nothing of a text")
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of as many kinds as there are libraries; Rust's panics are no Exception
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"the tokenizer in {path} cannot be read ({reason:.200}): expected a valid tokenizer.json, "
+            "SentencePiece tokenizer.model or GGUF file; fetch it again"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {source} has no EOS token, which ends every response: "
@@ -69,21 +81,27 @@ def save(tokenizer: PreTrainedTokenizerFast, directory, chat_template: str | Non
 
 
 def _from_directory(path: Path) -> PreTrainedTokenizerFast:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        _check_names_no_files(path / name)
     if (path / "tokenizer.json").exists():
-        read = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
-    elif (path / "tokenizer.model").exists():
-        read = _from_sentencepiece
-    else:
-        raise UserError(
-            f"{path} has no tokenizer: expected a tokenizer.json or a SentencePiece tokenizer.model in it"
-        )
-    try:
-        return read(path)
-    except Exception as error:  # of as many kinds as there are tokenizer libraries underneath
-        raise UserError(
-            f"the tokenizer in {path} cannot be read ({str(error).splitlines()[0]}): expected a valid "
-            "tokenizer.json or SentencePiece tokenizer.model; fetch the file again"
-        ) from error
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if (path / "tokenizer.model").exists():
+        return _from_sentencepiece(path)
+    raise UserError(
+        f"{path} has no tokenizer: expected a tokenizer.json or a SentencePiece tokenizer.model in it"
+    )
+
+
+def _check_names_no_files(path: Path):
+    """transformers takes files that these settings name, wherever they are, before those of the folder."""
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for key, value in settings.items():
+        named = isinstance(value, str) and not key.endswith("_token") and os.path.isfile(value)
+        if named or (key in ("fast_tokenizer_files", "init_inputs") and value):
+            raise UserError(
+                f"{path} sets {key}={value!r:.100}, another file: expected the tokenizer's files beside it; "
+                "do not use this folder unless you know who made it, or remove the key"
+            )
 
 
 def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
@@ -93,12 +111,16 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     leaves out BOS, and merges come in the order of ids, so that runs of spaces are cut unlike in training
     (their pieces have early ids and the lowest scores).
     """
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+    # As the protocol buffer that it is; the C++ library would know no more of it.
+    pieces = sentencepiece_model_pb2.ModelProto.FromString((path / "tokenizer.model").read_bytes()).pieces
+    if not pieces:
+        raise ValueError("it has no pieces")
+    vocab = {piece.piece: i for i, piece in enumerate(pieces)}
+    _check_lengths(vocab)
     config = path / "tokenizer_config.json"
     config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     tokenizer = LlamaTokenizer.from_pretrained(path, add_bos_token=config.get("add_bos_token", True))
-    vocab = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
-    merges = _merges(vocab, [pieces.get_score(i) for i in vocab.values()])
+    merges = _merges(vocab, [piece.score for piece in pieces])
     tokenizer.backend_tokenizer.model = models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True)
     return tokenizer
 
@@ -109,15 +131,16 @@ def from_gguf(path) -> PreTrainedTokenizerFast:
     Raises:
       UserError: for another kind of tokenizer, or a pre-tokenizer that is not known here.
     """
-    metadata = gguf_metadata(open_gguf(path))
+    metadata = open_gguf(path).metadata
     get = lambda key, default=None: metadata.get(f"tokenizer.ggml.{key}", default)
     build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(get("model"))
     if build is None or get("tokens") is None:
         raise UserError(
-            f"{path} holds a tokenizer of kind {get('model')!r}: expected 'gpt2' (byte-level BPE) or 'llama' "
-            "(SentencePiece BPE)"
+            f"{path} holds a tokenizer of kind {get('model')!r:.100}: expected 'gpt2' (byte-level BPE) or "
+            "'llama' (SentencePiece BPE)"
         )
     tokens, kinds = get("tokens"), get("token_type", [])
+    _check_lengths(tokens)
     tokenizer = build(path, tokens, get)
     added = [
         AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
@@ -125,8 +148,8 @@ def from_gguf(path) -> PreTrainedTokenizerFast:
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
     tokenizer.add_tokens(added)
-    if "tokenizer.chat_template" in metadata:
-        tokenizer.chat_template = metadata["tokenizer.chat_template"]
+    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+        tokenizer.chat_template = template
     return tokenizer
 
 
@@ -139,6 +162,9 @@ def _special_tokens(tokens: list[str], get, add_bos: bool) -> dict:
         "pad_token": "padding_token_id",
     }
     ids = {name: get(key) for name, key in keys.items()}
+    for name, i in ids.items():
+        if i is not None and i not in range(len(tokens)):
+            raise ValueError(f"{name} is token {i!r:.100} of {len(tokens)}")
     return {
         **{name: None if i is None else tokens[i] for name, i in ids.items()},
         "add_bos_token": get("add_bos_token", add_bos),
@@ -163,7 +189,7 @@ def _byte_level(path, tokens: list[str], get) -> PreTrainedTokenizerFast:
     pre = get("pre")
     if pre not in words:
         raise UserError(
-            f"{path} splits text by tokenizer.ggml.pre={pre!r}: expected one of {', '.join(words)}; "
+            f"{path} splits text by tokenizer.ggml.pre={pre!r:.100}: expected one of {', '.join(words)}; "
             "use the model's Hugging Face directory instead"
         )
     is_llama3 = words[pre] is llama3
@@ -195,6 +221,11 @@ def _sentencepiece(path, tokens: list[str], get) -> PreTrainedTokenizerFast:
         add_prefix_space=get("add_space_prefix", True),
         **_special_tokens(tokens, get, add_bos=True),
     )
+
+
+def _check_lengths(tokens):
+    if (longest := max(map(len, tokens), default=0)) > LONGEST:
+        raise ValueError(f"it has a token of {longest} characters, at most {LONGEST} are expected")
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:

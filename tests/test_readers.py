@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import struct
+import tracemalloc
 
 import gguf
 import jax
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from prom_jax import sharding
 from prom_jax.errors import UserError
-from prom_jax.readers import open_reader
+from prom_jax.readers import open_gguf, open_reader
 from prom_jax.weights import load_params
 from tests.test_weights import SIZES, hf_model, save, tensors
 
@@ -96,6 +98,92 @@ def test_bad_folders_are_refused(tmp_path):
         save_file({"x": content[norm]}, folder / "part.safetensors"), index("part.safetensors")(folder)
     ])  # fmt: skip
     bad("pivot_layer", lambda f: save_file({"x": content[norm]}, f / "pivot_head.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: expected 1 to 10000"),
+        ({"vocab_size": 10**12}, "vocab_size=1000000000000: expected a whole number"),
+        ({"hidden_size": [32]}, r"hidden_size=\[32\]: expected a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0: expected a whole number above 0"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads='2': expected a whole number above 0 or null"),
+        ({"head_dim": 7}, "head_dim=7: rotary embeddings need an even number"),
+        ({"intermediate_size": True}, "intermediate_size=True: expected a whole number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: expected a number above 0"),
+        ({"eos_token_id": [1, "2"]}, r"eos_token_id=\[1, '2'\]: expected a token's number or a list"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no': expected true or false"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\]: expected a name"),
+        ({"rope_parameters": 7}, "rope_parameters=7: expected an object"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": "2"}},
+            "factor='2': expected a number above 0",
+        ),
+        ({"auto_map": {"AutoModelForCausalLM": "m.M"}}, "auto_map=.*not supported"),
+        ({"x": "a" * 1000}, "x='a{99}, which"),
+    ],
+)
+def test_values_that_a_config_cannot_have_are_named(tmp_path, settings, error):
+    hf_model().save_pretrained(tmp_path)
+    edit_config(tmp_path, **settings)
+    with pytest.raises(UserError, match=error):
+        open_reader(tmp_path)
+
+
+def test_deep_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(UserError, match="is not valid JSON"):
+        open_reader(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": ["a"]}, {"weight_map": {}}, {"weight_map": {"a": 1}}])
+def test_an_index_that_is_none_is_refused(tmp_path, content):
+    hf_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"weight_map|no tensors|names 1"):
+        open_reader(tmp_path)
+
+
+def test_a_tied_head_of_endless_rows_is_not_compared(tmp_path):
+    """Rows without columns take no bytes, so that a file may have as many as it likes."""
+    hf_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["lm_head.weight"] = {"dtype": "F32", "shape": [10**15, 0], "data_offsets": [0, 0]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(UserError, match=r"lm_head\.weight has the shape"):
+        load_params(open_reader(tmp_path))
+
+
+def test_links_lead_out_of_a_folder_only_into_the_hubs_cache(tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
+    hf_model().save_pretrained(snapshot)
+    shutil.copytree(snapshot, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).unlink()
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    (tmp_path / "link").symlink_to(snapshot)
+    for source in (snapshot, tmp_path / "link"):
+        assert open_reader(source).names
+
+    def bad():
+        with pytest.raises(UserError, match="leads out of its folder, or no file"):
+            open_reader(folder)
+
+    folder = shutil.copytree(snapshot, tmp_path / "copy")  # of the files
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").symlink_to(blobs / "generation_config.json")
+    bad()
+    (folder / "generation_config.json").unlink()
+    os.mkfifo(folder / "generation_config.json")
+    bad()
+    (blobs / "config.json").unlink()
+    (blobs / "config.json").symlink_to("/etc/hostname")
+    folder = snapshot
+    bad()
 
 
 def test_bad_sources_are_refused(tmp_path):
@@ -407,3 +495,78 @@ def test_a_damaged_length_in_a_gguf_file_ends_at_once(tmp_path):
     path.write_bytes(data[:length] + (2**40).to_bytes(8, "little") + data[length + 8 :])
     with pytest.raises(UserError, match=r"not a whole GGUF file .*ends early"):
         open_reader(path)
+
+
+def gguf_header(fields: bytes, fields_count: int, tensors: bytes = b"", tensors_count: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors_count, fields_count) + fields + tensors
+
+
+def gguf_string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def test_gguf_counts_cost_nothing(tmp_path):
+    """A few bytes that speak of many."""
+    path, array = tmp_path / "m.gguf", gguf_string(b"a") + struct.pack("<I", 9)
+    tensor = gguf_string(b"token_embd.weight") + struct.pack("<IQQIQ", 2, 2**32, 2**32, 0, 0)
+    for content, error in (
+        (gguf_header(b"", 2**60), "Duplicate"),
+        (gguf_header(b"", 0, b"", 2**60), "ends early"),
+        (gguf_header(array + struct.pack("<IQ", 8, 2**60), 1), "ends early"),
+        (gguf_header(array + struct.pack("<IQ", 0, 2**60), 1), "ends early"),
+        (gguf_header(array + struct.pack("<IQ", 9, 1) * 10_000, 1), "arrays in arrays"),
+        (gguf_header(gguf_string(b"a") + struct.pack("<I", 8) + gguf_string(b"\xff"), 1), "utf-8"),
+        (gguf_header(b"", 0, tensor, 1), "reshape"),
+        (gguf_header(b"", 0, gguf_string(b"a") + struct.pack("<IQ", 2**31, 0), 1), "ends early"),
+    ):
+        path.write_bytes(content + bytes(64))
+        with pytest.raises(UserError, match=f"not a whole GGUF file .*{error}"):
+            open_reader(path)
+
+
+def test_gguf_tensors_do_not_share_their_bytes(tmp_path):
+    fields = gguf_string(b"general.architecture") + struct.pack("<I", 8) + gguf_string(b"llama")
+    info = b"".join(gguf_string(b"t%d" % i) + struct.pack("<IQIQ", 1, 1024, 0, 0) for i in range(100))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_header(fields, 1, info, 100) + bytes(5000))
+    with pytest.raises(UserError, match="its tensors overlap"):
+        open_reader(path)
+
+
+def test_gguf_numbers_of_an_array_take_little_memory(tmp_path):
+    path = tmp_path / "m.gguf"
+    array = gguf_string(b"a") + struct.pack("<IIQ", 9, 0, 2**20) + bytes(2**20)
+    path.write_bytes(gguf_header(array, 1) + bytes(64))
+    tracemalloc.start()
+    file = open_gguf(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert file.metadata["a"] == [0] * 2**20
+    assert peak < 40 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"block_count": 10**6}, "num_hidden_layers=1000000"),
+        ({"block_count": "1"}, "num_hidden_layers='1'"),
+        ({"attention.head_count": 0}, "num_attention_heads=0"),
+        ({"attention.layer_norm_rms_epsilon": "x"}, "rms_norm_eps='x'"),
+        ({"attention.key_length": 7}, "head_dim=7"),
+    ],
+)
+def test_values_that_gguf_settings_cannot_have_are_named(tmp_path, settings, error):
+    with pytest.raises(UserError, match=error):
+        open_reader(to_gguf(hf_model(), tmp_path / "m.gguf", **settings))
+
+
+def test_gguf_tensors_of_other_dimensions_are_refused(tmp_path):
+    for shape in ((2, 2, 2), (0,)):
+        path = write_gguf(
+            tmp_path / "m.gguf", gguf_settings(SIZES), {"token_embd.weight": np.ones(shape, np.float32)}
+        )
+        with pytest.raises(UserError, match=r"has 3 dimensions|vocab_size=0"):
+            open_reader(path)
+    arrays = {"token_embd.weight": np.ones((64, 32), np.float32), "rope_freqs.weight": np.ones(0, np.float32)}
+    with pytest.raises(UserError, match=r"rope_freqs of the shape \[0\]"):
+        open_reader(write_gguf(tmp_path / "m.gguf", gguf_settings(SIZES), arrays))

@@ -1,5 +1,6 @@
 """Tokenizers against transformers, the tokenizers library and SentencePiece itself."""
 
+import contextlib
 import json
 import shutil
 
@@ -250,3 +251,72 @@ def test_bad_tokenizers_are_refused(tmp_path, llama_model):
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="does not exist"):
         tokenizer.load(folder)
+
+
+def test_gguf_vocabularies_that_make_no_sense_are_refused(tmp_path, llama_model):
+    byte_level, llama = byte_level_fields(train_byte_level(GPT2), "gpt-2"), llama_fields(llama_model)
+    for fields in (
+        {**byte_level, "merges": ["a b c"]},
+        {**byte_level, "merges": ["a qqq"]},
+        {**byte_level, "eos_token_id": 10**6},
+        {**byte_level, "tokens": "abc"},
+        {**byte_level, "token_type": 3},
+        {**llama, "scores": [0.5]},
+        {**llama, "tokens": [*llama["tokens"][:-1], "▁" * 10**6]},  # halving it would take hours
+    ):
+        with pytest.raises(UserError, match=r"the tokenizer in .*m\.gguf cannot be read"):
+            tokenizer.load(write_gguf(tmp_path / "m.gguf", **fields))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    loaded = tokenizer.load(
+        write_gguf(tmp_path / "m.gguf", **byte_level_fields(train_byte_level(GPT2), "gpt-2"))
+    )
+    (tmp_path / "folder").mkdir()
+    tokenizer.save(loaded, tmp_path / "folder", None)
+    return tmp_path / "folder"
+
+
+def test_a_panic_below_is_an_error_like_others(folder):
+    """Of Rust's, which is no Exception: here a table of characters that points beyond itself."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAAAYQA="}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"cannot be read .*index out of bounds"):
+        tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_settings_that_name_other_files_are_refused(tmp_path, folder, name):
+    """transformers would take the tokenizer from there."""
+    other = str(shutil.copy(folder / "tokenizer.json", tmp_path / "tokenizer.4.0.json"))
+    path = folder / name
+    for settings in (
+        {"tokenizer_file": other},
+        {"vocab_file": other},
+        {"fast_tokenizer_files": ["../tokenizer.4.0.json"]},
+        {"init_inputs": [other]},
+    ):
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(content | settings))
+        with pytest.raises(UserError, match=rf"{name} sets {next(iter(settings))}=.*another file"):
+            tokenizer.load(folder)
+        path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content | {"special_tokens_map_file": "/not/here.json"}))  # in many folders
+    tokenizer.load(folder)
+
+
+def test_code_beside_a_tokenizer_is_never_run(tmp_path, folder):
+    (folder / "tokenization_x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: pass\n")
+    for name in ("tokenizer_config.json", "config.json"):
+        path = folder / name
+        content = json.loads(path.read_text()) if path.exists() else {}
+        content |= {
+            "auto_map": {"AutoTokenizer": ["tokenization_x.X", None], "AutoConfig": "tokenization_x.X"}
+        }
+        path.write_text(json.dumps(content | {"tokenizer_class": "X", "trust_remote_code": True}))
+        with contextlib.suppress(UserError):
+            tokenizer.load(folder)
+    assert not (tmp_path / "ran").exists()

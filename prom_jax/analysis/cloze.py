@@ -19,6 +19,7 @@ BLANK = '"___"'
 COLUMNS = ("english", "word", "sentence")
 # Those of Wendler et al. 2024, whose third holds the whole prompt with cue and answer.
 WENDLER_COLUMNS = ("word_original", "word_translation", "blank_prompt_translation_masked")
+MOST_COLUMNS = 1000  # each row is filled up to as many as the header has
 DEMONSTRATIONS = ("shared", "row")
 
 
@@ -94,7 +95,8 @@ def read_table(language: str, directory=None) -> Table:
         except _Unusable as error:
             if not theirs:
                 raise UserError(
-                    f"{path}, line {line}, {record['english']!r}: {error.reason}; expected {error.expected}"
+                    f"{path}, line {line}, {record['english']!r:.60}: {error.reason}; expected "
+                    f"{error.expected}"
                 ) from None
             dropped[error.reason] += 1
         else:
@@ -108,8 +110,10 @@ def _read(path: Path) -> tuple[list[tuple[int, dict]], list[str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
+            if len(reader.fieldnames or ()) > MOST_COLUMNS:
+                raise csv.Error(f"{len(reader.fieldnames)} columns")
             return [(reader.line_num, record) for record in reader], reader.fieldnames or []
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): expected a CSV file in UTF-8") from error
 
 

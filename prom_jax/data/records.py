@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from google.protobuf.json_format import MessageToDict
 
 from prom_jax import tokenizer as tokenizers
 from prom_jax.console import track
@@ -58,13 +59,18 @@ class Records:
       target_lengths, english_lengths: tokens; 0 where there is no English side.
       target_weights, english_weights: tokens that bear loss.
       target_bytes, english_bytes: UTF-8 bytes under them, EOS not counted (for bits per byte).
+
+    Raises:
+      UserError: the files are not as `prepare` made them.
     """
 
     def __init__(self, directory: Path, split: str):
-        self._source = tfds.builder_from_directory(str(directory)).as_data_source(split)
-        with np.load(directory / f"{split}.npz") as statistics:
-            for name in ("roles", *STATISTICS):
-                setattr(self, name, statistics[name])
+        with _naming_damage(directory):
+            _check_metadata(directory)
+            self._source = tfds.builder_from_directory(str(directory)).as_data_source(split)
+            with np.load(directory / f"{split}.npz") as statistics:
+                for name in ("roles", *STATISTICS):
+                    setattr(self, name, statistics[name])
 
     def __len__(self) -> int:
         return len(self._source)
@@ -133,7 +139,8 @@ def prepare(recipe: Recipe, tokenizer, directory) -> Prepared:
                 ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    report = json.loads((final / "report.json").read_text())
+    with _naming_damage(final):
+        report = json.loads((final / "report.json").read_text())
     splits = {
         name: Records(final, name) if (final / f"{name}.npz").is_file() else None
         for name in ("train", "holdout", "text")
@@ -248,6 +255,26 @@ def _features() -> tfds.features.FeaturesDict:
             "english_loss": loss,
         }
     )
+
+
+@contextlib.contextmanager
+def _naming_damage(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of three libraries
+        raise UserError(
+            f"The records in {directory} are damaged ({error!r:.200}): remove the folder, and they are made "
+            "again."
+        ) from error
+
+
+def _check_metadata(directory: Path) -> None:
+    """TFDS imports the Python modules and opens the files that its own files name."""
+    features, info = (json.loads((directory / f"{n}.json").read_text()) for n in ("features", "dataset_info"))
+    files = {(info["name"], s["name"].isalpha(), s["filepathTemplate"]) for s in info["splits"]}
+    ours = {("prom", True, "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")}
+    if features != MessageToDict(_features().to_proto()) or files != ours:
+        raise ValueError("its metadata is not ours")
 
 
 def _name_shards(directory: Path, split: str, shards: list[Shard]) -> tfds.core.SplitInfo:

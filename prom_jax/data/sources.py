@@ -25,6 +25,11 @@ from xml.etree import ElementTree
 from prom_jax.errors import UserError
 
 csv.field_size_limit(1 << 27)
+COLUMNS = 1000  # a row is filled up to as many as the header has
+CHUNK = 1 << 20  # bytes of XML that are parsed at once; a longer text is scanned again with each
+PARQUET_ROWS = 100  # that are decoded at once
+PARQUET_ROW = 500  # bytes in memory besides its texts
+PARQUET_FACTOR = 1000  # times its own size that a file may unpack to
 SAMPLE = Path(__file__).parents[1] / "resources" / "sample"
 HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[^@/]+))?$")
 
@@ -91,7 +96,7 @@ def read_parallel(sources: tuple[str, ...], language: str) -> list[Sentence]:
             for number, raw in rows:
                 texts = raw["translation"] if isinstance(raw.get("translation"), dict) else raw
                 english, target = _strings(texts, ("en", language), f"{source}, row {number}")
-                sentences.append(Sentence(_id(raw), english, target))
+                sentences.append(Sentence(_id(raw, f"{source}, row {number}"), english, target))
     return sentences
 
 
@@ -213,47 +218,61 @@ def _column(row: dict, theirs: str, name: str, number: int):
     value = row
     for key in [theirs] if theirs in row else theirs.split("."):
         if not isinstance(value, dict) or key not in value:
-            raise UserError(
-                f"{name}, row {number} has no column '{theirs}' (found: {', '.join(map(str, row))})."
-            )
+            raise UserError(f"{name}, row {number} has no column '{theirs}' (found: {_names(row)}).")
         value = value[key]
     return value
 
 
-def _read_json(path: Path) -> list:
-    try:
-        rows = json.loads(path.read_text("utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): mend the file.") from None
+def _read_json(path: Path) -> Iterator:
+    rows = _parsed(path.read_text("utf-8-sig"), path)
     if not isinstance(rows, list):
         raise UserError(f"{path} holds a {type(rows).__name__}: expected a list of objects.")
-    return rows
+    yield from rows
 
 
-def _read_jsonl(path: Path) -> Iterator[dict]:
+def _read_jsonl(path: Path) -> Iterator:
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise UserError(
-                        f"{path}, line {number} is not valid JSON ({error}): mend the file."
-                    ) from None
+                yield _parsed(line, f"{path}, line {number}")
+
+
+def _parsed(text: str, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON ({error}): mend the file.") from None
 
 
 def _read_csv(path: Path, **dialect) -> Iterator[dict]:
     # Not through datasets, nor JSON: it infers types, so that the texts "NA", "007" or "2020-01-01" change.
     with open(path, encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file, strict=True, **dialect)
+        rows = csv.DictReader(file, strict=True, **dialect)
+        if len(rows.fieldnames or ()) > COLUMNS:
+            raise UserError(
+                f"{path} has {len(rows.fieldnames)} columns: expected at most {COLUMNS}, remove the others."
+            )
+        yield from rows
 
 
 def _read_tsv(path: Path) -> Iterator[dict]:
     return _read_csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)  # a quote is text like any other here
 
 
-def _read_parquet(path: Path) -> Iterable[dict]:
-    return _load(f"File '{path}'", "fetch it again.", "parquet", data_files=str(path))
+def _read_parquet(path: Path) -> Iterator[dict]:
+    # Not through datasets, which keeps a copy of all that a few bytes may unpack to.
+    from pyarrow import parquet
+
+    left = PARQUET_FACTOR * max(path.stat().st_size, 1 << 16)
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(PARQUET_ROWS, use_threads=False):
+                left -= batch.nbytes + PARQUET_ROW * batch.num_rows
+                if left < 0:
+                    raise ValueError(f"it unpacks to more than {PARQUET_FACTOR} times its size")
+                yield from batch.to_pylist()
+    except Exception as error:  # the library's own, and of the texts in it
+        raise _unreadable(f"File '{path}'", error, "fetch it again.") from error
 
 
 def _read_tmx(path: Path, language: str) -> Iterator[Sentence]:
@@ -261,17 +280,32 @@ def _read_tmx(path: Path, language: str) -> Iterator[Sentence]:
     first."""
     number = 0
     try:
-        for _, unit in ElementTree.iterparse(path):
-            if _tag(unit) == "tu":
-                texts = _tmx_texts(unit)
-                if texts.keys() >= {"en", _base(language)}:
-                    number += 1
-                    yield Sentence(unit.get("tuid"), texts["en"], texts[_base(language)])
-                unit.clear()
-    except (ElementTree.ParseError, LookupError) as error:
+        for unit in _tmx_units(path):
+            texts = _tmx_texts(unit)
+            if texts.keys() >= {"en", _base(language)}:
+                number += 1
+                yield Sentence(unit.get("tuid"), texts["en"], texts[_base(language)])
+    except (ElementTree.ParseError, LookupError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not a TMX file ({error}): fetch it again.") from None
     if not number:
         raise UserError(f"{path} has no unit in both 'en' and '{language}': give another file.")
+
+
+def _tmx_units(path: Path) -> Iterator[ElementTree.Element]:
+    parser = ElementTree.XMLPullParser()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            parser.feed(chunk)
+            yield from _tmx_complete(parser)
+    parser.close()
+    yield from _tmx_complete(parser)
+
+
+def _tmx_complete(parser: ElementTree.XMLPullParser) -> Iterator[ElementTree.Element]:
+    for _, element in parser.read_events():
+        if _tag(element) == "tu":
+            yield element
+            element.clear()
 
 
 def _tmx_texts(unit) -> dict[str, str]:
@@ -334,11 +368,12 @@ def _load(what: str, remedy: str, *args, split: str = "train", **kwargs):
     try:
         return datasets.load_dataset(*args, split=split, **kwargs)
     except Exception as error:  # the library raises a dozen kinds, and not all of them its own
-        cause = error.__cause__ or error
-        reason = str(cause).strip().partition("\n")[0]
-        raise UserError(
-            f"{what} cannot be read: {type(cause).__name__}: {reason.rstrip('.')}: {remedy}"
-        ) from error
+        raise _unreadable(what, error.__cause__ or error, remedy) from error
+
+
+def _unreadable(what: str, error: Exception, remedy: str) -> UserError:
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    return UserError(f"{what} cannot be read: {type(error).__name__}: {reason:.200}: {remedy}")
 
 
 def _aligned(source: str) -> list[Sentence]:
@@ -387,10 +422,10 @@ def _sample(name: str) -> Path:
 
 def _instruction(raw: dict, where: str) -> Row:
     if raw.get("messages") is not None:
-        return Row(_id(raw), _conversation(raw["messages"], where))
+        return Row(_id(raw, where), _conversation(raw["messages"], where))
     instruction, output = _strings(raw, ("instruction", "output"), where)
     (input,) = _strings(raw, ("input",), where) if raw.get("input") else ("",)
-    return Row(_id(raw), (Turn(instruction, input, output),))
+    return Row(_id(raw, where), (Turn(instruction, input, output),))
 
 
 def _conversation(messages, where: str) -> tuple[Turn, ...]:
@@ -398,7 +433,7 @@ def _conversation(messages, where: str) -> tuple[Turn, ...]:
     roles = [m.get("role") if isinstance(m, dict) else m for m in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UserError(
-            f"{where}: messages have the roles {roles}; expected user and assistant in turn, from "
+            f"{where}: messages have the roles {roles!r:.200}; expected user and assistant in turn, from "
             "user to assistant, without a system message."
         )
     texts = [_strings(message, ("content",), where)[0] for message in messages]
@@ -408,13 +443,17 @@ def _conversation(messages, where: str) -> tuple[Turn, ...]:
 def _strings(raw: dict, keys: tuple[str, ...], where: str) -> list[str]:
     for key in keys:
         if not isinstance(raw.get(key), str):
-            found = ", ".join(map(str, raw)) or "none"
-            raise UserError(f"{where} has no text under '{key}' (keys found: {found}): add it.")
+            raise UserError(f"{where} has no text under '{key}' (keys found: {_names(raw)}): add it.")
         if any("\ud800" <= character <= "\udfff" for character in raw[key]):
             raise UserError(f"{where} has half a character (a surrogate) under '{key}': mend the text.")
     return [raw[key] for key in keys]
 
 
-def _id(raw: dict) -> str | None:
+def _names(row: dict) -> str:
+    return ", ".join(map(str, row))[:300] or "none"
+
+
+def _id(raw: dict, where: str) -> str | None:
     name = raw.get("id")
-    return None if name in (None, "") or name != name else str(name)  # a blank cell, a NaN
+    blank = name in (None, "") or name != name  # an empty cell, a NaN
+    return None if blank else _strings({"id": str(name)}, ("id",), where)[0]

@@ -137,6 +137,8 @@ def test_tables_that_are_not_there(tables, tmp_path):
     (tables() / "sw" / "clean.csv").write_bytes("english,word,sentence\nfire,πυρ,x".encode("iso-8859-7"))
     with pytest.raises(UserError, match=r"cannot be read .* expected a CSV file in UTF-8"):
         read_table("sw", tmp_path / "tables")
+    with pytest.raises(UserError, match=r"cannot be read \(1003 columns\)"):
+        read_table("sw", tables([], (*HEADER, *map(str, range(1000)))))
 
 
 @pytest.mark.parametrize("shots", [-1, len(ROWS)])

@@ -256,3 +256,26 @@ def test_two_processes_at_once_and_one_killed(jsonl, byte_level, tmp_path):
 def test_bad_recipes(recipe, byte_level, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         prepare(recipe(**changes), byte_level, tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("features.json", "tensorflow_datasets.core.features.text_feature.Text", "spoiled.Feature"),
+        ("dataset_info.json", '"{DATASET}-', '"../../{DATASET}-'),
+        ("dataset_info.json", '"prom"', '"../prom"'),
+        ("dataset_info.json", '"splits"', '"parts"'),
+        ("train.npz", "PK", "KP"),
+        ("report.json", "{", "["),
+    ],
+)
+def test_records_of_others_run_and_open_nothing(recipe, byte_level, tmp_path, monkeypatch, name, old, new):
+    made = prepare(recipe(), byte_level, tmp_path / "r")
+    (tmp_path / "spoiled.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "r" / made.fingerprint / name
+    content = path.read_bytes().replace(old.encode(), new.encode())
+    assert content != path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"The records in .* are damaged .*: remove the folder"):
+        prepare(recipe(), byte_level, tmp_path / "r")

@@ -204,6 +204,10 @@ def test_tmx(tmp_path):
         ("r.csv", 'instruction,output\n"a,b\nc,d\n', "cannot be read .*unexpected end of data"),
         ("r.jsonl", '{"instruction": "a", "output": "\\ud83d"}', "half a character"),
         ("none.json", None, "There is no file"),
+        ("r.json", "[" * 100_000, "r.json is not valid JSON"),
+        ("r.jsonl", "[" * 100_000, "line 1 is not valid JSON"),
+        ("r.jsonl", '{"id": "\\ud83d", "instruction": "a", "output": "b"}', "half a character"),
+        ("r.csv", "instruction,output" + ",x" * 1000 + "\na,b\n", "has 1002 columns"),
     ],
 )
 def test_bad_sources(tmp_path, name, content, message):
@@ -211,6 +215,39 @@ def test_bad_sources(tmp_path, name, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=message):
+        sources.read_instructions((str(path),), "sw")
+
+
+def tmx_with(entities, cited):
+    return TMX.replace("<tmx ", f"<!DOCTYPE tmx [{entities}]><tmx ").replace("Osha", cited)
+
+
+BOMB = ['<!ENTITY e0 "xxxxxxxxxx">'] + [f'<!ENTITY e{i} "{f"&e{i - 1};" * 10}">' for i in range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (TMX.replace("utf-8", "shift_jis"), "multi-byte encodings"),
+        (TMX.replace("<hi>", "<hi>" * 5000).replace("</hi>", "</hi>" * 5000), "recursion"),
+        (tmx_with('<!ENTITY x SYSTEM "file:///etc/hostname">', "&x;"), "undefined entity"),
+        (tmx_with("".join(BOMB), "&e8;"), "amplification"),
+    ],
+)
+def test_tmx_files_that_mean_harm(tmp_path, content, message):
+    path = tmp_path / "memory.tmx"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"is not a TMX file .*{message}"):
+        sources.read_parallel((str(path),), "sw")
+
+
+def test_parquet_that_unpacks_to_a_million_times_its_size(tmp_path):
+    path = tmp_path / "r.parquet"
+    rows = pyarrow.array([0]).take(pyarrow.array([0] * 3_000_000))
+    text = pyarrow.DictionaryArray.from_arrays(rows.cast("int32"), ["a" * 100])
+    pyarrow.parquet.write_table(pyarrow.table({"instruction": text, "output": text}), path)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(UserError, match="unpacks to more than 1000 times its size"):
         sources.read_instructions((str(path),), "sw")
 
 
