@@ -214,6 +214,7 @@ def test_absent_keys_are_as_in_transformers(cls):
     ("settings", "error"),
     [
         ({"attention_bias": True}, "attention_bias=True"),
+        ({"\0": "silu"}, r"\\x00='silu'"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),

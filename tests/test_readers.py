@@ -570,3 +570,14 @@ def test_gguf_tensors_of_other_dimensions_are_refused(tmp_path):
     arrays = {"token_embd.weight": np.ones((64, 32), np.float32), "rope_freqs.weight": np.ones(0, np.float32)}
     with pytest.raises(UserError, match=r"rope_freqs of the shape \[0\]"):
         open_reader(write_gguf(tmp_path / "m.gguf", gguf_settings(SIZES), arrays))
+
+
+def test_terminal_codes_of_a_file_show_as_escapes(tmp_path):
+    hf_model().save_pretrained(tmp_path)
+    header = json.dumps(
+        {"a": {"dtype": "\x1b[31m", "shape": [1], "data_offsets": [0, 4]}}, ensure_ascii=False
+    )
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(4))
+    with pytest.raises(UserError) as raised:
+        open_reader(tmp_path)
+    assert r"\x1b[31m" in str(raised.value) and str(raised.value).isprintable()
