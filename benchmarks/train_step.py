@@ -1,0 +1,194 @@
+"""python -m benchmarks.train_step --config=FILE[:variant] --peer=published|padded|xllama2
+    [--repetitions=5] [--compile] [--out=FILE] [--config.KEY=VALUE …]
+
+Times updates of PROM beside a peer's on the same examples, in the same dtype, on the same device or cores:
+
+  published  torch and transformers as in the published script: English and target text each through all
+             blocks, packed end to end into rows of data.seq_len that see each other
+  padded     the same, but a text a row, padded to the longest of four as in Alpaca; its losses must be ours
+  xllama2    our own baseline: all text through all blocks and the main head
+
+Each side is a process of its own, and they take turns; a first update of each is not counted. λ is as
+configured, whatever a probe would say. Needs requirements-dev.txt.
+"""
+
+import copy
+import math
+import os
+import resource
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from benchmarks import measure
+from prom_jax import budget, cli, models, sharding, train
+from prom_jax.console import console
+from prom_jax.errors import UserError
+
+TOLERANCE = 1e-3  # relative, between losses in float32 after several updates
+# Dense bfloat16 FLOP/s, from the vendors' data sheets, by the beginning of a device's name.
+PEAKS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
+LAYOUTS = {
+    "published": "texts end to end in rows of data.seq_len that see each other",
+    "padded": "a text a row, padded to the longest of four",
+}
+
+
+def main():
+    """Reads the command line and measures."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # processes share a GPU
+    config = cli.config()
+    config.pivot.regulate = "never"
+    config.steps = FLAGS.repetitions + 1
+    config.compute_dtype = config.compute_dtype or models.default_compute_dtype()
+    with tempfile.TemporaryDirectory() as folder:
+        ours = train.plan(config, Path(folder, "ours"))
+        sides = {"ours": measure.Worker(Ours, config, f"{folder}/ours")}
+        if FLAGS.peer == "xllama2":
+            baseline = copy.deepcopy(config)
+            baseline.method = "xllama2"
+            theirs = train.plan(baseline, Path(folder, "peer"))
+            sides["peer"] = measure.Worker(Ours, baseline, f"{folder}/peer")
+        else:
+            theirs = ours
+            sides["peer"] = torch_side(ours, folder)
+        jobs = {"ours": ours, "peer": theirs}
+        results, seconds = run(jobs, sides)
+        peaks = {name: side.call("peak") for name, side in sides.items()}
+    report(jobs, results, seconds, peaks)
+
+
+def torch_side(job: train.Job, folder: str) -> measure.Worker:
+    """The peer in torch, with the weights that `job` starts from."""
+    from benchmarks.peers import Peer
+
+    if job.mesh.size > 1:
+        raise UserError(f"the peer runs on one device, not {job.mesh.size}: set CUDA_VISIBLE_DEVICES=0")
+    source = job.config.model
+    if source.endswith(".gguf"):
+        source = f"{folder}/hf"
+        models.save_hf(*models.load(job.config.model), source, dtype="float32")
+    return measure.Worker(Peer, source, FLAGS.peer, job.objective, job.pivot_layer, job.config, FLAGS.compile)
+
+
+class Ours:
+    """A run of prom_jax, update by update."""
+
+    def __init__(self, config, workdir: str):
+        console.quiet = True  # the parent has told all
+        self.job = train.plan(config, Path(workdir))
+        jax.set_mesh(self.job.mesh)
+        self.update, abstract = train.compile_update(self.job)
+        self.state = train.begin(self.job, train.open_checkpoints(self.job), abstract)
+        self.upcoming = train.feed(self.job, 0)
+        self.stops = sharding.by_process(self.job.mesh, False)
+
+    def step(self) -> tuple[float, int]:
+        """The next update; returns its loss and the places of its rows, filled or not."""
+        batch, _ = next(self.upcoming)
+        *self.state, metrics = jax.block_until_ready(self.update(*self.state, batch, self.stops))
+        return float(metrics["loss"]), sum(map(math.prod, self.job.batches.shapes.values()))
+
+    def peak(self) -> int:
+        """Bytes in use at most: of a device, or of this process on a CPU."""
+        statistics = jax.local_devices()[0].memory_stats() or {}
+        of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return statistics.get("peak_bytes_in_use", of_process)
+
+
+def run(jobs: dict, sides: dict) -> tuple[dict, dict]:
+    """(loss, places) of each side's updates, and seconds of those that count."""
+    results = {name: [] for name in sides}
+
+    def update(name):
+        job, number = jobs[name], len(results[name])
+        in_torch = name == "peer" and FLAGS.peer in LAYOUTS
+        given = (texts(job, number), float(job.schedule(number))) if in_torch else ()
+        results[name].append(sides[name].call("step", *given))
+
+    turns = {name: lambda name=name: update(name) for name in sides}
+    seconds = measure.interleaved(turns, FLAGS.repetitions)
+    return results, seconds
+
+
+def texts(job: train.Job, step: int) -> dict[str, list]:
+    """Token ids of an update's examples and whether each bears loss, by role."""
+    records = job.data.train.read(job.batches.places(step, "target")[0])
+    side = lambda role: [(record[f"{role}_tokens"], record[f"{role}_loss"]) for record in records]
+    return {role: [text for text in side(role) if len(text[0])] for role in job.batches.shapes}
+
+
+def work(job: train.Job, step: int) -> dict[str, float]:
+    """What an update trains on, whoever computes it."""
+    records, examples = job.data.train, job.batches.places(step, "target")[0]
+    flops = budget.training_flops(job.reader.config, job.objective, job.pivot_layer, records, examples)
+    bearing = sum(getattr(records, f"{role}_weights")[examples].sum() for role in job.batches.shapes)
+    return {
+        "examples": len(examples),
+        "tokens": job.batches.tokens(step),
+        "loss-bearing tokens": int(bearing),
+        "model GFLOPs": flops / 1e9,
+    }
+
+
+def report(jobs: dict, results: dict, seconds: dict, peaks: dict) -> None:
+    """Medians over updates as a table, and what each side does."""
+    config, mesh = jobs["ours"].config, jobs["ours"].mesh
+    steps = range(1, len(seconds["ours"]) + 1)
+    amounts = {name: [work(job, step) for step in steps] for name, job in jobs.items()}
+    rows = [row("seconds an update", seconds)]
+    for what in amounts["ours"][0]:
+        amount = lambda name, what=what: [each[what] for each in amounts[name]]
+        rate = {name: np.divide(amount(name), seconds[name]) for name in jobs}
+        rows.append(row(f"{what} a second", rate))
+    device = mesh.devices.flat[0].device_kind
+    for peak in (peak for beginning, peak in PEAKS.items() if device.startswith(beginning)):
+        rows.append(row("MFU", {name: each * 1e9 / (peak * mesh.size) for name, each in rate.items()}))
+    losses, places = ({name: [step[i] for step in results[name]] for name in jobs} for i in (0, 1))
+    rows.append(row("places computed an update", {name: each[1:] for name, each in places.items()}))
+    rows.append(row("peak memory (GiB)", {name: [peak / 2**30] for name, peak in peaks.items()}))
+    apart = np.abs(np.divide(losses["peer"], losses["ours"]) - 1).max()
+    notes = [f"{name}: {told}" for name, told in about(jobs).items()]
+    notes += [f"losses: the peer's differ from ours by {apart:.1e} of these at most"]
+    title = f"Updates of {config.batch.sequences} rows of {config.data.seq_len} on {mesh.size} × {device}"
+    measure.report(title, rows, FLAGS.out, notes)
+    if FLAGS.peer == "padded" and config.compute_dtype == "float32" and not apart < TOLERANCE:
+        raise SystemExit("the two sides do not compute the same")
+
+
+def row(what: str, values: dict) -> dict:
+    """A row of the table: the medians of each side, and ours over the peer's."""
+    medians = {name: float(np.median(each)) for name, each in values.items()}
+    return {"what": what, **medians, "ratio": medians["ours"] / medians["peer"]}
+
+
+def about(jobs: dict) -> dict[str, str]:
+    """What each side does, in a line."""
+    told = {}
+    for name, job in jobs.items():
+        config = job.config
+        shapes = ", ".join(f"{rows} × {length} {role}" for role, (rows, length) in job.batches.shapes.items())
+        told[name] = (
+            f"{config.method} in JAX; texts in rows ({shapes}) without seeing each other; attention "
+            f"{config.attention}; heads on loss-bearing tokens; AdamW in float32"
+        )
+    if FLAGS.peer in LAYOUTS:
+        told["peer"] = (
+            f"prom in torch; {LAYOUTS[FLAGS.peer]}; English through all blocks; attention SDPA, causal; "
+            "heads on all tokens; AdamW fused, in float32"
+        )
+    both = f"{config.compute_dtype}, remat {config.remat}, clip {config.optimizer.clip}"
+    return told | {"both": both}
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("peer", "published", ["published", "padded", "xllama2"], "What stands beside PROM")
+    flags.DEFINE_integer("repetitions", 5, "Updates of each side that count")
+    flags.DEFINE_bool("compile", False, "torch.compile the peer")
+    flags.DEFINE_string("out", None, "Where the table goes as JSON")
+    FLAGS = flags.FLAGS
+    cli.define_run_flags()
+    cli.run(main)
