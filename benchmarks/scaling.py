@@ -131,7 +131,10 @@ def slice_of(chips: int):
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=f"v5p:{SLICES[chips]}").devices
     except RuntimeError as error:
-        raise UserError(f"the TPU compiler is missing ({error}): pip install -e '.[tpu]'") from error
+        raise UserError(
+            f"the TPU compiler cannot be used ({error}): pip install -e '.[tpu]', and let one process at a "
+            "time use it"
+        ) from error
 
 
 def compile_step(mesh, config, pivot_layer: int, length: int, dtype="bfloat16", options=OPTIONS):
