@@ -205,7 +205,7 @@ def test_bad_question_files_are_one_sentence(data_dir, content, message):
     [
         ("How many?\n", r"mgsm_sw\.tsv is not as .*line 1 has no tab"),
         ("question\tanswer\nHow many?\t3\n", r"problem 1 has the answer 'answer', not a number"),
-        ("How many?\t3\textra\n", r"'3\textra', not a number"),
+        ("How many?\t3\textra\n", r"'3\\textra', not a number"),
         ("\n", r"mgsm_sw\.tsv has no questions"),
     ],
 )
