@@ -1,13 +1,19 @@
 """Grouped-query attention with one rule for who sees whom, over several backends."""
 
+import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
-# 'xla' and 'cudnn' are jax.nn.dot_product_attention's own, 'blocks' is below.
-BACKENDS = ("auto", "xla", "blocks", "cudnn")
+from prom_jax.sharding import BATCH, num_batch_shards
+
+# 'xla' and 'cudnn' are jax.nn.dot_product_attention's own, 'splash' is Pallas's for TPU, 'blocks' is below.
+BACKENDS = ("auto", "xla", "blocks", "splash", "cudnn")
+_OF_PLATFORM = {"cpu": "blocks", "tpu": "splash"}
 
 # The segment of tokens that all segments of their row continue: a prompt's beginning that others share.
 SHARED = -1
@@ -15,6 +21,7 @@ SHARED = -1
 # Queries, and keys, of a block at most: small ones skip more, large ones cost fewer steps. Of examples packed
 # into rows a query sees few keys, of a cache most.
 BLOCK, CACHE_BLOCK = 64, 256
+SPLASH_BLOCKS = (512, 256, 128)  # queries, and keys, of a block of 'splash': the first that divides a row
 _UNSEEN = -1e30  # a score, finite so that a row of them has no NaN
 _FLOAT32 = {"preferred_element_type": jnp.float32}
 
@@ -37,28 +44,89 @@ def visible(q_positions, kv_positions, q_segments, kv_segments, window=None):
     return mask[:, None]
 
 
-def attention(q_BTHD, k, v, mask_B1TS, backend="auto", layer=None):
-    """softmax(q·k/√D)·v under a boolean mask; [B, T, H, D] in the dtype of `q`, softmax in float32.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["segments"], meta_fields=["window"])
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rows of whole examples one after the other, whose queries and keys are the same places: all that is to
+    be known of who sees whom in them. segments: int32 [B, T]."""
+
+    segments: jax.Array
+    window: int | None
+
+
+def visible_in_rows(positions, segments, window, backend):
+    """What `attention` takes as a mask for rows of whole examples, `visible` or its short form.
+
+    Args: positions, counted in each example, and segments: int32 [B, T]; backend: as in `attention`.
+    """
+    if resolve(backend) == "splash" and segments.shape[1] % SPLASH_BLOCKS[-1] == 0:
+        return Packed(segments, window)
+    return visible(positions, positions, segments, segments, window)
+
+
+def resolve(backend: str) -> str:
+    """The backend that 'auto' stands for on this machine; any other name as it is."""
+    return _OF_PLATFORM.get(jax.default_backend(), "xla") if backend == "auto" else backend
+
+
+def attention(q_BTHD, k, v, mask, backend="auto", layer=None):
+    """softmax(q·k/√D)·v under a mask; [B, T, H, D] in the dtype of `q`, softmax in float32.
 
     `K` key-value heads serve `H` query heads in consecutive groups. What a query that sees nothing gets is
     finite: such places are padding and never bear loss.
 
     Args:
       k, v: [B, S, K, D]; or with `layer` caches of all layers, [N, B, K, S, D], of which that one is read.
+      mask: bool [B, 1, T, S], or `Packed`.
       backend: 'xla' holds all scores at once. 'blocks' goes through blocks of queries and keys, skips those
         in which nobody sees anybody, and computes scores again for the gradient: fast where a core has little
-        memory near it and steps of a loop cost little. 'cudnn': NVIDIA's. 'auto': 'blocks' on a CPU, else
-        'xla'.
+        memory near it and steps of a loop cost little. 'splash': Pallas's kernel for TPU, of `Packed` rows;
+        others go to 'xla'. 'cudnn': NVIDIA's. 'auto': 'blocks' on a CPU, 'splash' on a TPU, else 'xla'.
     """
-    if backend == "auto":
-        backend = "blocks" if jax.default_backend() == "cpu" else "xla"
+    backend = resolve(backend)
     k, v = k.astype(q_BTHD.dtype), v.astype(q_BTHD.dtype)
-    mask_B1TS = jnp.broadcast_to(mask_B1TS, (*q_BTHD.shape[:1], 1, *mask_B1TS.shape[2:]))
+    if isinstance(mask, Packed):
+        return _splash(q_BTHD, k, v, mask)
+    mask_B1TS = jnp.broadcast_to(mask, (*q_BTHD.shape[:1], 1, *mask.shape[2:]))
     if backend == "blocks":
         return _in_blocks(q_BTHD, k, v, mask_B1TS[:, 0], layer)
     if layer is not None:
         k, v = k[layer].swapaxes(1, 2), v[layer].swapaxes(1, 2)
-    return jax.nn.dot_product_attention(q_BTHD, k, v, mask=mask_B1TS, implementation=backend)
+    implementation = "xla" if backend == "splash" else backend
+    return jax.nn.dot_product_attention(q_BTHD, k, v, mask=mask_B1TS, implementation=implementation)
+
+
+def _splash(q_BTHD, k, v, packed: Packed):
+    """Each device's rows and heads by Pallas's kernel, which skips blocks above the diagonal and outside the
+    window; a query attends to no other segment than its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _splash_here(packed.window, q_BTHD, k, v, packed.segments)
+    rows = BATCH if len(q_BTHD) % num_batch_shards(mesh) == 0 else None
+    heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
+    spec = PartitionSpec(rows, None, heads)
+    return jax.shard_map(
+        functools.partial(_splash_here, packed.window),
+        in_specs=(spec, spec, spec, PartitionSpec(rows)),
+        out_specs=spec,
+        check_vma=False,
+    )(q_BTHD, k, v, packed.segments)
+
+
+def _splash_here(window, q_BTHD, k, v, segments_BT):
+    # Pallas for TPU takes a second to read, which no other machine needs to spend.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, H, D = q_BTHD.shape[1:]
+    near = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    block = next(size for size in SPLASH_BLOCKS if T % size == 0)
+    sizes = "block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"
+    kernel = kernels.make_splash_mha_single_device(
+        masks.MultiHeadMask([near] * H), block_sizes=kernels.BlockSizes(**dict.fromkeys(sizes, block))
+    )
+    q, k, v = (x.swapaxes(1, 2) for x in ((q_BTHD / math.sqrt(D)).astype(q_BTHD.dtype), k, v))
+    return jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segments_BT, segments_BT)).swapaxes(1, 2)
 
 
 def _in_blocks(q_BTHD, k, v, mask_BTS, layer):

@@ -84,7 +84,8 @@ def load(config, source: str, mesh, pivot: bool):
         layer = reader.pivot_layer
     split = {"pivot_layer": layer if pivot else 0, "pivot_head": pivot}
     # Blocks are gone through one by one, so that nothing inside them is worth keeping.
-    compute = llama.Compute(config.compute_dtype or models.default_compute_dtype(), "full", config.attention)
+    dtype = config.compute_dtype or models.default_compute_dtype()
+    compute = llama.Compute(dtype, "full", config.attention).on_this_machine()
     model = llama.abstract(reader.config, compute=compute, **split)
     return llama.with_params(model, weights.load_params(reader, mesh, dtype="float32", **split)), tokenizer
 

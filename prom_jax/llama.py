@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from prom_jax.architecture import LlamaConfig
-from prom_jax.attention import BACKENDS, attention, visible
+from prom_jax.attention import BACKENDS, attention, visible_in_rows
 from prom_jax.errors import UserError
 from prom_jax.sharding import BATCH, constrain, gathered, make_mesh, param_spec
 
@@ -55,11 +55,22 @@ class Compute:
         ):
             if value not in allowed:
                 raise UserError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
-        if self.attention == "cudnn" and (self.dtype != "bfloat16" or jax.default_backend() != "gpu"):
+
+    def on_this_machine(self):
+        """Itself.
+
+        Raises:
+          UserError: for an attention backend that the devices here do not have.
+        """
+        platform = jax.default_backend()
+        if self.attention == "cudnn" and (self.dtype != "bfloat16" or platform != "gpu"):
             raise UserError(
                 f"attention='cudnn' needs compute_dtype='bfloat16' and a GPU, not {self.dtype} on "
-                f"{jax.default_backend()}: use 'auto'"
+                f"{platform}: use 'auto'"
             )
+        if self.attention == "splash" and platform != "tpu":
+            raise UserError(f"attention='splash' needs a TPU, not {platform}: use 'auto'")
+        return self
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -239,13 +250,13 @@ class Llama(nnx.Module):
         return constrain(columns, BATCH)
 
     def context(self, tokens_BT, positions_BT, segments_BT):
-        """What every block needs: rotary angles and the attention mask of a batch without cache."""
+        """What every block needs: rotary angles and attention's mask, for a batch without cache."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         if segments_BT is None:
             segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
-        mask = visible(positions_BT, positions_BT, segments_BT, segments_BT, self.config.sliding_window)
-        return self.angles(positions_BT), mask
+        window, backend = self.config.sliding_window, self.compute.attention
+        return self.angles(positions_BT), visible_in_rows(positions_BT, segments_BT, window, backend)
 
     def angles(self, positions_BT):
         """Rotary angles, float32 [B, T, head_dim / 2]."""

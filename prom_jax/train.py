@@ -84,7 +84,7 @@ def plan(config, workdir: Path) -> Job:
     objective, data, batches = experiment.objective, experiment.data, experiment.batches
     compute = llama.Compute(
         config.compute_dtype or models.default_compute_dtype(), config.remat, config.attention
-    )
+    ).on_this_machine()
     model = llama.abstract(
         experiment.reader.config,
         compute=compute,

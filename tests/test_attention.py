@@ -1,11 +1,15 @@
 """Who sees whom: packed examples, sliding windows, padding; and attention against its formula."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from prom_jax.attention import BLOCK, attention, visible
+from prom_jax.attention import BLOCK, Packed, attention, visible, visible_in_rows
 from prom_jax.sharding import make_mesh
 from tests.reference import hf_model, pack, random_examples, to_model
 
@@ -38,14 +42,20 @@ def test_against_the_formula(kv_heads, window, backend):
     np.testing.assert_allclose(out, softmax_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
 
 
+def packed_segments(rows, length):
+    """Rows with examples of many lengths, and padding."""
+    segments = np.sort(np.random.default_rng(1).integers(1, 6, (rows, length)), axis=1)
+    segments[:, length - length // 5 :] = 0
+    return segments.astype(np.int32)
+
+
 def packed_rows(rows, length, window=None, heads=4, kv_heads=2):
-    """Queries, keys and values of rows with examples of many lengths and padding, their mask, and weights of
-    the outputs that are 0 where padding is."""
+    """Queries, keys and values of such rows, their mask, and weights of the outputs that are 0 where padding
+    is."""
     random = np.random.default_rng(0)
     q = random.normal(size=(rows, length, heads, 16)).astype(np.float32)
     k, v = random.normal(size=(2, rows, length, kv_heads, 16)).astype(np.float32)
-    segments = np.sort(random.integers(1, 6, (rows, length)), axis=1)
-    segments[:, length - length // 5 :] = 0
+    segments = packed_segments(rows, length)
     positions = np.broadcast_to(np.arange(length), segments.shape)
     mask = visible(positions, positions, segments, segments, window)
     weights = random.normal(size=q.shape).astype(np.float32) * (segments > 0)[..., None, None]
@@ -89,6 +99,44 @@ def test_blocks_that_nobody_sees_are_skipped():
     expected = value_and_gradients((q, k, v), mask, weights, "blocks")
     for ours, theirs in zip(value_and_gradients((q, *hidden), mask, weights, "blocks"), expected):
         np.testing.assert_array_equal(ours, theirs)  # what is hidden was never read
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels for TPU are run step by step, without one."""
+    make = functools.partial(splash_attention_kernel.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", make)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_splash_gives_the_values_and_gradients_of_whole_scores(interpreted, shape, window):
+    qkv, mask, weights = packed_rows(4, 256, window)
+    expected = value_and_gradients(qkv, mask, weights, "xla")
+    mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    with jax.set_mesh(mesh):
+        packed = Packed(packed_segments(4, 256), window)
+        for ours, theirs in zip(value_and_gradients(qkv, packed, weights, "splash"), expected):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_splash_keeps_examples_apart(interpreted):
+    qkv, _, _ = packed_rows(1, 256)
+    segments = packed_segments(1, 256)
+    second = segments[0] == 2
+    packed = Packed(segments, None)
+    run = jax.jit(lambda *qkv: attention(*qkv, packed, "splash"))
+    expected = np.asarray(run(*qkv))
+    changed = np.asarray(run(*(np.where(second[None, :, None, None], x, x + 1) for x in qkv)))
+    np.testing.assert_array_equal(changed[:, second], expected[:, second])
+    assert (changed[:, ~second] != expected[:, ~second]).any()
+
+
+def test_rows_that_splash_cannot_take_get_a_mask():
+    positions = np.broadcast_to(np.arange(100), (2, 100))
+    mask = visible_in_rows(positions, packed_segments(2, 100), None, "splash")
+    assert mask.shape == (2, 1, 100, 100)
+    assert isinstance(visible_in_rows(positions, packed_segments(2, 128), None, "splash"), Packed)
 
 
 def test_blocks_in_bfloat16_keep_sums_in_float32():

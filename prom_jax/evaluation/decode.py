@@ -10,7 +10,7 @@ import numpy as np
 
 from prom_jax.attention import visible
 from prom_jax.evaluation.batching import Batch, placed, plan
-from prom_jax.sharding import constrain, num_batch_shards
+from prom_jax.sharding import BATCH, constrain, num_batch_shards
 
 PLACES = 32_768  # tokens whose keys and values are in memory at a time
 CHUNK = 32  # new tokens between two looks from outside
@@ -69,8 +69,7 @@ def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
     """Tokens made for the texts of a batch, [B, R, max_new_tokens], and how many of them count, [B, R]."""
     with jax.set_mesh(model.mesh):
         room = min(ROOM, max_new_tokens)
-        state = _begin(model, placed(model, batch, done=batch.texts < 0), stops, max_new_tokens)
-        state |= _longer(state, 0, room)
+        state = _begin(model, placed(model, batch, done=batch.texts < 0), stops, max_new_tokens, room)
         while True:
             step = int(state["step"])
             made, lengths, done = (np.array(state[name]) for name in ("made", "lengths", "done"))
@@ -81,13 +80,14 @@ def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
             state["done"] = jax.device_put(done, state["done"].sharding)
             if step == room:
                 more = min(ROOM, max_new_tokens - room)
-                state |= _longer(state, room, more)
+                state = _longer(state, room, more)
                 room += more
             state = _advance(model, state, stops, min(step + chunk, room))
 
 
-def prefill(model, rows):
-    """The final states [B, T, D] of a batch's rows, and the cache with their keys and values.
+def prefill(model, rows, more=0):
+    """The final states [B, T, D] of a batch's rows, and the cache with their keys and values, and with `more`
+    places behind them.
 
     Each batch shard goes through its rows one after the other, and through a row in parts of up to QUERIES
     tokens from where its padding ends: no time is spent on padding, and attention scores are never whole.
@@ -115,23 +115,23 @@ def prefill(model, rows):
         states, cache = jax.lax.fori_loop(
             first_parts[r], number, part, (empty, model.empty_cache(shards, length))
         )
-        into = lambda whole, new: whole.at[:, :, r].set(new)
+        into = lambda whole, new: whole.at[:, :, r, :, :length].set(new)
         return done[0].at[:, r].set(states), jax.tree.map(into, done[1], cache)
 
     states = jnp.zeros((batch, length, model.config.hidden_size), model.compute.dtype)
-    cache = model.empty_cache(batch, length)
+    cache = model.empty_cache(batch, length + more)
     done = by_shard(states), jax.tree.map(functools.partial(by_shard, axis=1), cache)
     done = jax.lax.fori_loop(0, batch // shards, row, done)
     return jax.tree.map(lambda new, old: new.reshape(old.shape), done, (states, cache))
 
 
-@functools.partial(jax.jit, static_argnames="max_new_tokens")
-def _begin(model, rows, stops_V, max_new_tokens):
-    """Runs the prompts: the state of `_advance`, with the first new token of each answer and no room for
-    more."""
-    states, cache = prefill(model, rows)
-    last = jnp.take_along_axis(states, rows["ends"][..., None], axis=1)
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "room"))
+def _begin(model, rows, stops_V, max_new_tokens, room):
+    """Runs the prompts: the state of `_advance`, with the first new token of each answer, and with `room` for
+    so many."""
     batch, number = rows["ends"].shape
+    states, cache = prefill(model, rows, more=room * number)
+    last = jnp.take_along_axis(states, rows["ends"][..., None], axis=1)
     state = {
         "cache": cache,
         "kv_positions": rows["positions"],
@@ -143,24 +143,31 @@ def _begin(model, rows, stops_V, max_new_tokens):
         "done": rows["done"],
         "step": jnp.int32(0),
     }
-    return _shown(_keep(state, model.logits(last).argmax(axis=-1), stops_V))
+    state |= _new_places(state, 0, room)
+    return _laid_out(_keep(state, model.logits(last).argmax(axis=-1), stops_V))
 
 
-@functools.partial(jax.jit, static_argnames=("room", "more"))
-def _longer(state, room, more):
-    """The cache with places for `more` new tokens of every text, where it has some for `room`: the i-th
-    of the r-th has place T + i·R + r."""
+def _new_places(state, room, more):
+    """Who sees the places of `more` new tokens of every text, behind those of the first `room`: the i-th of
+    the r-th has place T + i·R + r."""
     number = state["first"].shape[1]
     steps = jnp.repeat(room + jnp.arange(more), number)
     positions = steps + jnp.tile(state["first"], more)
     segments = jnp.broadcast_to(jnp.tile(jnp.arange(1, number + 1), more), positions.shape)
     behind = lambda old, new: jnp.concatenate([old, new], axis=1)
-    longer = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, more * number), (0, 0)])
     return {
-        "cache": jax.tree.map(longer, state["cache"]),
         "kv_positions": behind(state["kv_positions"], positions),
         "kv_segments": behind(state["kv_segments"], segments),
     }
+
+
+@functools.partial(jax.jit, static_argnames=("room", "more"))
+def _longer(state, room, more):
+    """The state with room for `more` new tokens, where it has some for `room`."""
+    added = more * state["first"].shape[1]
+    longer = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, added), (0, 0)])
+    cache = jax.tree.map(longer, state["cache"])
+    return _laid_out(state | _new_places(state, room, more) | {"cache": cache})
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -179,7 +186,7 @@ def _advance(model, state, stops_V, until):
         return _keep(state | {"cache": cache}, model.logits(states).argmax(axis=-1), stops_V)
 
     unfinished = lambda state: (state["step"] < until) & ~state["done"].all()
-    return _shown(jax.lax.while_loop(unfinished, body, state))
+    return _laid_out(jax.lax.while_loop(unfinished, body, state))
 
 
 def _keep(state, tokens_BR, stops_V):
@@ -193,6 +200,11 @@ def _keep(state, tokens_BR, stops_V):
     }
 
 
-def _shown(state):
-    """The state with what is looked at from outside whole on every device."""
-    return state | {name: constrain(state[name]) for name in ("made", "lengths", "done", "step")}
+def _laid_out(state):
+    """The state as it lies on the mesh: what is looked at from outside whole on every device, the rest by
+    rows, and the cache by heads besides. One layout, or `_advance` would be compiled for each."""
+    shown = {name: constrain(state[name]) for name in ("made", "lengths", "done", "step", "before")}
+    by_row = {name: constrain(state[name], BATCH) for name in ("kv_positions", "kv_segments", "first")}
+    tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
+    by_head = lambda x: constrain(x, None, BATCH, "tensor" if x.shape[2] % tensor == 0 else None)
+    return shown | by_row | {"cache": jax.tree.map(by_head, state["cache"])}

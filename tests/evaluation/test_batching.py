@@ -72,3 +72,12 @@ def test_few_shapes():
 def test_padding_is_on_the_left(length):
     (batch,) = plan([[5] * length], [1], extra=0, places=1)
     assert (batch.segments[0] != 0).tolist() == [False] * (batch.tokens.shape[1] - length) + [True] * length
+
+
+def test_unlike_rows_are_not_padded_to_each_other():
+    chance = np.random.default_rng(0)
+    long, short = ([chance.integers(0, 1000, n).tolist() for _ in range(8)] for n in (2000, 100))
+    shapes = [batch.tokens.shape for batch in plan(long + short, [1] * 16, extra=64, places=32_768)]
+    assert shapes == [(8, 2048), (8, 128)]
+    (batch,) = plan(long[:1] + short[:1], [1] * 2, extra=1, places=32_768)  # a step more costs more than that
+    assert batch.tokens.shape == (2, 2048)
