@@ -77,7 +77,7 @@ class Peer:
         )
         self.model = model.to(self.device).train()
         self.pivot_head = copy.deepcopy(self.model.lm_head)  # which unties it
-        if config.remat != "none":
+        if config.remat == "full":
             self.model.gradient_checkpointing_enable()
         self.parameters = [*self.model.parameters(), *self.pivot_head.parameters()]
         self.optimizer = torch.optim.AdamW(
