@@ -1,4 +1,5 @@
-"""python -m benchmarks.scaling [--devices=8,32,128,256] [--length=2048] [--hlo=DIRECTORY] [--out=FILE]
+"""python -m benchmarks.scaling [--devices=8,32,128,256] [--length=2048] [--attention=splash]
+    [--state=float32] [--hlo=DIRECTORY] [--out=FILE]
 
 Compiles training steps of LLaMA-2-7B for slices of TPU v5p from shapes alone, with the compiler that such a
 slice would use and without one: bytes of parameters, optimizer, activations and temporaries, FLOPs, and what
@@ -28,7 +29,8 @@ from prom_jax.errors import UserError
 from prom_jax.objective import Objective
 from prom_jax.optimization import abstract_state, make_optimizer, make_schedule, make_update
 
-SLICES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}  # of v5p, in chips
+# Of v5p, by the chips that are used.
+SLICES = {1: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
 BATCH, PIVOT = 32, 24  # the paper's
 ENGLISH = 4  # a row of English has so many times fewer tokens
 BEARS_LOSS = {"target": 2 / 3, "english": 1 / 2}  # of a row's tokens
@@ -58,12 +60,14 @@ def main(argv=None):
     )
     parser.add_argument("--devices", default="8,32,128,256", help="chips, several with commas")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
+    parser.add_argument("--attention", default="splash", choices=("splash", "xla"))
+    parser.add_argument("--state", default="float32", choices=("float32", "bfloat16"), help="optimizer.dtype")
     parser.add_argument("--hlo", help="a directory for the compiled programs' text")
     parser.add_argument("--out")
     arguments = parser.parse_args(argv)
     # Nothing here asks for a TPU, nor for the metadata server of a machine that has one.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    rows = [study(int(chips), arguments.length, arguments.hlo) for chips in arguments.devices.split(",")]
+    rows = [study(int(chips), arguments) for chips in arguments.devices.split(",")]
     title = f"LLaMA-2-7B on TPU v5p, per chip and step (GB = 1e9 bytes), rows of {arguments.length} tokens"
     measure.report(title, rows, arguments.out)
     predictions = [
@@ -96,13 +100,16 @@ def predict(name: str, row: dict, length: int) -> dict:
     }
 
 
-def study(chips: int, length: int, hlo: str | None) -> dict:
+def study(chips: int, arguments) -> dict:
     """Compiles one step and tells what it takes. Chips beyond one a row split matrices (`tensor`), so that
     the batch stays the paper's."""
     tensor = -(-chips // BATCH)
     mesh = sharding.make_mesh(1, -1, tensor, devices=slice_of(chips))
     began = time.perf_counter()
-    compiled, (params, opt_state), batch = compile_step(mesh, llama2_7b(), PIVOT, length)
+    length, hlo = arguments.length, arguments.hlo
+    compiled, (params, opt_state), batch = compile_step(
+        mesh, llama2_7b(), PIVOT, length, attention=arguments.attention, state=arguments.state
+    )
     seconds, program = time.perf_counter() - began, compiled.as_text()
     if hlo:
         Path(hlo).mkdir(parents=True, exist_ok=True)
@@ -129,7 +136,8 @@ def slice_of(chips: int):
     if chips not in SLICES:
         raise UserError(f"--devices={chips}: expected any of {', '.join(map(str, SLICES))}")
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=f"v5p:{SLICES[chips]}").devices
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"v5p:{SLICES[chips]}")
+        return topology.devices[:chips]  # the smallest slice has more than one
     except RuntimeError as error:
         raise UserError(
             f"the TPU compiler cannot be used ({error}): pip install -e '.[tpu]', and let one process at a "
@@ -137,14 +145,19 @@ def slice_of(chips: int):
         ) from error
 
 
-def compile_step(mesh, config, pivot_layer: int, length: int, dtype="bfloat16", options=OPTIONS):
+def compile_step(
+    mesh, config, pivot_layer: int, length: int, options=OPTIONS, attention="xla", state="float32"
+):
     """The compiled update of PROM on a mesh, blocks recomputed, and the shapes that it takes.
 
     Returns: the program; parameters and optimizer state; the batch.
     """
-    compute = llama.Compute(dtype, "full", "xla")  # 'auto' would look at this machine
-    model = llama.abstract(config, compute=compute, pivot_layer=pivot_layer, pivot_head=True)
-    optimizer = make_optimizer(make_schedule(2e-5, 0.03, "cosine", 1000), weight_decay=0.0, clip=1.0)
+    compute = llama.Compute("bfloat16", "full", attention)  # 'auto' would look at this machine
+    model = llama.abstract(
+        config, compute=compute, pivot_layer=pivot_layer, pivot_head=True, param_dtype=state
+    )
+    schedule = make_schedule(2e-5, 0.03, "cosine", 1000)
+    optimizer = make_optimizer(schedule, weight_decay=0.0, clip=1.0, dtype=state)
     params = placed(llama.to_params(model), mesh)
     state = params, abstract_state(optimizer, params, mesh)
     where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))

@@ -101,8 +101,9 @@ def default() -> ConfigDict:
     # Largest gradient norm; 0 for no clipping.
     c.optimizer.clip = 1.0
     c.optimizer.epochs = 3.0
-    # Of AdamW's first moment: 'float32', or 'bfloat16' to save memory.
-    c.optimizer.moment_dtype = "float32"
+    # Of parameters and AdamW's moments: 'float32', or in half the memory 'bfloat16', rounded at random so
+    # that small updates count.
+    c.optimizer.dtype = "float32"
     # Number of updates; 0: as many as the epochs have.
     c.steps = 0
 
@@ -112,11 +113,11 @@ def default() -> ConfigDict:
     c.mesh.fsdp = -1  # parameters and rows split
     c.mesh.tensor = 1  # each layer's matrices split
 
-    # 'float32' or 'bfloat16'; '': float32 on CPU, bfloat16 elsewhere. Parameters are float32 always.
+    # 'float32' or 'bfloat16'; '': float32 on CPU, bfloat16 elsewhere. (Parameters: optimizer.dtype.)
     c.compute_dtype = ""
     # What the backward pass recomputes: 'none', 'dots' (all but matrix products), 'full' (whole blocks).
     c.remat = "full"
-    # Attention backend: 'auto' ('blocks' on CPU, 'xla' elsewhere), 'xla', 'blocks' or 'cudnn'.
+    # Attention backend: 'auto' ('blocks' on CPU, 'splash' on TPU, 'xla' on GPU), one of these, or 'cudnn'.
     c.attention = "auto"
 
     c.eval = ConfigDict()
@@ -175,7 +176,7 @@ def check(config: ConfigDict) -> None:
         "data.prompts": ("english", "target"),
         "pivot.regulate": REGULATE,
         "optimizer.schedule": ("cosine", "linear"),
-        "optimizer.moment_dtype": ("float32", "bfloat16"),
+        "optimizer.dtype": ("float32", "bfloat16"),
         "export.dtype": ("", "float32", "bfloat16", "float16"),
     }
     for key, least in at_least.items():

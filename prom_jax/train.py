@@ -90,6 +90,7 @@ def plan(config, workdir: Path) -> Job:
         compute=compute,
         pivot_layer=experiment.pivot_layer,
         pivot_head=objective.has_pivot,
+        param_dtype=config.optimizer.dtype,
     )
     for line in card.lines(card.write(experiment)):
         console.print(f"data      {line}")
@@ -115,7 +116,7 @@ def plan(config, workdir: Path) -> Job:
         batches.num_steps,
     )
     optimizer = make_optimizer(
-        schedule, config.optimizer.weight_decay, config.optimizer.clip, config.optimizer.moment_dtype
+        schedule, config.optimizer.weight_decay, config.optimizer.clip, config.optimizer.dtype
     )
     return Job(
         **vars(experiment), mesh=mesh, model=model, held_out=held_out, schedule=schedule, optimizer=optimizer
@@ -162,7 +163,7 @@ def begin(job: Job, checkpoints: Checkpoints, abstract):
         job.mesh,
         pivot_layer=job.pivot_layer,
         pivot_head=job.objective.has_pivot,
-        dtype="float32",
+        dtype=job.config.optimizer.dtype,
     )
     shardings = jax.tree.map(lambda x: x.sharding, opt_state)
     return params, jax.jit(job.optimizer.init, out_shardings=shardings)(params)
