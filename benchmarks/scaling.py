@@ -205,7 +205,8 @@ class Collective(types.SimpleNamespace):
 
 def collectives(program: str) -> list[Collective]:
     """Those of a compiled program's text; one in a loop whose length is not known is counted once."""
-    bodies = dict(re.findall(r"^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL))
+    # A kernel's own text may have lines that begin with a brace.
+    bodies = dict(re.findall(r"^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}$", program, re.MULTILINE | re.DOTALL))
     entry = re.search(r"^ENTRY %(\S+)", program, re.MULTILINE)[1]
     found = []
 
