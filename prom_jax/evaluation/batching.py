@@ -16,8 +16,8 @@ WORTHWHILE = 16  # tokens that are to be saved before a text joins a row
 
 # What a step of decoding costs, in tokens that go through the model: so many whatever it computes, as it
 # reads all weights, and one for so many keys that are looked at. Measured for SmolLM2 on two cores; an
-# accelerator computes faster by far than it reads.
-STEP, STEP_OF_ACCELERATOR, KEYS = 32, 256, 180
+# accelerator computes faster by far than it reads. And how many pairs of a token and a key cost as much.
+STEP, STEP_OF_ACCELERATOR, KEYS, PAIRS = 32, 256, 180, 1000
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,18 @@ class Batch:
 @dataclass(frozen=True)
 class _Row:
     texts: list[int]
-    shared: int  # leading tokens
+    shared: int  # leading tokens; of a single text, those that may be
     tokens: int  # in all
 
     @property
     def places(self) -> int:
         """R: texts that it is computed for."""
         return _few(len(self.texts))
+
+    @property
+    def pairs(self) -> int:
+        """Keys that a step's tokens look at, each at all of the row's."""
+        return len(self.texts) * self.tokens
 
 
 def plan(
@@ -64,7 +69,8 @@ def plan(
         row a shard does.
       shards: divide the number of rows.
     """
-    rows = sorted(_rows(texts, own), key=lambda row: (row.places, row.tokens), reverse=True)
+    rows = _rows(texts, own, extra, places // shards)
+    rows = sorted(rows, key=lambda row: (row.places, row.tokens), reverse=True)
     start = 0
     for number, shape in _split(rows, extra, places, shards):
         yield _batch(texts, rows[start : start + number], shape, shards)
@@ -78,25 +84,28 @@ def placed(model, batch: Batch, **more) -> dict:
     return place_rows(model.mesh, rows)
 
 
-def _rows(texts, own) -> Iterator[_Row]:
-    """Texts by row: a text joins those before it, in alphabetical order, where that saves tokens."""
-    members, shared = [], 0
+def _rows(texts, own, extra: int, places: int) -> Iterator[_Row]:
+    """Texts by row of up to so many places: a text joins those before it, in alphabetical order, where the
+    tokens that this saves are worth more than that every step looks at the others' keys too."""
+    row = None
     for text in sorted(range(len(texts)), key=texts.__getitem__):
-        if members:
-            common = min(common_prefix(texts[members[0]], texts[text]), shared, len(texts[text]) - own[text])
-            saved = len(members) * common - (len(members) - 1) * shared
-            if saved >= WORTHWHILE and len(members) < MAX_TEXTS:
-                members.append(text)
-                shared = common
+        alone = _row(texts, [text], len(texts[text]) - own[text])
+        if row is not None and len(row.texts) < MAX_TEXTS:
+            common = min(common_prefix(texts[row.texts[0]], texts[text]), row.shared, alone.shared)
+            joined = _row(texts, [*row.texts, text], common)
+            saved = row.tokens + alone.tokens - joined.tokens
+            looks = extra * (joined.pairs - row.pairs - alone.pairs) / PAIRS
+            if saved >= WORTHWHILE + looks and joined.tokens + joined.places * extra <= places:
+                row = joined
                 continue
-            yield _row(texts, members, shared)
-        members, shared = [text], len(texts[text]) - own[text]
-    if members:
-        yield _row(texts, members, shared)
+        if row is not None:
+            yield row
+        row = alone
+    if row is not None:
+        yield row
 
 
 def _row(texts, members: list[int], shared: int) -> _Row:
-    shared = shared if len(members) > 1 else 0
     return _Row(members, shared, shared + sum(len(texts[text]) - shared for text in members))
 
 
@@ -150,8 +159,9 @@ def _batch(texts, rows: list[_Row], shape: tuple[int, int, int], shards: int) ->
     dealt = np.arange(number).reshape(shards, -1).T.ravel()
     for b, row in zip(dealt, rows):
         end = length - row.tokens
-        parts = [(SHARED, texts[row.texts[0]][: row.shared], 0)]
-        parts += [(r, texts[text][row.shared :], row.shared) for r, text in enumerate(row.texts, 1)]
+        shared = row.shared if len(row.texts) > 1 else 0
+        parts = [(SHARED, texts[row.texts[0]][:shared], 0)]
+        parts += [(r, texts[text][shared:], shared) for r, text in enumerate(row.texts, 1)]
         for segment, part, first in parts:
             here = slice(end, end + len(part))
             tokens[b, here], segments[b, here] = part, segment

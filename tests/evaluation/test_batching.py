@@ -81,3 +81,18 @@ def test_unlike_rows_are_not_padded_to_each_other():
     assert shapes == [(8, 2048), (8, 128)]
     (batch,) = plan(long[:1] + short[:1], [1] * 2, extra=1, places=32_768)  # a step more costs more than that
     assert batch.tokens.shape == (2, 2048)
+
+
+def test_texts_with_little_in_common_do_not_share_a_row():
+    chance = np.random.default_rng(0)
+    beginning = chance.integers(0, 1000, 40).tolist()
+    texts = [beginning + chance.integers(0, 1000, 900).tolist() for _ in range(8)]
+    rows = lambda **more: [
+        number
+        for batch in plan(texts, [1] * 8, **more)
+        for number in (batch.texts >= 0).sum(axis=1)
+        if number
+    ]
+    assert rows(extra=64, places=32_768) == [1] * 8  # every answer would look at all eight
+    assert rows(extra=0, places=32_768) == [8]
+    assert max(rows(extra=0, places=8 * 2048, shards=8)) == 2  # of a shard's places
