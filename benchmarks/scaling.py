@@ -1,5 +1,5 @@
-"""python -m benchmarks.scaling [--devices=8,32,128,256] [--length=2048] [--attention=splash]
-    [--state=float32] [--hlo=DIRECTORY] [--out=FILE]
+"""python -m benchmarks.scaling [--devices=8,32,128,256] [--rows=32] [--length=2048]
+    [--attention=splash] [--state=float32] [--hlo=DIRECTORY] [--out=FILE]
 
 Compiles training steps of LLaMA-2-7B for slices of TPU v5p from shapes alone, with the compiler that such a
 slice would use and without one: bytes of parameters, optimizer, activations and temporaries, FLOPs, and what
@@ -31,7 +31,7 @@ from prom_jax.optimization import abstract_state, make_optimizer, make_schedule,
 
 # Of v5p, by the chips that are used.
 SLICES = {1: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
-BATCH, PIVOT = 32, 24  # the paper's
+ROWS, PIVOT = 32, 24  # the paper's
 ENGLISH = 4  # a row of English has so many times fewer tokens
 BEARS_LOSS = {"target": 2 / 3, "english": 1 / 2}  # of a row's tokens
 # A gather is kept whole rather than taken apart into a ring of steps that overlap with the product: the bytes
@@ -46,7 +46,7 @@ HARDWARE = {
 }
 REACHED = 0.5  # of either figure: an assumption
 RECOMPUTED = 4 / 3  # FLOPs over model FLOPs, as each block's forward pass is run twice
-UPDATES = 3 * 52_002 // BATCH  # three epochs of Alpaca, were every pair rows of its own
+UPDATES = 3 * 52_002 // ROWS  # three epochs of Alpaca, were every pair rows of its own
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 WIDTHS = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
 
@@ -59,6 +59,7 @@ def main(argv=None):
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--devices", default="8,32,128,256", help="chips, several with commas")
+    parser.add_argument("--rows", type=int, default=ROWS, help="of an update")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
     parser.add_argument("--attention", default="splash", choices=("splash", "xla"))
     parser.add_argument("--state", default="float32", choices=("float32", "bfloat16"), help="optimizer.dtype")
@@ -74,7 +75,7 @@ def main(argv=None):
         predict(name, row, arguments.length)
         for name, (chips, *_) in HARDWARE.items()
         for row in rows
-        if row["chips"] == chips
+        if row["chips"] == chips and arguments.rows == ROWS
     ]
     if predictions:
         title = (
@@ -89,7 +90,7 @@ def predict(name: str, row: dict, length: int) -> dict:
     computing = RECOMPUTED * row["model TFLOP"] * 1e12 / (REACHED * peak)
     sending = sum(row[f"{kind} GB"] for kind in KINDS) * 1e9 / (REACHED * bandwidth)
     best, worst = max(computing, sending), computing + sending
-    tokens = BATCH * (length + length // ENGLISH)
+    tokens = ROWS * (length + length // ENGLISH)
     return {
         "hardware": name,
         "computing s": computing,
@@ -103,17 +104,17 @@ def predict(name: str, row: dict, length: int) -> dict:
 def study(chips: int, arguments) -> dict:
     """Compiles one step and tells what it takes. Chips beyond one a row split matrices (`tensor`), so that
     the batch stays the paper's."""
-    tensor = -(-chips // BATCH)
+    length, rows = arguments.length, arguments.rows
+    tensor = -(-chips // rows)
     mesh = sharding.make_mesh(1, -1, tensor, devices=slice_of(chips))
     began = time.perf_counter()
-    length, hlo = arguments.length, arguments.hlo
     compiled, (params, opt_state), batch = compile_step(
-        mesh, llama2_7b(), PIVOT, length, attention=arguments.attention, state=arguments.state
+        mesh, llama2_7b(), PIVOT, length, rows, attention=arguments.attention, state=arguments.state
     )
     seconds, program = time.perf_counter() - began, compiled.as_text()
-    if hlo:
-        Path(hlo).mkdir(parents=True, exist_ok=True)
-        (Path(hlo) / f"{chips}.txt").write_text(program)
+    if arguments.hlo:
+        Path(arguments.hlo).mkdir(parents=True, exist_ok=True)
+        (Path(arguments.hlo) / f"{chips}.txt").write_text(program)
     sent = collections.Counter()
     for each in collectives(program):
         sent[each.kind] += each.sent * each.times
@@ -125,7 +126,7 @@ def study(chips: int, arguments) -> dict:
         "optimizer GB": gigabytes(on_device(opt_state)),
         "activations GB": gigabytes(kept_activations(llama2_7b(), batch)),
         "temporary GB": gigabytes(compiled.memory_analysis().temp_size_in_bytes),
-        "model TFLOP": model_flops(llama2_7b(), length) / chips / 1e12,
+        "model TFLOP": model_flops(llama2_7b(), length, rows) / chips / 1e12,
         **{f"{kind} GB": gigabytes(sent[kind]) for kind in KINDS},
         "compiled in s": seconds,
     }
@@ -146,7 +147,14 @@ def slice_of(chips: int):
 
 
 def compile_step(
-    mesh, config, pivot_layer: int, length: int, options=OPTIONS, attention="xla", state="float32"
+    mesh,
+    config,
+    pivot_layer: int,
+    length: int,
+    rows=ROWS,
+    options=OPTIONS,
+    attention="xla",
+    state="float32",
 ):
     """The compiled update of PROM on a mesh, blocks recomputed, and the shapes that it takes.
 
@@ -163,7 +171,7 @@ def compile_step(
     where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     part = lambda length: {
         name: jax.ShapeDtypeStruct(
-            (BATCH, length), np.float32 if name == "weights" else np.int32, sharding=where
+            (rows, length), np.float32 if name == "weights" else np.int32, sharding=where
         )
         for name in ("tokens", "positions", "segments", "labels", "weights")
     }
@@ -186,13 +194,13 @@ def kept_activations(config, batch) -> int:
     return sum(2 * blocks[role] * config.hidden_size * tokens(rows) for role, rows in batch.items())
 
 
-def model_flops(config, length: int) -> float:
+def model_flops(config, length: int, rows: int) -> float:
     """FLOPs of a step of full rows, as `budget` counts them: without recomputation."""
-    lengths = {"target": np.full(BATCH, length), "english": np.full(BATCH, length // ENGLISH)}
+    lengths = {"target": np.full(rows, length), "english": np.full(rows, length // ENGLISH)}
     records = {f"{role}_lengths": each for role, each in lengths.items()}
     records |= {f"{role}_weights": BEARS_LOSS[role] * each for role, each in lengths.items()}
     records = types.SimpleNamespace(**records)
-    return budget.training_flops(config, Objective(), PIVOT, records, np.arange(BATCH))
+    return budget.training_flops(config, Objective(), PIVOT, records, np.arange(rows))
 
 
 # Collectives of a compiled program.

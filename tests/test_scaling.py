@@ -30,7 +30,7 @@ CONFIG = dataclasses.replace(
 def partitioned(folder, **sizes):
     """The collectives of a step on a mesh, before a device's own passes touch them."""
     options = {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd-partitioning"}
-    scaling.compile_step(sharding.make_mesh(**sizes), CONFIG, PIVOT, LENGTH, options)
+    scaling.compile_step(sharding.make_mesh(**sizes), CONFIG, PIVOT, LENGTH, options=options)
     (program,) = folder.glob("*after_spmd-partitioning*")
     return scaling.collectives(program.read_text())
 
