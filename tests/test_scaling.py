@@ -64,7 +64,7 @@ def test_activations_stay_where_they_are_but_for_the_embedding(fsdp):
     moved = [each for each in fsdp if is_activation(each)]
     assert {(each.kind, each.times) for each in moved} == {("all-to-all", 1)}
     assert len(moved) == 4  # English and target, forward and backward
-    rows = scaling.BATCH // 8
+    rows = scaling.ROWS // 8
     table = 2 * VOCABULARY * HIDDEN
     assert max(each.sent for each in moved) == 2 * rows * LENGTH * HIDDEN * 7 / 8 < table
 
