@@ -172,7 +172,10 @@ def _pivot(training: dict) -> Pivot | None:
 
 
 def _spelled_alike(model: str) -> str:
-    return model.removeprefix("./").rstrip("/")
+    """A base model in files by its name alone, which is all that an export says of it; a hub id as it is."""
+    model = model.removeprefix("./").rstrip("/")
+    path = Path(model)
+    return path.name if path.is_absolute() or path.exists() else model
 
 
 def _short(error: Exception) -> str:

@@ -188,7 +188,7 @@ def test_base_models_share_no_cell(report):
         small = training("prom", "th", seed, base="small/") | PIVOT
         report.add(small | {"pivot.layer": 22}, {"xquad_th": qa(5)})
     report.add(small | {"pivot.layer": 20}, {"xquad_th": qa(7)})
-    report.add(None, {"xquad_th": qa(1)}, source="./small")
+    report.add(None, {"xquad_th": qa(1)}, source="/models/small")  # exports name no folder
     by_base, _ = report.make()
     assert list(by_base) == ["meta-llama/Llama-2-7b-hf", "small"]
     assert cell(by_base["small"]["qa"], PROM, "XQuAD th").values[0].ours == 50
