@@ -41,7 +41,8 @@ def clustered_bootstrap(differences, clusters, seed: int = 0) -> Bootstrap:
     """Bootstrap of a mean of paired differences, whole clusters drawn anew with replacement.
 
     Items of one cluster (the questions of a paragraph) are not independent, so a resample takes all or none
-    of them. p is the share of resamples that lie as far from the mean as the mean lies from 0.
+    of them. p is the share of resamples that lie as far from the mean as the mean lies from 0, and never less
+    than 2 / 2ⁿ, the odds that n clusters all differ in one direction by chance: few of them prove nothing.
 
     Args: differences: float [items], first minus second; clusters: [items], which cluster an item is of.
     """
@@ -57,7 +58,8 @@ def clustered_bootstrap(differences, clusters, seed: int = 0) -> Bootstrap:
     low, high = np.quantile(means, (0.025, 0.975))
     # A rounding error must not tell a resample that equals the extreme from the extreme.
     as_far = np.abs(means - observed) >= abs(observed) * (1 - 1e-9)
-    return Bootstrap(float(observed), float(low), float(high), float((1 + as_far.sum()) / (1 + RESAMPLES)))
+    p = max((1 + as_far.sum()) / (1 + RESAMPLES), 2.0 ** (1 - len(names)))
+    return Bootstrap(float(observed), float(low), float(high), float(p))
 
 
 def holm(p_values) -> np.ndarray:

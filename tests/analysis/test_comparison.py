@@ -76,3 +76,9 @@ def test_holm_by_hand():
     np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     np.testing.assert_allclose(holm([0.6, 0.7]), [1, 1])
     assert holm([]).shape == (0,)
+
+
+def test_few_clusters_prove_nothing():
+    differences = np.ones(12)
+    assert clustered_bootstrap(differences, [0] * 6 + [1] * 6).p == 0.5
+    assert clustered_bootstrap(differences, range(12)).p < 0.001

@@ -25,7 +25,7 @@ def prom(language, seed=0, **changes):
     return about | changes
 
 
-def write(folder, trained, tasks, source=LLAMA, paragraph=5, **settings):
+def write(folder, trained, tasks, source=LLAMA, paragraph=2, **settings):
     """An evaluation; `tasks` are scores by task and metric, a list of numbers in 0 .. 1 each.
 
     Documents 0 .. paragraph - 1 are of the first paragraph, and so on.

@@ -121,8 +121,8 @@ def test_significance_and_wins(report):
         report.add(training("xllama2", language), {f"mgsm_{language}": theirs})
     for language, ours, theirs in (("el", qa(1, 0.5), qa(2, 0.3)), ("mr", qa(1, 0.5), qa(1, 0.3))):
         task = {"el": "xquad_el", "mr": "indicqa_mr"}[language]
-        report.add(prom(language), {task: ours})
-        report.add(training("xllama2", language), {task: theirs})
+        report.add(prom(language), {task: ours}, paragraph=1)
+        report.add(training("xllama2", language), {task: theirs}, paragraph=1)
     tables = report.tables()
     mgsm = tables["mgsm"]
     assert [cell(mgsm, PROM, f"MGSM {x}").values[0].verdicts for x in ("sw", "th", "bn")] == [
