@@ -9,13 +9,8 @@ from benchmarks import scaling
 from benchmarks.synthetic import llama2_7b
 from prom_jax import sharding
 
-LENGTH, VOCABULARY, HIDDEN, INNER, PIVOT = (
-    44,
-    200,
-    64,
-    96,
-    2,
-)  # 44 and 11 are tokens in a row, and nothing else
+LENGTH = 44  # this and its quarter are tokens in a row, and nothing else
+VOCABULARY, HIDDEN, INNER, PIVOT = 200, 64, 96, 2
 CONFIG = dataclasses.replace(
     llama2_7b(4),
     vocab_size=VOCABULARY,

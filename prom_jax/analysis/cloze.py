@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prom_jax.data.sources import MOST_COLUMNS
 from prom_jax.errors import UserError
 
 TABLES = Path(__file__).parents[1] / "resources" / "cloze"
@@ -19,7 +20,6 @@ BLANK = '"___"'
 COLUMNS = ("english", "word", "sentence")
 # Those of Wendler et al. 2024, whose third holds the whole prompt with cue and answer.
 WENDLER_COLUMNS = ("word_original", "word_translation", "blank_prompt_translation_masked")
-MOST_COLUMNS = 1000  # each row is filled up to as many as the header has
 DEMONSTRATIONS = ("shared", "row")
 
 

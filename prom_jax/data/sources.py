@@ -25,7 +25,7 @@ from xml.etree import ElementTree
 from prom_jax.errors import UserError
 
 csv.field_size_limit(1 << 27)
-COLUMNS = 1000  # a row is filled up to as many as the header has
+MOST_COLUMNS = 1000  # of a CSV file; a row is filled up to as many as the header has
 CHUNK = 1 << 20  # bytes of XML that are parsed at once; a longer text is scanned again with each
 PARQUET_ROWS = 100  # that are decoded at once
 PARQUET_ROW = 500  # bytes in memory besides its texts
@@ -248,9 +248,9 @@ def _read_csv(path: Path, **dialect) -> Iterator[dict]:
     # Not through datasets, nor JSON: it infers types, so that the texts "NA", "007" or "2020-01-01" change.
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True, **dialect)
-        if len(rows.fieldnames or ()) > COLUMNS:
+        if len(rows.fieldnames or ()) > MOST_COLUMNS:
             raise UserError(
-                f"{path} has {len(rows.fieldnames)} columns: expected at most {COLUMNS}, remove the others."
+                f"{path} has {len(rows.fieldnames)} columns: expected at most {MOST_COLUMNS}, remove the others."
             )
         yield from rows
 
