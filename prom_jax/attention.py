@@ -15,8 +15,9 @@ from prom_jax.sharding import BATCH, num_batch_shards
 BACKENDS = ("auto", "xla", "blocks", "splash", "cudnn")
 _OF_PLATFORM = {"cpu": "blocks", "tpu": "splash"}
 
-# The segment of tokens that all segments of their row continue: a prompt's beginning that others share.
-SHARED = -1
+# Bits of a segment's number for each level of its path.
+_LEVEL = 10
+MOST_SEGMENTS = (1 << _LEVEL) - 1  # that continue the same segment
 
 # Queries, and keys, of a block at most: small ones skip more, large ones cost fewer steps. Of examples packed
 # into rows a query sees few keys, of a cache most.
@@ -26,19 +27,35 @@ _UNSEEN = -1e30  # a score, finite so that a row of them has no NaN
 _FLOAT32 = {"preferred_element_type": jnp.float32}
 
 
+def segment(first: int = 0, second: int = 0, third: int = 0) -> int:
+    """The number of a segment of a row, by its path in a tree of three levels.
+
+    Text that others begin with alike is a segment of its own, which theirs continue: `segment(2, 1)`
+    continues `segment(2)`, and `segment(2, 1, 3)` both. Levels may be left out: `segment(2, 0, 3)` continues
+    `segment(2)`, and `segment(0, 0, 3)`, which is 3, nothing. Each is at most MOST_SEGMENTS.
+    """
+    return (first << 2 * _LEVEL) | (second << _LEVEL) | third
+
+
+# What all texts of a row continue, where there is but one such beginning.
+SHARED = segment(1)
+
+
 def visible(q_positions, kv_positions, q_segments, kv_segments, window=None):
     """Which keys each query may attend to, bool [B, 1, T, S].
 
-    A query sees the keys of its own segment, and of segment SHARED, at its own position or before, and with a
-    sliding `window` only the last `window` of them (itself included). This one rule serves packed rows,
-    padding (segment 0, which no real token sees) and a key-value cache, where the places of tokens still to
-    come have later positions.
+    A query sees the keys of its own segment, and of those that it continues (`segment`), at its own position
+    or before, and with a sliding `window` only the last `window` of them (itself included). This one rule
+    serves packed rows, beginnings that are computed once for several texts, padding (segment 0, which no real
+    token sees) and a key-value cache, where the places of tokens still to come have later positions.
 
     Args: positions and segments int32, [B, T] for queries and [B, S] for keys.
     """
     distance = q_positions[:, :, None] - kv_positions[:, None, :]
-    own = q_segments[:, :, None] == kv_segments[:, None, :]
-    mask = (distance >= 0) & (own | (kv_segments == SHARED)[:, None, :])
+    q_segments, kv_segments = q_segments[:, :, None], kv_segments[:, None, :]
+    continued = [kv_segments == q_segments >> bits << bits for bits in (_LEVEL, 2 * _LEVEL)]
+    seen = (kv_segments == q_segments) | ((continued[0] | continued[1]) & (kv_segments != 0))
+    mask = (distance >= 0) & seen
     if window is not None:
         mask &= distance < window
     return mask[:, None]
@@ -47,17 +64,18 @@ def visible(q_positions, kv_positions, q_segments, kv_segments, window=None):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["segments"], meta_fields=["window"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Rows of whole examples one after the other, whose queries and keys are the same places: all that is to
-    be known of who sees whom in them. segments: int32 [B, T]."""
+    """Rows of whole examples one after the other, none of which continues another, whose queries and keys are
+    the same places: all that is to be known of who sees whom in them. segments: int32 [B, T]."""
 
     segments: jax.Array
     window: int | None
 
 
 def visible_in_rows(positions, segments, window, backend):
-    """What `attention` takes as a mask for rows of whole examples, `visible` or its short form.
+    """What `attention` takes as a mask for packed rows, `visible` or its short form.
 
-    Args: positions, counted in each example, and segments: int32 [B, T]; backend: as in `attention`.
+    Args: positions, counted in each example, and segments: int32 [B, T], where `continues(backend)` is false
+      of whole examples; backend: as in `attention`.
     """
     if resolve(backend) == "splash" and segments.shape[1] % SPLASH_BLOCKS[-1] == 0:
         return Packed(segments, window)
@@ -67,6 +85,11 @@ def visible_in_rows(positions, segments, window, backend):
 def resolve(backend: str) -> str:
     """The backend that 'auto' stands for on this machine; any other name as it is."""
     return _OF_PLATFORM.get(jax.default_backend(), "xla") if backend == "auto" else backend
+
+
+def continues(backend: str) -> bool:
+    """Whether segments of packed rows may continue others: the kernel of 'splash' only tells them apart."""
+    return resolve(backend) != "splash"
 
 
 def attention(q_BTHD, k, v, mask, backend="auto", layer=None):

@@ -58,6 +58,8 @@ def make(experiment) -> dict:
             "english_length": batches.shapes.get("english", (0, 0))[1],
             "target_fill": batches.fill["target"],
             "english_fill": batches.fill.get("english", 0.0),
+            "joined": batches.joined,
+            "saved": batches.saved,
         },
         "steps": batches.num_steps,
         "steps_per_epoch": batches.steps_per_epoch,
@@ -104,12 +106,14 @@ def lines(card: dict):
         yield f"{card['unmatched']:,} instruction rows without a partner of the same id are left out"
     packing = card["packing"]
     english = (
-        f", english {packing['english_rows']} × {packing['english_length']}, "
+        f", english {packing['english_rows']} × {packing['english_length']}{' behind' * packing['joined']}, "
         f"{packing['english_fill']:.0%} full"
     )
+    saved = f"; shared prompts save {packing['saved']:.0%} of the tokens"
     yield (
         f"an update: target {packing['sequences']} × {packing['seq_len']}, {packing['target_fill']:.0%} full"
         + english * bool(packing["english_rows"])
+        + saved * (packing["saved"] > 0)
     )
 
 
@@ -139,10 +143,18 @@ def as_markdown(card: dict) -> str:
             if packing["english_rows"]
             else ". No English is trained on."
         ),
+        *_saved(packing),
         "![Examples by length](lengths.png)",
         f"Records `{card['records']}`.",
     ]
     return "\n\n".join(text).replace("\n\n- ", "\n- ") + "\n"
+
+
+def _saved(packing: dict):
+    if packing["saved"] > 0:
+        behind = "; English rows lie behind the target rows, whose prompts they continue" * packing["joined"]
+        saved = f"{packing['saved']:.1%} of the tokens"
+        yield f"Prompts that begin alike are computed once, which saves {saved}{behind}."
 
 
 def _table(card: dict) -> str:

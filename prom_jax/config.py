@@ -88,6 +88,8 @@ def default() -> ConfigDict:
     c.batch = ConfigDict()
     # Rows of target tokens an update; English takes the few rows that it needs.
     c.batch.sequences = 32
+    # Whether prompts that begin alike are computed once: 'auto' (unless attention is 'splash') or 'never'.
+    c.batch.share_prompts = "auto"
     # Into how many parts an update is split to fit memory. Never changes the result.
     c.batch.accumulation = 1
 
@@ -174,6 +176,7 @@ def check(config: ConfigDict) -> None:
     }  # fmt: skip
     one_of = {
         "data.prompts": ("english", "target"),
+        "batch.share_prompts": ("auto", "never"),
         "pivot.regulate": REGULATE,
         "optimizer.schedule": ("cosine", "linear"),
         "optimizer.dtype": ("float32", "bfloat16"),

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from prom_jax import budget, distributed, llama, models
+from prom_jax import attention, budget, distributed, llama, models
 from prom_jax import config as configuration
 from prom_jax.console import console
 from prom_jax.data.examples import Recipe
@@ -41,7 +41,8 @@ class Experiment:
     @property
     def identity(self) -> dict:
         """What a work directory remembers of its run: the configuration, and what its sources hold."""
-        return as_dict(self.config) | {"records": self.data.fingerprint}
+        shared = self.batches.share_prompts  # with 'auto' it depends on `attention`, which may change
+        return as_dict(self.config) | {"records": self.data.fingerprint, "prompts_shared": shared}
 
     @property
     def details(self) -> dict:
@@ -106,7 +107,9 @@ def resolve(config, workdir: Path) -> Experiment:
         seed=config.seed,
         epochs=config.optimizer.epochs,
         steps=config.steps,
+        share_prompts=config.batch.share_prompts == "auto" and attention.continues(config.attention),
     )
+    objective = dataclasses.replace(objective, joined=batches.joined)
     if objective.uses_english and "english" not in batches.shapes:
         raise UserError(
             f"method={config.method!r} trains on English, and there is none: set data.english, or use the "

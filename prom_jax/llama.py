@@ -275,6 +275,17 @@ class Llama(nnx.Module):
             x, _, _ = self.upper.scan(x, *context)
         return self.final_norm(x)
 
+    def states_at_two_exits(self, tokens_BT, positions_BT, segments_BT, width: int):
+        """What two heads read of rows whose places from `width` on leave after block n: `final_states` of
+        those before [B, width, D], and `pivot_states` of the rest [B, T - width, D].
+
+        Places before `width` must not see those behind it.
+        """
+        before = [x[:, :width] for x in (tokens_BT, positions_BT, segments_BT)]
+        x = self.pivot_states(tokens_BT, positions_BT, segments_BT)
+        final, _, _ = self.upper.scan(x[:, :width], *self.context(*before))
+        return self.final_norm(final), x[:, width:]
+
     def cached_states(self, tokens_BT, positions_BT, mask_B1TS, cache, start):
         """As `final_states`, with keys and values kept: those of the new tokens go into the cache at `start`.
 
@@ -323,7 +334,8 @@ class Llama(nnx.Module):
         Args:
           tokens_BT: int32 [B, T].
           positions_BT: int32 [B, T], default 0 … T-1.
-          segments_BT: int32 [B, T]; tokens see their own segment alone. Default: one segment.
+          segments_BT: int32 [B, T]; tokens see their own segment, and those that it continues
+            (`attention.segment`). Default: one segment.
         Returns: float32 [B, T, V].
         """
         return self.logits(self.final_states(tokens_BT, positions_BT, segments_BT))

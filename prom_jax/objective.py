@@ -27,6 +27,7 @@ class Objective:
     weight: λ of the pivot loss; 0 drops the English rows and makes `prom` the same as `bactrian`.
     label_smoothing: α of the pivot loss.
     norm: before the pivot head, 'none' (the raw residual stream) or 'final' (the model's last norm).
+    joined: whether English rows continue the target rows, as `data.loader.Batches.joined` tells.
     chunk: as in `losses.cross_entropy`.
     """
 
@@ -34,6 +35,7 @@ class Objective:
     weight: float = 0.1
     label_smoothing: float = 0.1
     norm: str = "none"
+    joined: bool = False
     chunk: int | None = None
 
     def __post_init__(self):
@@ -62,18 +64,31 @@ class Objective:
         Args: batch: {'target': rows, 'english': rows}; rows hold tokens, positions, segments, labels int32
           and weights float32, each [R, T], with R and T of their own for either role.
         """
-        sums = {"target": main_loss(model, batch["target"], self.chunk)}
-        if self.uses_english and "english" in batch:
-            if self.has_pivot:
-                sums["english"] = self.pivot_loss(model, batch["english"], self.label_smoothing)
-            else:
-                sums["english"] = main_loss(model, batch["english"], self.chunk)
-        return sums
+        target, english = batch["target"], batch.get("english") if self.uses_english else None
+        if english is None:
+            return {"target": main_loss(model, target, self.chunk)}
+        if self.joined:
+            target_states, english_states = self._joined_states(model, target, english)
+        else:
+            states = model.pivot_states if self.has_pivot else model.final_states
+            target_states, english_states = model.final_states(*_texts(target)), states(*_texts(english))
+        if self.has_pivot:
+            english_loss = self.pivot_exit(model, english_states, english, self.label_smoothing)
+        else:
+            english_loss = main_exit(model, english_states, english, self.chunk)
+        return {"target": main_exit(model, target_states, target, self.chunk), "english": english_loss}
+
+    def _joined_states(self, model, target, english):
+        """What the heads read of the target rows and of the English ones behind them."""
+        rows = [jnp.concatenate(pair, axis=1) for pair in zip(_texts(target), _texts(english))]
+        width = target["tokens"].shape[1]
+        if self.has_pivot:
+            return model.states_at_two_exits(*rows, width)
+        return jnp.split(model.final_states(*rows), [width], axis=1)
 
     def pivot_loss(self, model, rows, label_smoothing=0.0):
         """Sum of token losses at h_n through the pivot head (L_{n,e} before its division)."""
-        states = model.pivot_states(rows["tokens"], rows["positions"], rows["segments"])
-        return self.pivot_exit(model, states, rows, label_smoothing)
+        return self.pivot_exit(model, model.pivot_states(*_texts(rows)), rows, label_smoothing)
 
     def pivot_exit(self, model, states_BTD, rows, label_smoothing=0.0):
         """The same from h_n."""
@@ -99,13 +114,17 @@ class Objective:
 
 def main_loss(model, rows, chunk=None):
     """Sum of token losses at h_N through the main head, float32."""
-    states = model.final_states(rows["tokens"], rows["positions"], rows["segments"])
-    return main_exit(model, states, rows, chunk)
+    return main_exit(model, model.final_states(*_texts(rows)), rows, chunk)
 
 
 def main_exit(model, states_BTD, rows, chunk=None):
     """The same from h_N after the final norm."""
     return cross_entropy(states_BTD, model.output_embedding, rows["labels"], rows["weights"], chunk=chunk)
+
+
+def _texts(rows) -> list:
+    """What a model is given of rows."""
+    return [rows[name] for name in ("tokens", "positions", "segments")]
 
 
 def weight_sums(batch) -> dict:

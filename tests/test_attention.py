@@ -1,6 +1,7 @@
 """Who sees whom: packed examples, sliding windows, padding; and attention against its formula."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from prom_jax.attention import BLOCK, Packed, attention, visible, visible_in_rows
+from prom_jax.attention import BLOCK, Packed, attention, continues, segment, visible, visible_in_rows
 from prom_jax.sharding import make_mesh
 from tests.reference import hf_model, pack, random_examples, to_model
 
@@ -40,6 +41,34 @@ def test_against_the_formula(kv_heads, window, backend):
         assert mask[b, 0, t, s] == (segments[b, t] == segments[b, s] and s <= t and near)
     out = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask, backend)
     np.testing.assert_allclose(out, softmax_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
+
+
+def test_a_segment_sees_what_it_continues():
+    paths = [
+        (0, 0, 0),
+        (1,),
+        (2,),
+        (1, 1),
+        (1, 2),
+        (1, 1, 1),
+        (1, 1, 2),
+        (1, 2, 1),
+        (2, 0, 1),
+        (0, 0, 1),
+        (0, 3),
+    ]
+    segments = np.array([[segment(*path) for path in paths]])
+    positions = np.zeros_like(segments)
+    mask = visible(positions, positions, segments, segments)[0, 0]
+    levels = [(*path, 0, 0)[:3] for path in paths]
+    for q, k in itertools.product(range(len(paths)), repeat=2):
+        named = [
+            (own, other) for own, other in zip(levels[q], levels[k]) if other
+        ]  # levels of the key's path
+        deeper = levels[k][2] == 0 and (levels[k][1] == 0 or levels[k][0] == levels[q][0])
+        continued = q == k or (k != 0 and deeper and all(own == other for own, other in named))
+        assert mask[q, k] == continued, (paths[q], paths[k])
+    assert segment(0, 0, 7) == 7 and continues("blocks") and not continues("splash")
 
 
 def packed_segments(rows, length):

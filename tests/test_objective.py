@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from prom_jax.attention import segment
 from prom_jax.errors import UserError
 from prom_jax.objective import Objective
 from tests.reference import gradients, hf_model, pack, random_examples, relative_errors, to_model, to_params
@@ -117,6 +118,69 @@ def test_losses_and_all_gradients_equal_torch(objective, family):
 def test_packed_equals_unpacked():
     _, _, model = models("llama3")
     assert_same(gradients(model, PROM, PACKED), gradients(model, PROM, UNPACKED), tolerance=2e-5)
+
+
+# Four examples of two kinds of prompt: (tokens, weights) of either side, and the tokens that they share.
+KINDS = [np.arange(5, 12), np.arange(60, 66)]
+PROMPTS = [np.concatenate([KINDS[i % 2], np.arange(100 + 9 * i, 104 + 8 * i)]) for i in range(4)]
+
+
+def answered(seed):
+    """The prompts, each with an answer of its own."""
+    random = np.random.default_rng(seed)
+    for prompt in PROMPTS:
+        answer = random.integers(0, 199, random.integers(2, 9))
+        weights = np.concatenate([np.zeros(len(prompt) - 1), np.ones(len(answer)), [0]])
+        yield np.concatenate([prompt, answer]), weights.astype(np.float32)
+
+
+def laid(parts, length):
+    """A row of parts of examples: (example, its first place, its last, segment)."""
+    row = {name: np.zeros((1, length), np.int32) for name in ("tokens", "positions", "segments", "labels")}
+    row["weights"] = np.zeros((1, length), np.float32)
+    start = 0
+    for (tokens, weights), first, end, number in parts:
+        at, of = (0, slice(start, start + end - first)), slice(first, end)
+        row["tokens"][at], row["weights"][at] = tokens[of], weights[of]
+        row["positions"][at], row["labels"][at] = np.arange(first, end), np.append(tokens, 0)[1:][of]
+        row["segments"][at] = number
+        start += end - first
+    return jax.tree.map(jnp.asarray, row)
+
+
+def shared_rows(target, english, joined):
+    """All in one row: what a kind begins with once, and where they are `joined` each prompt once for both
+    sides, but for its last token, which predicts another one on either side."""
+
+    def parts(examples, side):
+        for i, example in enumerate(examples):
+            first, common, end = len(KINDS[i % 2]), len(PROMPTS[i]) - 1, len(example[0])
+            path = 1 + i % 2, 1 + i
+            if joined and side == 2:
+                yield example, common, end, segment(*path, side)
+                continue
+            if i < 2:
+                yield example, 0, first, segment(path[0])
+            yield example, first, common, segment(*path)
+            yield example, common, end, segment(*path, side)
+
+    return {"target": laid(parts(target, 1), 70), "english": laid(parts(english, 2), 70)}
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
+@pytest.mark.parametrize("objective", [PROM, XLLAMA2], ids=lambda objective: objective.method)
+@pytest.mark.parametrize("family", ["llama3", "mistral"])
+def test_shared_prompts_change_nothing(objective, joined, family):
+    target, english = list(answered(0)), list(answered(1))
+    alone = {
+        "target": pack(target, [[i] for i in range(4)], 28),
+        "english": pack(english, [[0, 1], [2, 3]], 56),
+    }
+    _, _, model = models(family, objective.has_pivot)
+    shared = gradients(
+        model, dataclasses.replace(objective, joined=joined), shared_rows(target, english, joined)
+    )
+    assert_same(shared, gradients(model, objective, alone), tolerance=2e-5)
 
 
 @pytest.mark.parametrize("objective", [PROM, FINAL], ids=lambda objective: objective.norm)

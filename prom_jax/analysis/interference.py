@@ -99,10 +99,9 @@ def only(batch: dict, batches: Batches, records: Records, step: int, texts: Text
 
     Args: batch: `batches[step]`. Returns: numpy arrays as in `data.loader`, [R, T].
     """
-    examples, rows, offsets = batches.places(step, texts.side)
+    examples, rows, offsets, lengths = batches.places(step, texts.side)
     bears = np.zeros_like(batch[texts.side]["weights"])
     here = _has_role(records, examples, texts)
-    lengths = getattr(records, f"{texts.side}_lengths")[examples]
     for row, offset, length in zip(rows[here], offsets[here], lengths[here]):
         bears[row, offset : offset + length] = 1
     return batch[texts.side] | {"weights": batch[texts.side]["weights"] * bears}

@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 
 from prom_jax.analysis.cloze import Row, Table, prompts
 from prom_jax.analysis.statistics import interval, resampled_means
-from prom_jax.attention import SHARED, visible
+from prom_jax.attention import SHARED, segment, visible
 from prom_jax.console import track
 from prom_jax.data.tokens import common_prefix
 from prom_jax.errors import UserError
@@ -25,7 +25,7 @@ SCORINGS = ("word", "prefix", "byte")
 # Shapes are rounded up to multiples of these, so that few are compiled.
 PREFIX_BUCKET, LENGTH_BUCKET, PLACES_BUCKET, ASKED_BUCKET = 64, 16, 4, 8
 # The branches of a row, segments to attention: both words continue the query, which is SHARED.
-PADDING, ENGLISH, TARGET = 0, 1, 2
+PADDING, ENGLISH, TARGET = 0, segment(1, 0, 1), segment(1, 0, 2)
 
 
 class NoRows(UserError):

@@ -2,6 +2,7 @@
 
 from itertools import groupby, islice
 
+import numpy as np
 from rich.text import Text
 
 from prom_jax.console import console
@@ -19,26 +20,28 @@ def show(batches, records, tokenizer, number: int) -> None:
         key=lambda of: (of[0], of[1] != "target"),
     )
     for step, row, side in islice(((s, *of) for s in range(len(batches)) for of in rows), number):
-        examples, places, offsets = batches.places(step, side)
-        here = sorted(zip(offsets[places == row].tolist(), examples[places == row].tolist()))
+        examples, rows_of, offsets, lengths = batches.places(step, side)
+        here = np.flatnonzero(rows_of == row)
+        here = here[np.argsort(offsets[here])]
         count, length = batches.shapes[side]
-        lengths = getattr(records, f"{side}_lengths")
-        taken = sum(lengths[example] for _, example in here)
         console.rule(
             f"update {step + 1}, {side} row {row + 1} of {count}: {len(here)} examples, "
-            f"{taken:,} of {length:,} places",
+            f"{lengths[here].sum():,} of {length:,} places",
             style=HEADING,
         )
-        for (offset, example), record in zip(here, records.read([example for _, example in here])):
-            console.print(_example(record, side, ROLES[records.roles[example]], offset, tokenizer))
+        for i, record in zip(here, records.read(examples[here])):
+            role = ROLES[records.roles[examples[i]]]
+            role = role if side == "target" else ENGLISH_ROLES[role]
+            console.print(_example(record, side, role, int(offsets[i]), int(lengths[i]), tokenizer))
 
 
-def _example(record: dict, side: str, role: str, offset: int, tokenizer) -> Text:
-    tokens, loss = record[f"{side}_tokens"], record[f"{side}_loss"]
-    role = role if side == "target" else ENGLISH_ROLES[role]
-    text = Text(f"[{role} {record['id']}, from place {offset:,}: {len(tokens):,} tokens, ", HEADING)
-    text.append(f"{loss.sum():,} bear loss]\n")
-    for bears, run in groupby(zip(tokens.tolist(), loss.tolist()), key=lambda of: of[1]):
+def _example(record: dict, side: str, role: str, offset: int, length: int, tokenizer) -> Text:
+    """An example's text, but for what lies elsewhere as others begin with it too."""
+    tokens, loss = (record[f"{side}_{name}"] for name in ("tokens", "loss"))
+    shared = len(tokens) - length
+    text = Text(f"[{role} {record['id']}, from place {offset:,}: {length:,} tokens, ", HEADING)
+    text.append(f"{loss.sum():,} bear loss{f', behind {shared:,} shared ones' * bool(shared)}]\n")
+    for bears, run in groupby(zip(tokens[shared:].tolist(), loss[shared:].tolist()), key=lambda of: of[1]):
         piece = tokenizer.decode([token for token, _ in run])
         text.append(f"⟦{piece}⟧" if bears else piece, LOSS if bears else PROMPT)
     return text.append("\n")

@@ -28,20 +28,24 @@ from google.protobuf.json_format import MessageToDict
 from prom_jax import tokenizer as tokenizers
 from prom_jax.console import track
 from prom_jax.data import prompts, sources
+from prom_jax.data.beginnings import NONE, Beginnings, common_prompt
 from prom_jax.data.examples import Example, Recipe, read_examples
 from prom_jax.data.tokens import Side, encode
 from prom_jax.errors import UserError
 from prom_jax.workdir import make_directory
 
-VERSION = 2  # part of the fingerprint: raise it whenever the same recipe gives other records
+VERSION = 3  # part of the fingerprint: raise it whenever the same recipe gives other records
 CHUNK = 512  # examples tokenised at once
 SHARD = 4096  # examples a file, and a task of a worker
 PARALLEL = 16_384  # from so many examples on, workers are worth the seconds that they take to start
 ROLES = ("target", "english", "translation", "translation_source", "text")
 COUNTS = ("examples", "tokens", "loss_tokens", "text_tokens", "bytes", "words", "truncated", "dropped")
 _shared: tuple = ()  # of a worker: tokenizer, seq_len, features
-STATISTICS = tuple(
-    f"{side}_{what}" for side in ("target", "english") for what in ("lengths", "weights", "bytes")
+SIDES = ("target", "english")
+STATISTICS = (
+    "roles",
+    *(f"{side}_{what}" for side in SIDES for what in ("lengths", "weights", "bytes", "kinds")),
+    "common_prompts",
 )
 
 
@@ -59,6 +63,9 @@ class Records:
       target_lengths, english_lengths: tokens; 0 where there is no English side.
       target_weights, english_weights: tokens that bear loss.
       target_bytes, english_bytes: UTF-8 bytes under them, EOS not counted (for bits per byte).
+      target_kinds, english_kinds: kind of prompt, -1 where it is like no other; target_beginnings,
+        english_beginnings: tokens that all texts of a kind begin with, without loss [kinds].
+      common_prompts: tokens, without loss, with which both sides of an example begin.
 
     Raises:
       UserError: the files are not as `prepare` made them.
@@ -69,7 +76,7 @@ class Records:
             _check_metadata(directory)
             self._source = tfds.builder_from_directory(str(directory)).as_data_source(split)
             with np.load(directory / f"{split}.npz") as statistics:
-                for name in ("roles", *STATISTICS):
+                for name in (*STATISTICS, *(f"{side}_beginnings" for side in SIDES)):
                     setattr(self, name, statistics[name])
 
     def __len__(self) -> int:
@@ -177,20 +184,22 @@ def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
                 )
             for shard in (shard for shard in shards if not shard.statistics):
                 shard.path.unlink()
-            infos.append(_name_shards(directory, split, [shard for shard in shards if shard.statistics]))
-            columns = np.concatenate([np.array(s.statistics, np.int64) for s in shards if s.statistics]).T
-            np.savez(directory / f"{split}.npz", **dict(zip(("roles", *STATISTICS), columns, strict=True)))
             report[split] = _summed(shard.counts for shard in shards)
+            shards = [shard for shard in shards if shard.statistics]
+            infos.append(_name_shards(directory, split, shards))
+            np.savez(directory / f"{split}.npz", **_joined(shards))
     _write_info(directory, infos)
     (directory / "report.json").write_text(json.dumps(report, indent=2))
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file that was written: a row of statistics an example, and counts by role."""
+    """A file that was written: a row of statistics an example, what each side's texts begin with, and counts
+    by role."""
 
     path: Path
     statistics: list[list[int]]
+    beginnings: dict[str, Beginnings]
     counts: dict[str, Counter]
 
 
@@ -229,7 +238,7 @@ def _write_shard(shared: tuple, task: tuple[Path, list[Example]]) -> Shard:
     """Tokenise examples and write those that keep something to learn."""
     tokenizer, seq_len, features = shared
     path, examples = task
-    shard = Shard(path, [], {})
+    shard = Shard(path, [], {side: Beginnings() for side in SIDES}, {})
     chunks = [examples[first : first + CHUNK] for first in range(0, len(examples), CHUNK)]
     tokenise = lambda chunk: list(_tokenise(chunk, tokenizer, seq_len, shard.counts))
     writer = ArrayRecordWriter(str(path), "group_size:1")
@@ -237,7 +246,7 @@ def _write_shard(shared: tuple, task: tuple[Path, list[Example]]) -> Shard:
         with ThreadPoolExecutor(1) as ahead:  # the tokenizer works while records are written
             for example, target, english in itertools.chain.from_iterable(ahead.map(tokenise, chunks)):
                 writer.write(features.serialize_example(_record(example.id, target, english)))
-                shard.statistics.append([ROLES.index(example.role), *_statistics(target, english)])
+                shard.statistics.append(_statistics(example.role, target, english, shard.beginnings))
     finally:
         writer.close()
     return shard
@@ -356,13 +365,30 @@ def _summed(counts: Iterator[dict[str, Counter]]) -> dict[str, dict]:
     }
 
 
-def _statistics(*sides: Side | None) -> list[int]:
-    """In the order of STATISTICS."""
-    return [
-        int(number)
-        for side in sides
-        for number in ((len(side.tokens), side.loss.sum(), side.bytes) if side else (0, 0, 0))
-    ]
+def _statistics(
+    role: str, target: Side, english: Side | None, beginnings: dict[str, Beginnings]
+) -> list[int]:
+    """In the order of STATISTICS; kinds are the shard's own."""
+    numbers = [ROLES.index(role)]
+    for name, side in zip(SIDES, (target, english)):
+        numbers += (len(side.tokens), int(side.loss.sum()), side.bytes) if side else (0, 0, 0)
+        numbers.append(beginnings[name].add(side))
+    return [*numbers, common_prompt(target, english) if english else 0]
+
+
+def _joined(shards: list[Shard]) -> dict[str, np.ndarray]:
+    """The statistics of all shards, with kinds of their own."""
+    statistics = dict(
+        zip(STATISTICS, np.concatenate([np.array(s.statistics, np.int64) for s in shards]).T, strict=True)
+    )
+    sizes = [len(shard.statistics) for shard in shards]
+    for side in SIDES:
+        every, kinds = Beginnings(), np.split(statistics[f"{side}_kinds"], np.cumsum(sizes)[:-1])
+        for shard, of_shard in zip(shards, kinds):
+            numbers = every.merge(shard.beginnings[side])
+            of_shard[of_shard != NONE] = numbers[of_shard[of_shard != NONE]]
+        statistics[f"{side}_kinds"], statistics[f"{side}_beginnings"] = np.concatenate(kinds), every.lengths()
+    return statistics
 
 
 def _record(name: str, target: Side, english: Side | None) -> dict:

@@ -250,7 +250,7 @@ def _read_csv(path: Path, **dialect) -> Iterator[dict]:
         rows = csv.DictReader(file, strict=True, **dialect)
         if len(rows.fieldnames or ()) > MOST_COLUMNS:
             raise UserError(
-                f"{path} has {len(rows.fieldnames)} columns: expected at most {MOST_COLUMNS}, remove the others."
+                f"{path} has {len(rows.fieldnames)} columns: expected {MOST_COLUMNS} at most, remove others."
             )
         yield from rows
 

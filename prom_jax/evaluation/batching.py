@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from prom_jax.attention import SHARED
+from prom_jax.attention import SHARED, segment
 from prom_jax.data.tokens import common_prefix
 from prom_jax.sharding import place_rows
 
@@ -24,8 +24,8 @@ STEP, STEP_OF_ACCELERATOR, KEYS, PAIRS = 32, 256, 180, 1000
 class Batch:
     """Rows of up to R texts each, which continue what they have in common; padding is on the left.
 
-    tokens, positions, segments: int32 [B, T]; the r-th text's own part is segment r + 1, what it shares with
-      others of its row SHARED, padding 0.
+    tokens, positions, segments: int32 [B, T]; what a row's texts share is segment SHARED, which the r-th
+      text's own part, `own_segment(r)`, continues; padding is 0.
     texts: int [B, R], the number of each text, -1 where there is none.
     ends: int32 [B, R], the place of its last token; lengths: int32 [B, R], its number of tokens.
     """
@@ -36,6 +36,11 @@ class Batch:
     texts: np.ndarray
     ends: np.ndarray
     lengths: np.ndarray
+
+
+def own_segment(text):
+    """That of the own part of a row's text; an int or an array of them."""
+    return segment(1, 0, text + 1)
 
 
 @dataclass(frozen=True)
@@ -161,13 +166,13 @@ def _batch(texts, rows: list[_Row], shape: tuple[int, int, int], shards: int) ->
         end = length - row.tokens
         shared = row.shared if len(row.texts) > 1 else 0
         parts = [(SHARED, texts[row.texts[0]][:shared], 0)]
-        parts += [(r, texts[text][shared:], shared) for r, text in enumerate(row.texts, 1)]
-        for segment, part, first in parts:
+        parts += [(own_segment(r), texts[text][shared:], shared) for r, text in enumerate(row.texts)]
+        for r, (number, part, first) in enumerate(parts, -1):
             here = slice(end, end + len(part))
-            tokens[b, here], segments[b, here] = part, segment
+            tokens[b, here], segments[b, here] = part, number
             positions[b, here] = np.arange(first, first + len(part))
             end += len(part)
-            if segment != SHARED:
-                ends[b, segment - 1], lengths[b, segment - 1] = end - 1, first + len(part)
+            if number != SHARED:
+                ends[b, r], lengths[b, r] = end - 1, first + len(part)
         batch.texts[b, : len(row.texts)] = row.texts
     return batch

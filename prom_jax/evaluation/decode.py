@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prom_jax.attention import visible
-from prom_jax.evaluation.batching import Batch, placed, plan
+from prom_jax.evaluation.batching import Batch, own_segment, placed, plan
 from prom_jax.sharding import BATCH, constrain, num_batch_shards
 
 PLACES = 32_768  # tokens whose keys and values are in memory at a time
@@ -153,7 +153,7 @@ def _new_places(state, room, more):
     number = state["first"].shape[1]
     steps = jnp.repeat(room + jnp.arange(more), number)
     positions = steps + jnp.tile(state["first"], more)
-    segments = jnp.broadcast_to(jnp.tile(jnp.arange(1, number + 1), more), positions.shape)
+    segments = jnp.broadcast_to(jnp.tile(own_segment(jnp.arange(number)), more), positions.shape)
     behind = lambda old, new: jnp.concatenate([old, new], axis=1)
     return {
         "kv_positions": behind(state["kv_positions"], positions),
@@ -174,7 +174,7 @@ def _longer(state, room, more):
 def _advance(model, state, stops_V, until):
     """New tokens up to the `until`-th, or until all answers have ended."""
     batch, number, _ = state["made"].shape
-    segments = jnp.broadcast_to(jnp.arange(1, number + 1), (batch, number))
+    segments = jnp.broadcast_to(own_segment(jnp.arange(number)), (batch, number))
 
     def body(state):
         last = state["step"] - 1

@@ -24,27 +24,46 @@ def batches(records, **changes):
     return Batches(records, **{"sequences": 2, "seq_len": 256, "seed": 0, "epochs": 2.0} | changes)
 
 
-def unpack(rows):
-    """The examples in packed rows: (tokens, loss) by brute force."""
+def unpack(rows, before=None):
+    """The examples in packed rows, each with what it continues (there, or in the rows `before` them), as
+    (tokens, loss) by brute force."""
     for row in range(len(rows["tokens"])):
-        for segment in range(1, rows["segments"][row].max() + 1):
-            (here,) = np.nonzero(rows["segments"][row] == segment)
+        segments = rows["segments"][row]
+        for number in sorted({n for n in segments.tolist() if n & 1023}):
+            (here,) = np.nonzero(segments == number)
             assert np.array_equal(here, np.arange(here[0], here[-1] + 1))
             tokens = rows["tokens"][row, here]
-            assert np.array_equal(rows["positions"][row, here], np.arange(len(here)))
             assert np.array_equal(rows["labels"][row, here[:-1]], tokens[1:])
             weights = rows["weights"][row, here]
             assert rows["labels"][row, here[-1]] == 0 and weights[-1] == 0
-            yield tuple(tokens.tolist()), (0, *weights[:-1].tolist())
+            continued = {number >> 10 << 10, number >> 20 << 20} - {0}
+            parts = [
+                dict(zip(of["positions"][row, seen].tolist(), of["tokens"][row, seen].tolist()))
+                for of, wanted in ((rows, continued), (before, continued), (rows, {number}))
+                if of is not None
+                for seen in [np.isin(of["segments"][row], list(wanted))]
+            ]
+            whole = {position: token for part in parts for position, token in part.items()}
+            assert len(whole) == sum(map(len, parts)) and sorted(whole) == list(range(len(whole)))
+            text = tuple(whole[position] for position in range(len(whole)))
+            yield text, (*[0] * (len(text) - len(here) + 1), *weights[:-1].tolist())
     padding = rows["segments"] == 0
     assert not any(rows[name][padding].any() for name in rows)
 
 
+def sides_of(run, step):
+    """The examples of a batch by side."""
+    batch = run[step]
+    before = {"english": batch["target"] if run.joined else None}
+    return {side: list(unpack(rows, before.get(side))) for side, rows in batch.items()}
+
+
 def test_an_epoch_is_every_example_once(records):
     examples = records.read(range(len(records)))
-    for run in (batches(records, epochs=1.0), Batches.once(records, sequences=2, seq_len=256)):
+    runs = [batches(records, epochs=1.0, share_prompts=share) for share in (False, True)]
+    for run in (*runs, Batches.once(records, sequences=2, seq_len=256)):
         for side in ("target", "english"):
-            found = [pair for batch in (run[i] for i in range(len(run))) for pair in unpack(batch[side])]
+            found = [pair for i in range(len(run)) for pair in sides_of(run, i)[side]]
             expected = [
                 (tuple(e[f"{side}_tokens"].tolist()), tuple(e[f"{side}_loss"].astype(float)))
                 for e in examples
@@ -65,15 +84,29 @@ def test_shapes_dtypes_and_fill(records):
     for side in ("target", "english"):
         real = np.mean([(run[i][side]["segments"] > 0).mean() for i in range(len(run))])
         assert real == pytest.approx(run.fill[side])
-    assert run.tokens(0) == sum((rows["segments"] > 0).sum() for rows in batch.values())
+    assert run.tokens(0) == sum((rows["segments"] > 0).sum() for rows in batch.values()) and run.saved == 0
+
+
+def test_shared_prompts_take_room_once(records):
+    alone, shared = batches(records), batches(records, share_prompts=True)
+    assert shared.steps_per_epoch < alone.steps_per_epoch
+    taken = sum((rows["segments"] > 0).sum() for i in range(len(shared)) for rows in shared[i].values())
+    tokens = sum(shared.tokens(i) for i in range(len(shared)))
+    assert shared.saved == pytest.approx(1 - taken / tokens) and shared.saved > 0.3
+    whole = sum(
+        len(text) for i in range(len(shared)) for side in sides_of(shared, i).values() for text, _ in side
+    )
+    assert whole == tokens
 
 
 def test_sides_of_an_example_meet_in_one_update(records):
     """English and target rows are equal here, so each update holds the same on both sides."""
-    run = batches(records)
-    for step in range(len(run)):
-        target, english = (set(unpack(run[step][side])) for side in ("target", "english"))
-        assert english <= target
+    for share in (False, True):
+        run = batches(records, share_prompts=share)
+        assert run.joined == share
+        for step in range(len(run)):
+            sides = sides_of(run, step)
+            assert set(sides["english"]) <= set(sides["target"])
 
 
 def test_number_of_steps(records):
@@ -153,7 +186,7 @@ def test_a_host_reads_no_others_examples(records, monkeypatch):
     monkeypatch.setattr(records, "read", lambda indices: read.append(list(indices)) or original(indices))
     mine = {side: np.arange(rows) == 0 for side, (rows, _) in run.shapes.items()}
     run.read(0, mine)
-    expected = {example for side in run.shapes for example, row, _ in zip(*run.places(0, side)) if row == 0}
+    expected = {example for side in run.shapes for example, row, *_ in zip(*run.places(0, side)) if row == 0}
     assert set(read[0]) == expected and len(read[0]) == len(expected) < len(records)
 
 

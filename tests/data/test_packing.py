@@ -3,19 +3,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prom_jax.data.packing import choose_english_shape, join, plan_epoch
+from prom_jax.data.packing import Layout, Texts, choose_layout, continuing, join, plan_epoch
 
 SEQ_LEN = 64
 
 
-def assert_disjoint(plan, places, lengths, shape):
+def assert_disjoint(plan, places, shape):
     """No two examples of an update share a place, and none leaves its row."""
     for update in range(plan.updates):
         used = np.zeros(shape, int)
         taken = slice(*plan.ends[update : update + 2])
-        for row, offset, length in zip(
-            places.rows[taken], places.offsets[taken], lengths[taken], strict=True
-        ):
+        for row, offset, length in zip(*(column[taken] for column in places), strict=True):
             if length:
                 assert 0 <= offset <= shape[1] - length
                 used[row, offset : offset + length] += 1
@@ -23,12 +21,11 @@ def assert_disjoint(plan, places, lengths, shape):
 
 
 def pack(target, english, sequences, seq_len, seed=0, epoch=0):
-    shape = (sequences, seq_len)
-    english_shape = choose_english_shape(target, english, shape)
-    plan = plan_epoch(
-        target, english, target_shape=shape, english_shape=english_shape, seed=seed, epoch=epoch
-    )
-    return plan, english_shape
+    """Examples of these lengths, which share nothing: their plan, and the shape of the English rows."""
+    texts = Texts.alone(target), Texts.alone(english)
+    layout = choose_layout(*texts, (sequences, seq_len))
+    assert not layout.joined
+    return plan_epoch(*texts, layout, seed=seed, epoch=epoch), layout.english
 
 
 def fill(plan, lengths, shape):
@@ -46,12 +43,14 @@ def test_every_example_once_and_in_its_own_place(pairs, sequences, seed, epoch):
     plan, english_shape = pack(target, english, sequences, SEQ_LEN, seed, epoch)
     assert sorted(plan.examples) == list(range(len(target)))
     assert plan.ends[0] == 0 and plan.ends[-1] == len(target) and (np.diff(plan.ends) > 0).all()
-    assert_disjoint(plan, plan.target, target[plan.examples], (sequences, SEQ_LEN))
+    assert np.array_equal(plan.target.lengths, target[plan.examples])
+    assert_disjoint(plan, plan.target, (sequences, SEQ_LEN))
     if english_shape is None:
         assert not english.any()
     else:
         assert english.max() <= english_shape[1] <= SEQ_LEN
-        assert_disjoint(plan, plan.english, english[plan.examples], english_shape)
+        assert np.array_equal(plan.english.lengths, english[plan.examples])
+        assert_disjoint(plan, plan.english, english_shape)
 
     again, _ = pack(target, english, sequences, SEQ_LEN, seed, epoch)
     assert np.array_equal(plan.examples, again.examples) and np.array_equal(plan.ends, again.ends)
@@ -128,8 +127,79 @@ def test_english_longer_than_the_target():
 
 
 def test_an_example_longer_than_a_row_is_refused():
-    shapes = {"target_shape": (1, 8), "english_shape": (1, 8), "seed": 0, "epoch": 0}
-    with pytest.raises(ValueError, match="9 tokens is longer than a row of 8"):
-        plan_epoch([1, 9], [1, 1], **shapes)
-    with pytest.raises(ValueError, match="9 tokens is longer than a row of 8"):
-        plan_epoch([1, 1], [1, 9], **shapes)
+    layout = Layout((1, 8), (1, 8))
+    for lengths in (([1, 9], [1, 1]), ([1, 1], [1, 9])):
+        with pytest.raises(ValueError, match="9 tokens is longer than a row of 8"):
+            plan_epoch(*map(Texts.alone, lengths), layout, seed=0, epoch=0)
+
+
+# Prompts that begin alike.
+
+BEGINNINGS = np.array([5, 9, 0])  # tokens by kind; texts of the last kind share nothing
+
+
+@st.composite
+def sharing(draw):
+    """Target and English texts, of which some share a beginning, and the prompts that they have in common."""
+    own = st.integers(1, 40)
+    text = st.tuples(st.integers(0, 2), own)
+    examples = draw(st.lists(st.tuples(text, st.none() | text, st.integers(0, 20)), min_size=1, max_size=200))
+    sides = []
+    for side in (0, 1):
+        kinds, lengths = zip(*(example[side] or (2, 0) for example in examples))
+        shared = BEGINNINGS[list(kinds)]
+        sides.append(Texts(np.array(lengths) + shared, np.array(kinds), shared))
+    target, english = sides
+    prompts = np.minimum([target.shared[i] + example[2] for i, example in enumerate(examples)], 60)
+    prompts = np.where(prompts < np.minimum(target.lengths, english.lengths), prompts, 0)
+    return target, english, np.where(prompts >= target.shared, prompts, 0)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(sharing(), st.sampled_from([1, 2, 6]), st.booleans())
+def test_a_row_has_each_beginning_once(texts, sequences, joined):
+    target, english, prompts = texts
+    if joined:
+        english = continuing(english, prompts)
+        layout = Layout((sequences, 64), (sequences, 70), joined=True)
+    else:
+        layout = Layout((sequences, 64), (sequences, 64))
+    plan = plan_epoch(target, english, layout, seed=0, epoch=0)
+    assert sorted(plan.examples) == list(range(len(prompts)))
+    for side, of, shape in ((target, plan.target, layout.target), (english, plan.english, layout.english)):
+        side = side.take(plan.examples)
+        assert_disjoint(plan, of, shape)
+        update = np.repeat(np.arange(plan.updates), np.diff(plan.ends))
+        there = {}
+        for i in np.flatnonzero(side.lengths):
+            beginning = (update[i], of.rows[i], side.kinds[i])
+            first = there.setdefault(beginning, i) == i
+            assert of.lengths[i] == side.lengths[i] - (0 if first else side.shared[i])
+        assert (of.lengths[side.lengths == 0] == 0).all()
+    if joined:
+        both = plan.english.lengths > 0
+        assert np.array_equal(plan.target.rows[both], plan.english.rows[both])
+
+
+def test_sharing_makes_fewer_updates_and_may_join_the_sides():
+    target, english = alpaca_like(2, 1024)
+    kinds = np.random.default_rng(1).integers(0, 2, len(target))
+    alone, _ = pack(target, english, 8, 1024)
+    target, english = (
+        Texts(lengths, kinds, np.minimum(np.array([24, 33])[kinds], lengths - 1))
+        for lengths in (target, english)
+    )
+    prompts = np.minimum(english.lengths // 2, target.lengths // 2)
+    prompts = np.where(prompts < target.shared, 0, prompts)
+    layout = choose_layout(target, english, (8, 1024))
+    shared = plan_epoch(target, english, layout, seed=0, epoch=0)
+    assert not layout.joined and shared.updates < 0.95 * alone.updates
+    joined = choose_layout(target, english, (8, 1024), prompts)
+    assert joined.joined and joined.english[0] == 8
+    assert joined.english[1] * 8 < 0.9 * np.prod(layout.english)
+
+
+def test_a_row_takes_no_more_texts_than_can_be_numbered():
+    texts = Texts.alone(np.full(3000, 2))
+    plan = plan_epoch(texts, Texts.alone(np.zeros(3000)), Layout((2, 4096), None), seed=0, epoch=0)
+    assert np.bincount(plan.target.rows[: plan.ends[1]]).max() == 1023 and plan.updates == 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prom_jax.attention import SHARED
-from prom_jax.evaluation.batching import MAX_TEXTS, plan
+from prom_jax.evaluation.batching import MAX_TEXTS, own_segment, plan
 
 TOKENS = st.integers(1, 9)
 BEGINNINGS = st.lists(st.lists(TOKENS, min_size=20, max_size=60), min_size=1, max_size=3)
@@ -37,14 +37,16 @@ def test_every_text_is_whole_and_once(case, extra, places, shards):
         for b, r in np.argwhere(batch.texts >= 0):
             text = batch.texts[b, r]
             seen.append(text)
-            mine = np.isin(batch.segments[b], (SHARED, r + 1))
+            mine = np.isin(batch.segments[b], (SHARED, own_segment(r)))
             order = np.argsort(batch.positions[b][mine])
             assert batch.tokens[b][mine][order].tolist() == texts[text]
             assert sorted(batch.positions[b][mine]) == list(range(len(texts[text])))
-            assert np.sum(batch.segments[b] == r + 1) >= own[text]
+            assert np.sum(batch.segments[b] == own_segment(r)) >= own[text]
             assert batch.lengths[b, r] == len(texts[text])
             end = batch.ends[b, r]
-            assert batch.segments[b, end] == r + 1 and batch.positions[b, end] == len(texts[text]) - 1
+            assert (
+                batch.segments[b, end] == own_segment(r) and batch.positions[b, end] == len(texts[text]) - 1
+            )
     assert sorted(seen) == list(range(len(texts)))
 
 
