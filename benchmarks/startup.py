@@ -4,11 +4,13 @@ Seconds from the training command to the end of its first update, in a new work 
 between the lines that it prints: with nothing compiled before (cold, once), with what that left (warm), and
 the same where torch cannot be imported (without torch), as transformers imports it wherever it is installed.
 What is probed and evaluated before the first update counts; --config.pivot.regulate=never and
---config.eval.holdout=0 leave that out.
+--config.eval.holdout=0 leave that out. Seconds of the processors say what of it other processes took no part
+in.
 """
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -60,7 +62,7 @@ def phases(flags: list[str], environment: dict[str, str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "-m", "prom_jax.train", f"--workdir={workdir}", *flags, "--config.steps=1"]
         began = last = time.perf_counter()
-        seconds = {}
+        before, seconds = _processors(), {}
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 now = time.perf_counter()
@@ -70,7 +72,13 @@ def phases(flags: list[str], environment: dict[str, str]) -> dict[str, float]:
                     process.kill()
     if list(seconds)[-1:] != list(PHASES.values())[-1:]:
         raise SystemExit(f"the run ended before its first update: {' '.join(command)}")
-    return seconds | {"all": last - began}
+    return seconds | {"all": last - began, "all, seconds of the processors": _processors() - before}
+
+
+def _processors() -> float:
+    """Seconds of the processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ from prom_jax.distributed import MISTAKE, together
 from prom_jax.errors import UserError
 from prom_jax.sharding import AXES, make_mesh
 
-COMPILED = Path("~/.cache/prom_jax/compiled").expanduser()
+# What commands compile is kept, small programs too, as there are dozens of them; the environment may say
+# otherwise under the same names.
+COMPILED = {
+    "JAX_COMPILATION_CACHE_DIR": str(Path("~/.cache/prom_jax/compiled").expanduser()),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.0,
+}
 _number = lambda name: int(os.environ[name]) if os.environ.get(name, "").isdigit() else None
 # Name, type, default and meaning of what `processes` takes.
 PROCESS_FLAGS = (
@@ -125,8 +130,9 @@ def versions(*more: str) -> dict[str, str]:
 def guard(main):
     """Runs `main()`, keeping what it compiles for the next time; a user's mistake ends it with one line and
     exit status 2."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
-    jax.config.update("jax_compilation_cache_dir", cache)
+    for name, value in COMPILED.items():
+        if name not in os.environ:
+            jax.config.update(name.lower(), value)
     try:
         main()
     except UserError as error:

@@ -1,12 +1,18 @@
 """What a run reports: metrics.jsonl and TensorBoard, and the learning curves drawn from them."""
 
 import json
+import sys
 from pathlib import Path
-
-from tensorboardX import SummaryWriter
 
 from prom_jax.distributed import is_first
 from prom_jax.errors import UserError
+
+if _hide_torch := "torch" not in sys.modules:  # tensorboardX would import it, which takes seconds
+    sys.modules["torch"] = None
+from tensorboardX import SummaryWriter
+
+if _hide_torch:
+    del sys.modules["torch"]
 
 
 class MetricsLog:

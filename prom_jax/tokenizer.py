@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from prom_jax.errors import UserError
 from prom_jax.readers import local_path, open_gguf
@@ -84,6 +84,8 @@ def _from_directory(path: Path) -> PreTrainedTokenizerFast:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         _check_names_no_files(path / name)
     if (path / "tokenizer.json").exists():
+        from transformers import AutoTokenizer  # which imports torch where there is one: seconds
+
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if (path / "tokenizer.model").exists():
         return _from_sentencepiece(path)

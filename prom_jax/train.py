@@ -120,7 +120,12 @@ def plan(config, workdir: Path) -> Job:
         schedule, config.optimizer.weight_decay, config.optimizer.clip, config.optimizer.dtype
     )
     return Job(
-        **vars(experiment), mesh=mesh, model=model, held_out=held_out, schedule=schedule, optimizer=optimizer
+        **vars(experiment),
+        mesh=mesh,
+        model=model,
+        held_out=held_out,
+        schedule=jax.jit(schedule),  # one small program, not one an operation
+        optimizer=optimizer,
     )
 
 

@@ -1,6 +1,8 @@
 """metrics.jsonl: appended, repaired, read."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,9 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     with pytest.raises(UserError, match="line 2 is not JSON"):
         metrics.read(path)
     assert metrics.read(tmp_path / "none.jsonl") == []
+
+
+def test_training_starts_without_torch_where_there_is_one():
+    program = "import prom_jax.train, sys; print('torch' in sys.modules); import torch.nn"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
