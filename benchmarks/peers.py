@@ -52,6 +52,50 @@ def _next(labels):
     return np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
 
 
+def rows(texts: dict, layout, length: int, objective) -> list[dict]:
+    """The rows of an update: tokens and labels [R, T], role, and the scale of the sum of their losses."""
+    result = []
+    for role, some in texts.items():
+        of_role = list(layout(some, length))
+        scale = (objective.weight if role == "english" else 1.0) / sum(
+            (y != IGNORED).sum() for _, y in of_role
+        )
+        for arrays in of_role:
+            tokens, labels = map(torch.from_numpy, arrays)
+            result.append({"tokens": tokens, "labels": labels, "role": role, "scale": float(scale)})
+    return result
+
+
+def load(source: str, remat: str):
+    """transformers' model in float32, to train, with a `pivot_head` that starts as its head; its blocks are
+    recomputed where `remat` is 'full'."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    model.pivot_head = copy.deepcopy(model.lm_head)  # which unties it
+    if remat == "full":
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def row_loss(model, blocks, row: dict, objective, pivot_layer: int):
+    """A row's part of the update's loss. Causal attention needs no mask of padding on the right."""
+    tokens, labels = (row[name].to(model.device) for name in ("tokens", "labels"))
+    english = row["role"] == "english"
+    outputs = blocks(tokens, output_hidden_states=english, use_cache=False)
+    if english:
+        logits = model.pivot_head(outputs.hidden_states[pivot_layer])
+    else:
+        logits = model.lm_head(outputs.last_hidden_state)
+    return row["scale"] * cross_entropy(
+        logits.flatten(0, 1).float(),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=objective.label_smoothing if english else 0.0,
+    )
+
+
 class Peer:
     """A model in torch that takes one optimizer step on the examples of an update.
 
@@ -72,14 +116,8 @@ class Peer:
             pivot_layer,
             config,
         )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="sdpa"
-        )
-        self.model = model.to(self.device).train()
-        self.pivot_head = copy.deepcopy(self.model.lm_head)  # which unties it
-        if config.remat == "full":
-            self.model.gradient_checkpointing_enable()
-        self.parameters = [*self.model.parameters(), *self.pivot_head.parameters()]
+        self.model = load(source, config.remat).to(self.device)
+        self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters, betas=(0.9, 0.999), weight_decay=config.optimizer.weight_decay, fused=True
         )
@@ -88,40 +126,17 @@ class Peer:
     def step(self, texts: dict, learning_rate: float) -> tuple[float, int]:
         """One update on texts by role ('target', 'english'); returns its loss and the places it computed."""
         total, places = 0.0, 0
-        for role, some in texts.items():
-            rows = list(self.layout(some, self.config.data.seq_len))
-            weight = sum((labels != IGNORED).sum() for _, labels in rows)
-            scale = (self.objective.weight if role == "english" else 1.0) / weight
-            for tokens, labels in rows:
-                loss = scale * self._loss(
-                    role, *(torch.from_numpy(x).to(self.device) for x in (tokens, labels))
-                )
-                loss.backward()
-                total, places = total + loss.detach(), places + tokens.size
+        for row in rows(texts, self.layout, self.config.data.seq_len, self.objective):
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16"):
+                loss = row_loss(self.model, self.blocks, row, self.objective, self.pivot_layer)
+            loss.backward()
+            total, places = total + loss.detach(), places + row["tokens"].numel()
         if self.config.optimizer.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(total), places
-
-    def _loss(self, role: str, tokens, labels):
-        """Sum of the rows' token losses. Causal attention needs no mask of padding on the right."""
-        english = role == "english"
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16"):
-            outputs = self.blocks(tokens, output_hidden_states=english, use_cache=False)
-            if english:
-                logits = self.pivot_head(outputs.hidden_states[self.pivot_layer])
-            else:
-                logits = self.model.lm_head(outputs.last_hidden_state)
-        smoothing = self.objective.label_smoothing if english else 0.0
-        return cross_entropy(
-            logits.flatten(0, 1).float(),
-            labels.flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-            label_smoothing=smoothing,
-        )
 
     def peak(self) -> int:
         """Bytes that were in use at most: of the GPU, or of this process on a CPU."""

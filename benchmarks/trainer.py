@@ -1,0 +1,160 @@
+"""python -m benchmarks.trainer --config=FILE[:variant] [--repetitions=5] [--out=FILE] [training flags]
+
+Is the torch peer of benchmarks.train_step at its best? Times its updates (`published`) beside those of
+transformers' Trainer with the same rows, loss, dtype, threads, clipping and fused AdamW, each in a process of
+its own; they take turns, and a first update of each is not counted. Trainer gets an update's rows in
+batch.sequences batches, whose losses its `compute_loss` returns. The learning rate is constant. Needs
+requirements-dev.txt.
+"""
+
+import os
+import queue
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from absl import flags
+
+from benchmarks import measure, peers, train_step
+from prom_jax import cli, models, train
+from prom_jax.errors import UserError
+
+TOLERANCE = 1e-3  # relative, between losses in float32 after several updates
+
+
+def main():
+    """Reads the command line, measures and reports."""
+    config = cli.config()
+    config.pivot.regulate = "never"
+    config.steps = FLAGS.repetitions + 1
+    config.compute_dtype = config.compute_dtype or models.default_compute_dtype()
+    with tempfile.TemporaryDirectory() as folder:
+        job = train.plan(config, Path(folder, "run"))
+        source = f"{folder}/hf"
+        models.save_hf(*models.load(config.model), source, dtype="float32")
+        texts = [train_step.texts(job, step) for step in range(config.steps)]
+        about = source, job.objective, job.pivot_layer, config
+        sides = {
+            "Trainer": measure.Worker(Trained, *about, texts),
+            "peer": measure.Worker(Constant, *about, texts),
+        }
+        losses = {name: [] for name in sides}
+        turn = lambda name: lambda: losses[name].append(sides[name].call("step"))
+        seconds = measure.interleaved({name: turn(name) for name in sides}, FLAGS.repetitions)
+    medians = {name: measure.median(each) for name, each in seconds.items()}
+    row = {"what": "seconds an update", **medians, "ratio": medians["Trainer"] / medians["peer"]}
+    apart = float(np.abs(np.divide(losses["peer"], losses["Trainer"]) - 1).max())
+    notes = (
+        f"losses differ by {apart:.1e} of these at most",
+        f"{config.compute_dtype}, remat {config.remat}",
+    )
+    measure.report("The torch peer beside transformers' Trainer", [row], FLAGS.out, notes)
+    if config.compute_dtype == "float32" and not apart < TOLERANCE:
+        raise UserError(f"the two sides differ in their losses by {apart:.1e}: they do not compute the same")
+
+
+class Constant(peers.Peer):
+    """The peer with all its texts, at one learning rate."""
+
+    def __init__(self, source: str, objective, pivot_layer: int, config, texts: list[dict]):
+        super().__init__(source, "published", objective, pivot_layer, config, False)
+        self.texts = iter(texts)
+
+    def step(self) -> float:
+        """The next update; returns its loss."""
+        return super().step(next(self.texts), self.config.optimizer.learning_rate)[0]
+
+
+class Trained(transformers.TrainerCallback):
+    """A run of Trainer in a thread that waits for its turn after each update."""
+
+    def __init__(self, source: str, objective, pivot_layer: int, config, texts: list[dict]):
+        self.go, self.done = queue.Queue(), queue.Queue()
+        rows = [peers.rows(some, peers.packed, config.data.seq_len, objective) for some in texts]
+        parts = min(config.batch.sequences, *map(len, rows))
+        arguments = transformers.TrainingArguments(
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=parts,
+            max_steps=len(texts),
+            learning_rate=config.optimizer.learning_rate,
+            lr_scheduler_type="constant",
+            weight_decay=config.optimizer.weight_decay,
+            max_grad_norm=config.optimizer.clip,
+            optim="adamw_torch_fused",
+            bf16=config.compute_dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            report_to="none",
+            logging_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        self.trainer = PromTrainer(
+            peers.load(source, config.remat),
+            arguments,
+            data_collator=lambda batch: batch[0],
+            train_dataset=InOrder(update[i::parts] for update in rows for i in range(parts)),
+            callbacks=[self],
+        )
+        self.trainer.objective, self.trainer.pivot_layer = objective, pivot_layer
+        threading.Thread(target=self._train, daemon=True).start()
+
+    def _train(self):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        try:
+            self.trainer.train()
+        except BaseException as error:  # which the thread would keep to itself
+            self.done.put(error)
+
+    def on_train_begin(self, *_, **__):
+        """Waits for the first turn."""
+        self.go.get()
+
+    def on_step_end(self, *_, **__):
+        """Tells the loss, and waits for the next turn."""
+        self.done.put(float(self.trainer.total))
+        self.trainer.total = 0.0
+        self.go.get()
+
+    def step(self) -> float:
+        """The next update; returns its loss."""
+        self.go.put(None)
+        result = self.done.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+
+class PromTrainer(transformers.Trainer):
+    """Trainer with PROM's loss of a batch of rows."""
+
+    total = 0.0  # loss of the update so far
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The rows' part of the update's loss, for Trainer to divide by the number of batches."""
+        loss = sum(
+            peers.row_loss(model, model.model, row, self.objective, self.pivot_layer) for row in inputs
+        )
+        self.total += loss.detach()
+        return loss * self.args.gradient_accumulation_steps
+
+
+class InOrder(torch.utils.data.IterableDataset):
+    """A data set of what is given, in its order."""
+
+    def __init__(self, items):
+        self.items = list(items)
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("repetitions", 5, "Updates of each side that count")
+    flags.DEFINE_string("out", None, "Where the table goes as JSON")
+    FLAGS = flags.FLAGS
+    cli.define_run_flags()
+    cli.run(main)
