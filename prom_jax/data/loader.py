@@ -31,7 +31,8 @@ class Batches:
 
     Training takes `epochs` (a fraction is that part of the last epoch's updates) or, when `steps`
     is not 0, so many updates, running into further epochs. `Batches.once` is for evaluation.
-    `share_prompts`: whether prompts that begin alike are computed once; else every text is whole.
+    `share_prompts`: whether prompts that begin alike are computed once, else every text is whole;
+    `join`: whether English rows may continue target rows, so that neither is of use alone.
 
     Attributes:
       num_steps: updates in all; `steps_per_epoch`: the first epoch's.
@@ -55,6 +56,7 @@ class Batches:
         epochs: float = 0.0,
         steps: int = 0,
         share_prompts: bool = False,
+        join: bool = True,
     ):
         if not (steps > 0 or epochs > 0):
             raise UserError(f"steps is {steps} and epochs is {epochs}: one of them must be more than 0.")
@@ -62,7 +64,7 @@ class Batches:
         target, english = (_texts(records, side, share_prompts) for side in SIDES)
         self._prompts = np.zeros_like(target.lengths)  # tokens that English has of its target text
         prompts = None
-        if share_prompts:
+        if share_prompts and join:
             prompts = np.where(records.common_prompts >= target.shared, records.common_prompts, 0)
         layout = packing.choose_layout(target, english, (sequences, seq_len), prompts)
         self.joined = layout.joined
@@ -82,15 +84,19 @@ class Batches:
         self._plan = packing.join(plans)
         self.examples = self._plan.examples[: self._plan.ends[self.num_steps]]
         taken = {side: getattr(self._plan, side).lengths[: len(self.examples)].sum() for side in self.shapes}
-        places = {side: self.num_steps * math.prod(shape) for side, shape in self.shapes.items()}
-        self.fill = {side: float(taken[side] / places[side]) for side in self.shapes}
-        tokens = sum(self.tokens(step) for step in range(self.num_steps))
-        self.saved = 1 - float(sum(taken.values()) / tokens)
+        self.fill = {
+            side: float(taken[side] / (self.num_steps * math.prod(shape)))
+            for side, shape in self.shapes.items()
+        }
+        self.saved = 1 - float(sum(taken.values()) / sum(map(self.tokens, range(self.num_steps))))
 
     @classmethod
-    def once(cls, records: Records, *, sequences: int, seq_len: int) -> "Batches":
-        """Every example once and in order, for evaluation."""
-        return cls(records, sequences=sequences, seq_len=seq_len, seed=None, epochs=1.0)
+    def once(
+        cls, records: Records, *, sequences: int, seq_len: int, share_prompts: bool = False
+    ) -> "Batches":
+        """Every example once and in order, for evaluation; either side alone."""
+        shape = {"sequences": sequences, "seq_len": seq_len}
+        return cls(records, **shape, seed=None, epochs=1.0, share_prompts=share_prompts, join=False)
 
     def __len__(self) -> int:
         return self.num_steps

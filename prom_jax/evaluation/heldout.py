@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from prom_jax import llama
+from prom_jax import attention, llama
 from prom_jax.console import track
 from prom_jax.data.loader import Batches
 from prom_jax.objective import Objective, main_loss
@@ -23,7 +23,8 @@ class HeldOut:
     """
 
     def __init__(self, model, objective: Objective, mesh, records, *, sequences, seq_len, prefix=""):
-        self._batches = Batches.once(records, sequences=sequences, seq_len=seq_len)
+        share = attention.continues(model.compute.attention)
+        self._batches = Batches.once(records, sequences=sequences, seq_len=seq_len, share_prompts=share)
         self._mesh, self._prefix = mesh, prefix
         self._tokens = {
             "target": int(records.target_weights.sum()),

@@ -61,7 +61,9 @@ def sides_of(run, step):
 def test_an_epoch_is_every_example_once(records):
     examples = records.read(range(len(records)))
     runs = [batches(records, epochs=1.0, share_prompts=share) for share in (False, True)]
-    for run in (*runs, Batches.once(records, sequences=2, seq_len=256)):
+    once = [Batches.once(records, sequences=2, seq_len=256, share_prompts=share) for share in (False, True)]
+    assert runs[1].joined and not once[1].joined and once[1].saved > 0
+    for run in (*runs, *once):
         for side in ("target", "english"):
             found = [pair for i in range(len(run)) for pair in sides_of(run, i)[side]]
             expected = [
