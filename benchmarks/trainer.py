@@ -11,6 +11,7 @@ import os
 import queue
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -41,22 +42,42 @@ def main():
             "Trainer": measure.Worker(Trained, *about, texts),
             "peer": measure.Worker(Constant, *about, texts),
         }
-        losses = {name: [] for name in sides}
-        turn = lambda name: lambda: losses[name].append(sides[name].call("step"))
-        seconds = measure.interleaved({name: turn(name) for name in sides}, FLAGS.repetitions)
-    medians = {name: measure.median(each) for name, each in seconds.items()}
-    row = {"what": "seconds an update", **medians, "ratio": medians["Trainer"] / medians["peer"]}
+        losses, processors = ({name: [] for name in sides} for _ in range(2))
+
+        def update(name):
+            loss, used = sides[name].call("timed_step")
+            losses[name].append(loss), processors[name].append(used)
+
+        turns = {name: lambda name=name: update(name) for name in sides}
+        seconds = measure.interleaved(turns, FLAGS.repetitions)
+    processors = {name: each[1:] for name, each in processors.items()}
+    rows = [row("seconds an update", seconds), row("the same, of the processors", processors)]
     apart = float(np.abs(np.divide(losses["peer"], losses["Trainer"]) - 1).max())
     notes = (
         f"losses differ by {apart:.1e} of these at most",
         f"{config.compute_dtype}, remat {config.remat}",
     )
-    measure.report("The torch peer beside transformers' Trainer", [row], FLAGS.out, notes)
+    measure.report("The torch peer beside transformers' Trainer", rows, FLAGS.out, notes)
     if config.compute_dtype == "float32" and not apart < TOLERANCE:
         raise UserError(f"the two sides differ in their losses by {apart:.1e}: they do not compute the same")
 
 
-class Constant(peers.Peer):
+def row(what: str, values: dict) -> dict:
+    """A row of the table: the medians of each side, and Trainer's over the peer's."""
+    medians = {name: measure.median(each) for name, each in values.items()}
+    return {"what": what, **medians, "ratio": medians["Trainer"] / medians["peer"]}
+
+
+class Timed:
+    """A side whose `step` is the next update and returns its loss."""
+
+    def timed_step(self) -> tuple[float, float]:
+        """`step`, and the seconds that it took of the processors, in which others have little part."""
+        began = time.process_time()
+        return self.step(), time.process_time() - began
+
+
+class Constant(Timed, peers.Peer):
     """The peer with all its texts, at one learning rate."""
 
     def __init__(self, source: str, objective, pivot_layer: int, config, texts: list[dict]):
@@ -68,7 +89,7 @@ class Constant(peers.Peer):
         return super().step(next(self.texts), self.config.optimizer.learning_rate)[0]
 
 
-class Trained(transformers.TrainerCallback):
+class Trained(Timed, transformers.TrainerCallback):
     """A run of Trainer in a thread that waits for its turn after each update."""
 
     def __init__(self, source: str, objective, pivot_layer: int, config, texts: list[dict]):
