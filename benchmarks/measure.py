@@ -76,8 +76,9 @@ def report(title: str, rows: list[dict], out: str | None, notes: tuple[str, ...]
 
 
 def environment() -> dict[str, str]:
-    """The machine and the versions of what was measured."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    """The machine and the versions of what was measured, as far as it is installed."""
+    installed = {each.metadata["Name"].lower() for each in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
     return {"cores": str(len(os.sched_getaffinity(0))), "python": platform.python_version()} | versions
 
 
