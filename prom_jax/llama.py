@@ -134,12 +134,24 @@ class Blocks(nnx.Module):
 
         Returns: the block's output [B, T, D] and the cache.
         """
+        return self._run(self._gathered(x_BTD.dtype), x_BTD, angles_BTF, mask_B1TS, cache, layer, start)
+
+    def _gathered(self, dtype) -> dict:
+        """The weights of one block, as a device computes with them."""
+        names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        names += ("input_layernorm", "post_attention_layernorm")
+        return {name: gathered(getattr(self, name)[...], name, dtype) for name in names}
+
+    def _run(self, weights, x_BTD, angles_BTF, mask_B1TS, cache=None, layer=None, start=None):
+        """`__call__` with weights of `_gathered`, which serve several batches."""
         config = self.config
+        norm = lambda name, x: rms_norm(x, weights[name], config.rms_norm_eps)
+        project = lambda name, x: jnp.einsum("...i,oi->...o", x, weights[name])
         split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
-        h = self._norm("input_layernorm", x_BTD)
-        q = rotate(split(self._project("q_proj", h)), angles_BTF)
-        k = rotate(split(self._project("k_proj", h)), angles_BTF)
-        v = split(self._project("v_proj", h))
+        h = norm("input_layernorm", x_BTD)
+        q = rotate(split(project("q_proj", h)), angles_BTF)
+        k = rotate(split(project("k_proj", h)), angles_BTF)
+        v = split(project("v_proj", h))
         if start is not None:  # in place: the cache is carried through the layers, never stacked or sliced
             write = lambda old, new: jax.lax.dynamic_update_slice(
                 old, new.astype(old.dtype).swapaxes(1, 2)[None], (layer, 0, 0, start, 0)
@@ -150,16 +162,10 @@ class Blocks(nnx.Module):
             if cache is not None:
                 k, v = _behind(cache[0][layer], k), _behind(cache[1][layer], v)
             h = attention(q, k, v, mask_B1TS, self.compute.attention)
-        x_BTD = x_BTD + self._project("o_proj", h.reshape(*h.shape[:2], -1))
-        h = self._norm("post_attention_layernorm", x_BTD)
-        h = jax.nn.silu(self._project("gate_proj", h)) * self._project("up_proj", h)
-        return x_BTD + self._project("down_proj", h), cache
-
-    def _norm(self, name, x):
-        return rms_norm(x, gathered(getattr(self, name)[...], name, x.dtype), self.config.rms_norm_eps)
-
-    def _project(self, name, x):
-        return jnp.einsum("...i,oi->...o", x, gathered(getattr(self, name)[...], name, x.dtype))
+        x_BTD = x_BTD + project("o_proj", h.reshape(*h.shape[:2], -1))
+        h = norm("post_attention_layernorm", x_BTD)
+        h = jax.nn.silu(project("gate_proj", h)) * project("up_proj", h)
+        return x_BTD + project("down_proj", h), cache
 
     def scan(self, x_BTD, angles_BTF, mask_B1TS, cache=None, start=None, collect=None):
         """Runs the whole stack. Returns its output, `collect` of each block's output stacked, the cache."""
@@ -171,10 +177,23 @@ class Blocks(nnx.Module):
             x = constrain(x, BATCH)
             return (x, kv), (collect(x) if collect else None)
 
-        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.compute.remat])
         layers = jnp.arange(len(self.input_layernorm[...]))
-        (x_BTD, cache), hiddens = jax.lax.scan(body, (x_BTD, cache), (self, layers))
+        (x_BTD, cache), hiddens = jax.lax.scan(self._remat(body), (x_BTD, cache), (self, layers))
         return x_BTD, hiddens, cache
+
+    def scan_each(self, xs, contexts):
+        """Runs several batches [B, T, D], with B and T of their own, through the whole stack side by side: a
+        block's weights are gathered, and its gradients stacked, once for all. Returns their outputs."""
+
+        def body(xs, block):
+            weights = block._gathered(xs[0].dtype)
+            outputs = (block._run(weights, x, *context)[0] for x, context in zip(xs, contexts))
+            return [constrain(output, BATCH) for output in outputs], None
+
+        return jax.lax.scan(self._remat(body), xs, self)[0]
+
+    def _remat(self, body):
+        return jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.compute.remat])
 
 
 def _behind(old_BKSD, new_BTKD):
@@ -274,6 +293,23 @@ class Llama(nnx.Module):
         if self.upper is not None:
             x, _, _ = self.upper.scan(x, *context)
         return self.final_norm(x)
+
+    def each_final_states(self, *batches):
+        """`final_states` of several batches (tokens, positions, segments), side by side."""
+        contexts = [self.context(*batch) for batch in batches]
+        xs = [self.embed(tokens_BT) for tokens_BT, _, _ in batches]
+        for stack in filter(None, (self.lower, self.upper)):
+            xs = stack.scan_each(xs, contexts)
+        return [self.final_norm(x) for x in xs]
+
+    def final_and_pivot_states(self, final, pivot):
+        """`final_states` of one batch (tokens, positions, segments) and `pivot_states` of another, side by
+        side."""
+        contexts = [self.context(*batch) for batch in (final, pivot)]
+        xs = [self.embed(tokens_BT) for tokens_BT, _, _ in (final, pivot)]
+        x, states = self.lower.scan_each(xs, contexts)
+        x, _, _ = self.upper.scan(x, *contexts[0])
+        return self.final_norm(x), states
 
     def states_at_two_exits(self, tokens_BT, positions_BT, segments_BT, width: int):
         """What two heads read of rows whose places from `width` on leave after block n: `final_states` of

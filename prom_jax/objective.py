@@ -70,8 +70,8 @@ class Objective:
         if self.joined:
             target_states, english_states = self._joined_states(model, target, english)
         else:
-            states = model.pivot_states if self.has_pivot else model.final_states
-            target_states, english_states = model.final_states(*_texts(target)), states(*_texts(english))
+            states = model.final_and_pivot_states if self.has_pivot else model.each_final_states
+            target_states, english_states = states(_texts(target), _texts(english))
         if self.has_pivot:
             english_loss = self.pivot_exit(model, english_states, english, self.label_smoothing)
         else:

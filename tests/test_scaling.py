@@ -50,8 +50,8 @@ def test_weights_are_gathered_once_a_pass_in_the_compute_dtype(fsdp):
             ((dtype, shape),) = each.shapes
             assert dtype == "bf16"
             (loops[each.computation] if each.times > 1 else others)[shape] += 1
-    # Forward and backward: target through either stack, English through the lower one.
-    assert list(loops.values()) == 6 * [matrices]
+    # Forward and backward, either stack: English and target go through the lower one side by side.
+    assert list(loops.values()) == 4 * [matrices]
     assert others == {(VOCABULARY, HIDDEN): 2, (HIDDEN,): 1}  # two heads, the final norm
 
 
