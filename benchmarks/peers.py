@@ -1,6 +1,6 @@
 """PROM's update as torch and transformers make it: two forwards through all blocks, and a pivot head.
 
-Of prom_jax there are the tokens alone.
+Of prom_jax there are the tokens alone, and how it has the C library keep memory.
 """
 
 import copy
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import transformers
 from torch.nn.functional import cross_entropy
+
+from prom_jax import budget
 
 IGNORED = -100  # a label that bears no loss
 PADDED_ROWS = 4  # padded rows that are computed together: Alpaca's batch on a device
@@ -109,6 +111,7 @@ class Peer:
 
     def __init__(self, source: str, layout: str, objective, pivot_layer: int, config, compiled: bool):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+        budget.keep_freed_memory()  # as our side does
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.layout, self.objective, self.pivot_layer, self.config = (
             LAYOUTS[layout],

@@ -146,7 +146,11 @@ def report(jobs: dict, results: dict, seconds: dict, peaks: dict) -> None:
         rows.append(row(f"{what} a second", rate))
     device = mesh.devices.flat[0].device_kind
     for peak in (peak for beginning, peak in PEAKS.items() if device.startswith(beginning)):
-        rows.append(row("MFU", {name: each * 1e9 / (peak * mesh.size) for name, each in rate.items()}))
+        # What a side shares it does not compute; that is about as many FLOPs as tokens.
+        done = {name: 1 - job.batches.saved for name, job in jobs.items()}
+        done |= {"peer": 1.0} if FLAGS.peer in LAYOUTS else {}
+        mfu = {name: done[name] * each * 1e9 / (peak * mesh.size) for name, each in rate.items()}
+        rows.append(row("MFU", mfu))
     losses, places = ({name: [step[i] for step in results[name]] for name in jobs} for i in (0, 1))
     rows.append(row("places computed an update", {name: each[1:] for name, each in places.items()}))
     rows.append(row("peak memory (GiB)", {name: [peak / 2**30] for name, peak in peaks.items()}))
@@ -172,7 +176,8 @@ def about(jobs: dict) -> dict[str, str]:
         config = job.config
         shapes = ", ".join(f"{rows} × {length} {role}" for role, (rows, length) in job.batches.shapes.items())
         told[name] = (
-            f"{config.method} in JAX; texts in rows ({shapes}) without seeing each other; attention "
+            f"{config.method} in JAX; texts in rows ({shapes}{', English behind' * job.batches.joined}) without "
+            f"seeing each other; shared prompts save {job.batches.saved:.0%} of the tokens; attention "
             f"{config.attention}; heads on loss-bearing tokens; AdamW in float32"
         )
     if FLAGS.peer in LAYOUTS:

@@ -20,7 +20,7 @@ import transformers
 from absl import flags
 
 from benchmarks import measure, peers, train_step
-from prom_jax import cli, models, train
+from prom_jax import budget, cli, models, train
 from prom_jax.errors import UserError
 
 TOLERANCE = 1e-3  # relative, between losses in float32 after several updates
@@ -125,6 +125,7 @@ class Trained(Timed, transformers.TrainerCallback):
 
     def _train(self):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+        budget.keep_freed_memory()
         try:
             self.trainer.train()
         except BaseException as error:  # which the thread would keep to itself

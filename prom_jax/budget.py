@@ -58,13 +58,13 @@ def available_bytes() -> int:
 
 
 def keep_freed_memory() -> None:
-    """On a CPU, keeps the memory of an update for the next one, where the C library is glibc.
+    """Keeps the memory of an update on a CPU for the next one, where the C library is glibc.
 
     It would give the system back what an update frees at its end, 1.5 GiB in the demo, and new pages of it
     cost the next update up to a tenth of its time.
     """
     libc = ctypes.CDLL(None)
-    if jax.default_backend() == "cpu" and hasattr(libc, "gnu_get_libc_version"):
+    if hasattr(libc, "gnu_get_libc_version"):
         trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h: M_TRIM_THRESHOLD and so on
         libc.mallopt(trim_threshold, -1)  # never
         libc.mallopt(mmap_max, 0)
