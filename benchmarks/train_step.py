@@ -176,7 +176,7 @@ def about(jobs: dict) -> dict[str, str]:
         config = job.config
         shapes = ", ".join(f"{rows} × {length} {role}" for role, (rows, length) in job.batches.shapes.items())
         told[name] = (
-            f"{config.method} in JAX; texts in rows ({shapes}{', English behind' * job.batches.joined}) without "
+            f"{config.method} in JAX; texts in rows ({shapes}{', behind' * job.batches.joined}) without "
             f"seeing each other; shared prompts save {job.batches.saved:.0%} of the tokens; attention "
             f"{config.attention}; heads on loss-bearing tokens; AdamW in float32"
         )
