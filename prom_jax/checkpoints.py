@@ -12,6 +12,7 @@ in an object store, gs://bucket/….
 import collections
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -42,8 +43,10 @@ CHUNK_BYTES = 64 * 2**20  # the largest part of an array that is compressed, and
 CACHE_BYTES = 256 * 2**20  # of decompressed chunks: a tensor is often read row by row
 FILE_BYTES = 256 * 2**20  # TensorStore buffers a file before it writes it
 PENDING = 2  # parts of a lazy array that are being written while the next is read
-# What Orbax, TensorStore and the system raise where files cannot be read or written.
+# What Orbax, TensorStore and the system raise where files cannot be read or written. What an object store's
+# clients raise has no kind in common, so that they are caught as `Exception`.
 STORE_ERRORS = (OSError, ValueError, KeyError, TypeError)
+REMOTE = "gs://"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,8 @@ class Checkpoints:
       keep: how many of the latest steps stay (None: all).
       keep_best: how many of those with the lowest held-out loss stay besides.
       keep_every: steps that are multiples of it stay besides; 0: none.
+    Raises:
+      UserError: if the directory cannot be made or read.
     """
 
     def __init__(self, directory, keep: int | None = None, keep_best: int = 0, keep_every: int = 0):
@@ -114,10 +119,19 @@ class Checkpoints:
         self._open()
 
     def _open(self):
+        remote = str(self.directory).startswith(REMOTE)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._policy, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            preservation_policy=self._policy,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=not remote,  # there it would remove every folder but the steps
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with usable(self.directory):
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            if remote and is_first() and self.directory.exists():
+                whole = set(map(str, self._manager.all_steps()))
+                for place in self.directory.iterdir():
+                    if place.name.isdecimal() and place.name not in whole:
+                        place.rmtree()
 
     def latest(self) -> int | None:
         """The last whole step, or None."""
@@ -141,7 +155,7 @@ class Checkpoints:
         self._step = step
         try:
             self._manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
-        except STORE_ERRORS as error:
+        except _errors(self.directory) as error:
             self._failed(error)
 
     def resume(self, **items):
@@ -150,16 +164,18 @@ class Checkpoints:
         Args: items: abstract trees, whose shapes, dtypes and shardings the results have.
         Returns: the step and the items, a tuple in their order; 0 and None where there is no whole step.
         Raises:
-          UserError: with several processes, for a damaged step: run again to go on from the one before.
+          UserError: with several processes, for a damaged step: run again to go on from the one before; if
+            the directory cannot be read at all.
         """
-        while step := self.latest():
-            try:
-                restored = self.restore(step, **items)
-            except STORE_ERRORS as error:
-                self._put_aside(step, error)
-            else:
-                console.print(f"resumed   after step {step}")
-                return step, restored
+        with usable(self.directory):
+            while step := self.latest():
+                try:
+                    restored = self.restore(step, **items)
+                except STORE_ERRORS as error:
+                    self._put_aside(step, error)
+                else:
+                    console.print(f"resumed   after step {step}")
+                    return step, restored
         return 0, None
 
     def restore(self, step: int, **items) -> tuple:
@@ -193,7 +209,7 @@ class Checkpoints:
     def _finish(self):
         try:
             self._manager.wait_until_finished()
-        except STORE_ERRORS as error:
+        except _errors(self.directory) as error:
             self._failed(error)
 
     def _failed(self, error: Exception):
@@ -203,9 +219,12 @@ class Checkpoints:
         )
         if jax.process_count() > 1:  # the others wait for this one's part of the step
             raise UserError(told) from error
-        self._manager.close()
-        self._open()  # forgets the step, and removes what there is of it
-        self._failure = f"{told}; the last whole step is {self.latest() or 'none'}"
+        self._failure = told
+        with contextlib.suppress(*_errors(self.directory)):  # it tells of the same again
+            self._manager.close()
+        with contextlib.suppress(UserError):  # an object store may be out of reach for longer
+            self._open()  # forgets the step, and removes what there is of it
+            self._failure += f"; the last whole step is {self.latest() or 'none'}"
         console.print(f"WARNING   {self._failure}")
 
     def _put_aside(self, step: int, error: Exception):
@@ -223,15 +242,39 @@ class Checkpoints:
 
 
 def _quiet():
-    """Orbax tells of every file it touches, and prints the trace of each error that it raises."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    """Orbax tells of every file it touches; it and gcsfs print the trace of each error that they raise."""
+    for library in ("absl", "gcsfs", "fsspec"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+
+
+def _errors(directory):
+    """What tells that a directory, which may be in an object store, cannot be used."""
+    return (Exception,) if str(directory).startswith(REMOTE) else STORE_ERRORS
+
+
+@contextlib.contextmanager
+def usable(directory):
+    """Raises UserError where the block finds that a directory cannot be made, read or written."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _errors(directory) as error:
+        remedy = "make room or choose another place"
+        if str(directory).startswith(REMOTE):
+            remedy = (
+                "see that the bucket is there and open to you, log in with "
+                "`gcloud auth application-default login`, or choose another place"
+            )
+        raise UserError(f"{directory} cannot be used ({_reason(error)}): {remedy}") from error
 
 
 def _reason(error: Exception) -> str:
     """The gist of an error: TensorStore's tell of every layer, the system's word is in them somewhere."""
     if code := re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", str(error)):
         return os.strerror(int(code[1] or code[2]))
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    missing = "not found: " * isinstance(error, FileNotFoundError)  # gcsfs tells the address alone
+    return missing + next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _storage(item):
@@ -294,8 +337,8 @@ def write(directory, description: Description, model_tokenizer, params: dict):
     Raises:
       UserError: if it cannot be written.
     """
-    describe(directory, description, model_tokenizer)
     _quiet()
+    describe(directory, description, model_tokenizer)
     path = located(directory) / "0" / "params"
     args = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=FILE_BYTES)
     registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _LazyHandler()))
@@ -303,22 +346,21 @@ def write(directory, description: Description, model_tokenizer, params: dict):
         "options": ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
         "item_handlers": {"params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)},
     }
-    try:
-        with ocp.CheckpointManager(located(directory), **options) as manager:
-            manager.save(0, args=ocp.args.Composite(params=args))
-    except STORE_ERRORS as error:
-        raise UserError(
-            f"{path} could not be written ({_reason(error)}): make room or choose another place"
-        ) from error
+    with usable(path), ocp.CheckpointManager(located(directory), **options) as manager:
+        manager.save(0, args=ocp.args.Composite(params=args))
 
 
 def describe(directory, description: Description, model_tokenizer):
-    """Writes what the checkpoints in `directory` are, and their tokenizer; process 0 does."""
+    """Writes what the checkpoints in `directory` are, and their tokenizer; process 0 does.
+
+    Raises:
+      UserError: if they cannot be written.
+    """
     if not is_first():
         return
     directory = located(directory)
-    (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as local:
+    with usable(directory), tempfile.TemporaryDirectory() as local:
+        (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)
         tokenizer.save(model_tokenizer, Path(local), model_tokenizer.chat_template)
         for path in Path(local).iterdir():
             (directory / TOKENIZER / path.name).write_bytes(path.read_bytes())
@@ -334,18 +376,42 @@ def load_tokenizer(directory):
 
 
 def located(path) -> epath.Path:
-    """A place on this machine, made absolute, or in an object store."""
-    return epath.Path(path) if str(path).startswith("gs://") else epath.Path(os.path.abspath(path))
+    """A place on this machine, made absolute, or in an object store.
+
+    Raises:
+      UserError: for an object store that is not supported, or for which a package is missing.
+    """
+    scheme = re.match(r"\w+://", str(path))
+    if not scheme:
+        return epath.Path(os.path.abspath(path))
+    if scheme[0] != REMOTE:
+        raise UserError(f"{path} is in no place that is supported: expected a path or gs://bucket/…")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{path} needs the package gcsfs: pip install -e '.[gcs]'")
+    return epath.Path(path)
 
 
 def find(source) -> epath.Path | None:
     """The checkpoint directory that `source` is or holds as `checkpoints`, or the one step that it is; None
-    if it is none of these."""
+    if it is none of these.
+
+    Raises:
+      UserError: if it is a place in an object store that is none of these or cannot be read.
+    """
     place = located(source)
-    for directory in (place, place / "checkpoints"):
-        if (directory / DESCRIPTION).is_file():
-            return directory
-    return place if place.name.isdecimal() and (place.parent / DESCRIPTION).is_file() else None
+    _quiet()
+    with usable(place):
+        for directory in (place, place / "checkpoints"):
+            if (directory / DESCRIPTION).is_file():
+                return directory
+        if place.name.isdecimal() and (place.parent / DESCRIPTION).is_file():
+            return place
+    if str(place).startswith(REMOTE):
+        raise UserError(
+            f"{place} holds no checkpoint, or its bucket is not there: expected one that prom_jax wrote; "
+            "other models must lie on this machine"
+        )
+    return None
 
 
 class CheckpointReader:

@@ -10,7 +10,6 @@ import numpy as np
 from prom_jax import checkpoints, cli, models, weights
 from prom_jax.data.chat import chat_template
 from prom_jax.errors import UserError
-from prom_jax.workdir import make_directory
 
 
 def main(argv=None):
@@ -46,9 +45,11 @@ def to_hf(source, destination, dtype=None):
 def from_hf(source, destination, dtype=None):
     """Writes `source` as an Orbax checkpoint, in its own dtype or another, a part of a tensor at a time."""
     destination = checkpoints.located(destination)
-    make_directory(destination)
-    if any(destination.iterdir()):
-        raise UserError(f"{destination} is not empty: give a new place")
+    with checkpoints.usable(destination):
+        destination.mkdir(parents=True, exist_ok=True)
+        # In an object store there is no folder before there is a file in it.
+        if destination.exists() and any(destination.iterdir()):
+            raise UserError(f"{destination} is not empty: give a new place")
     reader, tokenizer = models.open_source(source)
     layer, dtype = reader.pivot_layer, np.dtype(dtype or reader.dtype)
     params = weights.lazy_params(reader, pivot_layer=layer, pivot_head=layer > 0, dtype=dtype)
