@@ -17,7 +17,9 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import jax
@@ -126,7 +128,7 @@ class Checkpoints:
             cleanup_tmp_directories=not remote,  # there it would remove every folder but the steps
         )
         with usable(self.directory):
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = _Manager(self.directory, options=options)
             if remote and is_first() and self.directory.exists():
                 whole = set(map(str, self._manager.all_steps()))
                 for place in self.directory.iterdir():
@@ -208,6 +210,10 @@ class Checkpoints:
 
     def _finish(self):
         try:
+            while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+                if self._manager.failure:
+                    raise self._manager.failure
+                time.sleep(0.05)
             self._manager.wait_until_finished()
         except _errors(self.directory) as error:
             self._failed(error)
@@ -229,7 +235,7 @@ class Checkpoints:
 
     def _put_aside(self, step: int, error: Exception):
         place, aside = self.directory / str(step), self.directory / f"{step}.damaged"
-        with contextlib.suppress(FileNotFoundError):  # another process may be first
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # another process may be first
             if place.exists() and aside.exists():
                 aside.rmtree()
             place.rename(aside)
@@ -241,10 +247,32 @@ class Checkpoints:
         console.print(f"WARNING   {told}; going on from step {self.latest() or 'none'}")
 
 
+class _Manager(ocp.CheckpointManager):
+    """Keeps at hand why the writing of this process's part has failed: Orbax tells only after the others have
+    ended theirs, and they wait for this one's."""
+
+    failure: Exception | None = None
+
+    def _wait_for_checkpointers(self):
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failure = error
+            raise
+
+
 def _quiet():
-    """Orbax tells of every file it touches; it and gcsfs print the trace of each error that they raise."""
+    """Orbax tells of every file it touches; it and gcsfs print the trace of each error that they raise, and
+    TensorStore one for each part of an array whose writing nobody waits for any more."""
     for library in ("absl", "gcsfs", "fsspec"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _tell_unraisable
+
+
+def _tell_unraisable(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _errors(directory):

@@ -149,8 +149,10 @@ def _end_unconnected(timeout: float):
 
 
 def _print_error(message: str):
-    sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the log may lie on a disk that is full
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def _leave(joined: bool):
@@ -169,7 +171,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return LOST, "interrupted"
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
         time.sleep((SILENCE + 2) * TICK)  # the loss of another process shows so: let the watch name it
-    traceback.print_exception(error)
+    with contextlib.suppress(OSError):
+        traceback.print_exception(error)
     return LOST, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 

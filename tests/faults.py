@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import runpy
 import signal
 import socket
@@ -22,13 +23,16 @@ import numpy as np
 TIMINGS = {"tokens_per_second", "model_flops_per_second"}
 LIMIT = 60  # seconds in which all processes must have ended after a fault
 STATUS = {  # by fault: what all processes, or those that are left, end with
-    "term one": 75, "term all": 75, "kill": 69, "stop": 69, "data": 2, "hang": 69, "nan": 2
+    "term one": 75, "term all": 75, "kill": 69, "stop": 69, "data": 2, "hang": 69, "nan": 2, "disk one": 2,
+    "disk all": 2,
 }  # fmt: skip
 ABORT = -6  # what is left after process 0, the coordinator, is killed ends with: JAX sees to it
 MESSAGE = {
     "kill": "no sign of life", "stop": "no sign of life", "data": "data of step", "hang": "nothing has moved",
-    "nan": "loss nan",
+    "nan": "loss nan", "disk one": "File too large", "disk all": "File too large",
 }  # fmt: skip
+INSIDE = ("data", "hang", "nan", "disk one", "disk all")  # made in the processes, by `spoil`
+FILE_BYTES = 20_000  # what a file may hold on a disk that is full: less than the parts of a checkpoint
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -93,13 +97,13 @@ def broken(config: Path, workdir: Path, fault: str, chance: random.Random) -> st
     """Runs until the fault has ended it; a line that tells what happened."""
     victim, step = chance.randrange(2), chance.randint(2, 11)
     module = ("prom_jax.train",)
-    if fault in ("data", "hang", "nan"):
+    if fault in INSIDE:
         module = ("tests.faults", fault, str(step), str(victim))
     run = Run(config, workdir, module, flags=["--hang_timeout=15"] if fault == "hang" else [])
     left = [0, 1]
     try:
         run.until(step)
-        if fault in ("data", "hang", "nan"):
+        if fault in INSIDE:
             run.processes[0].wait(300)
         else:
             time.sleep(chance.uniform(0, 0.2))
@@ -131,11 +135,13 @@ def broken(config: Path, workdir: Path, fault: str, chance: random.Random) -> st
 
 
 def spoil(fault: str, at: int, victim: int):
-    """Makes reading the data of a step fail ('data') or hang ('hang') in a process, or gives weights in all
-    processes that are not numbers ('nan')."""
+    """Makes reading the data of a step fail ('data') or hang ('hang') in a process, gives weights in all
+    processes that are not numbers ('nan'), or lets files grow no more, in one or all, from the first
+    checkpoint at or after the step ('disk …')."""
+    from prom_jax.checkpoints import Checkpoints
     from prom_jax.data.loader import Batches
 
-    read = Batches.read
+    read, save = Batches.read, Checkpoints.save
     mine = f"--process_id={victim}" in sys.argv
 
     def spoiled(batches, step, wanted=None):
@@ -150,7 +156,13 @@ def spoil(fault: str, at: int, victim: int):
             batch["target"]["weights"] *= np.float32("nan")
         return batch
 
-    Batches.read = spoiled
+    def full(checkpoints, step, *args, **items):
+        if step >= at and (fault == "disk all" or (fault == "disk one" and mine)):
+            checkpoints._finish()  # the one before
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, resource.RLIM_INFINITY))
+        save(checkpoints, step, *args, **items)
+
+    Batches.read, Checkpoints.save = spoiled, full
 
 
 def prepare(folder: Path, tokenizer) -> Path:

@@ -224,7 +224,8 @@ def test_a_damaged_description_is_named(tmp_path, settings):
 def test_places():
     assert str(checkpoints.located("gs://bucket/run")) == "gs://bucket/run"
     assert str(checkpoints.located("runs/x")) == os.path.abspath("runs/x")
-    assert find("https://example.com/model") is None
+    with pytest.raises(UserError, match="in no place that is supported: expected a path or gs://bucket/…"):
+        find("https://example.com/model")
     assert find("owner/name") is None
 
 
