@@ -181,7 +181,7 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
 
     Raises:
       UserError: for a loss or gradient that is not finite; earlier checkpoints stay.
-      SystemExit: with REQUEUE, after a save, on SIGTERM or SIGINT.
+      SystemExit: with REQUEUE, after a save, on SIGTERM, SIGINT or SIGUSR1.
     """
     config, num_steps = job.config, job.batches.num_steps
     due = lambda step, every: step == num_steps or (every and step % every == 0)
@@ -247,11 +247,14 @@ def feed(job: Job, start: int):
 
 @contextlib.contextmanager
 def caught_signals():
-    """A list that fills when SIGTERM or SIGINT comes, so that the step under way can end and be saved."""
+    """A list that fills when SIGTERM, SIGINT or SIGUSR1 comes, so that the step under way can be saved.
+
+    mpirun passes SIGUSR1 on; of SIGTERM it makes a SIGKILL within seconds.
+    """
     caught = []
     before = {
         number: signal.signal(number, lambda number, _: caught.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     }
     try:
         yield caught
