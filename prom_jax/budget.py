@@ -1,6 +1,7 @@
 """What a run costs, known before any weight is loaded: FLOPs, bytes, and whether they fit."""
 
 import ctypes
+import importlib.util
 import os
 
 import jax
@@ -58,13 +59,14 @@ def available_bytes() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Keeps the memory of an update on a CPU for the next one, where the C library is glibc.
+    """Where there is no accelerator, keeps the memory of an update for the next one; before JAX has threads.
 
-    It would give the system back what an update frees at its end, 1.5 GiB in the demo, and new pages of it
+    glibc would give the system back what an update frees at its end, 1.5 GiB in the demo, and new pages of it
     cost the next update up to a tenth of its time.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
+    accelerators = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+    if not accelerators and hasattr(libc, "gnu_get_libc_version"):
         trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h: M_TRIM_THRESHOLD and so on
         libc.mallopt(trim_threshold, -1)  # never
         libc.mallopt(mmap_max, 0)

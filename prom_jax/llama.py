@@ -146,7 +146,7 @@ class Blocks(nnx.Module):
         """`__call__` with weights of `_gathered`, which serve several batches."""
         config = self.config
         norm = lambda name, x: rms_norm(x, weights[name], config.rms_norm_eps)
-        project = lambda name, x: jnp.einsum("...i,oi->...o", x, weights[name])
+        project = lambda name, x: _written_gradient(jnp.einsum("...i,oi->...o", x, weights[name]))
         split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
         h = norm("input_layernorm", x_BTD)
         q = rotate(split(project("q_proj", h)), angles_BTF)
@@ -194,6 +194,20 @@ class Blocks(nnx.Module):
 
     def _remat(self, body):
         return jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.compute.remat])
+
+
+@jax.custom_vjp
+def _written_gradient(y):
+    """`y`, whose gradient a CPU writes to memory before it is used: the gradient of the weights reads it
+    transposed, and XLA would read all that it is made of in that order."""
+    return y
+
+
+def _write(_, gradient):
+    return (jax.lax.platform_dependent(gradient, cpu=jax.lax.optimization_barrier, default=lambda x: x),)
+
+
+_written_gradient.defvjp(lambda y: (y, None), _write)
 
 
 def _behind(old_BKSD, new_BTKD):

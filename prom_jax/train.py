@@ -79,9 +79,8 @@ class Job(Experiment):
 
 def plan(config, workdir: Path) -> Job:
     """Mesh, model and data, with a line on each; writes nothing but records, card and regulation."""
+    budget.keep_freed_memory()
     mesh = sharding.make_mesh(**config.mesh)
-    if jax.default_backend() == "cpu":
-        budget.keep_freed_memory()
     experiment = resolve(config, workdir)
     objective, data, batches = experiment.objective, experiment.data, experiment.batches
     compute = llama.Compute(
