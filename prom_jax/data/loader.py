@@ -88,7 +88,7 @@ class Batches:
             side: float(taken[side] / (self.num_steps * math.prod(shape)))
             for side, shape in self.shapes.items()
         }
-        self.saved = 1 - float(sum(taken.values()) / sum(map(self.tokens, range(self.num_steps))))
+        self.saved = 1 - float(sum(taken.values()) / self._tokens_of(self.examples))
 
     @classmethod
     def once(
@@ -130,7 +130,9 @@ class Batches:
 
     def tokens(self, step: int) -> int:
         """Tokens of a step's examples, whether they share them or not."""
-        examples = self._plan.examples[slice(*self._plan.ends[step : step + 2])]
+        return self._tokens_of(self._plan.examples[slice(*self._plan.ends[step : step + 2])])
+
+    def _tokens_of(self, examples: np.ndarray) -> int:
         return int(sum(getattr(self._records, f"{side}_lengths")[examples].sum() for side in SIDES))
 
     def iterate(self, start: int = 0, wanted: dict[str, np.ndarray] | None = None) -> Iterator[dict]:

@@ -320,12 +320,15 @@ def _choose_rows(trial: _Trial, longest: int) -> tuple[Layout, int]:
 
 
 def _choose_length(trial: _Trial, longest: int) -> tuple[Layout, int] | None:
-    """The length of what lies behind the target rows, and the places that an epoch then takes."""
+    """The length of what lies behind the target rows, and the places that an epoch then takes; None where twice
+    their length is too little."""
     rows, length = trial.target_shape
     needs = {
         behind: updates * rows * (length + behind)
         for behind, updates in trial.lengths(rows, longest, 2 * length)
     }
+    if not needs:
+        return None
     best = min(needs, key=needs.get)
     return trial.layout((rows, best)), needs[best]
 

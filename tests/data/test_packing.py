@@ -199,6 +199,11 @@ def test_sharing_makes_fewer_updates_and_may_join_the_sides():
     assert joined.english[1] * 8 < 0.9 * np.prod(layout.english)
 
 
+def test_english_of_more_than_twice_the_target_rows_stays_apart():
+    target, english = Texts.alone(np.full(200, 4)), Texts.alone(np.full(200, 40))
+    assert not choose_layout(target, english, (2, 64), np.full(200, 2)).joined
+
+
 def test_a_row_takes_no_more_texts_than_can_be_numbered():
     texts = Texts.alone(np.full(3000, 2))
     plan = plan_epoch(texts, Texts.alone(np.zeros(3000)), Layout((2, 4096), None), seed=0, epoch=0)
