@@ -320,8 +320,8 @@ def _choose_rows(trial: _Trial, longest: int) -> tuple[Layout, int]:
 
 
 def _choose_length(trial: _Trial, longest: int) -> tuple[Layout, int] | None:
-    """The length of what lies behind the target rows, and the places that an epoch then takes; None where twice
-    their length is too little."""
+    """The length of what lies behind the target rows, and the places that an epoch then takes; None where
+    twice their length is too little."""
     rows, length = trial.target_shape
     needs = {
         behind: updates * rows * (length + behind)
