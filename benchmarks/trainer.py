@@ -23,8 +23,6 @@ from benchmarks import measure, peers, train_step
 from prom_jax import budget, cli, models, train
 from prom_jax.errors import UserError
 
-TOLERANCE = 1e-3  # relative, between losses in float32 after several updates
-
 
 def main():
     """Reads the command line, measures and reports."""
@@ -58,7 +56,7 @@ def main():
         f"{config.compute_dtype}, remat {config.remat}",
     )
     measure.report("The torch peer beside transformers' Trainer", rows, FLAGS.out, notes)
-    if config.compute_dtype == "float32" and not apart < TOLERANCE:
+    if config.compute_dtype == "float32" and not apart < train_step.TOLERANCE:
         raise UserError(f"the two sides differ in their losses by {apart:.1e}: they do not compute the same")
 
 

@@ -121,7 +121,7 @@ class Checkpoints:
         self._open()
 
     def _open(self):
-        remote = str(self.directory).startswith(REMOTE)
+        remote = _is_remote(self.directory)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy,
             enable_async_checkpointing=True,
@@ -275,9 +275,14 @@ def _tell_unraisable(unraisable):
         sys.__unraisablehook__(unraisable)
 
 
+def _is_remote(place) -> bool:
+    """Whether a place is in an object store."""
+    return str(place).startswith(REMOTE)
+
+
 def _errors(directory):
     """What tells that a directory, which may be in an object store, cannot be used."""
-    return (Exception,) if str(directory).startswith(REMOTE) else STORE_ERRORS
+    return (Exception,) if _is_remote(directory) else STORE_ERRORS
 
 
 @contextlib.contextmanager
@@ -289,7 +294,7 @@ def usable(directory):
         raise
     except _errors(directory) as error:
         remedy = "make room or choose another place"
-        if str(directory).startswith(REMOTE):
+        if _is_remote(directory):
             remedy = (
                 "see that the bucket is there and open to you, log in with "
                 "`gcloud auth application-default login`, or choose another place"
@@ -434,7 +439,7 @@ def find(source) -> epath.Path | None:
                 return directory
         if place.name.isdecimal() and (place.parent / DESCRIPTION).is_file():
             return place
-    if str(place).startswith(REMOTE):
+    if _is_remote(place):
         raise UserError(
             f"{place} holds no checkpoint, or its bucket is not there: expected one that prom_jax wrote; "
             "other models must lie on this machine"
