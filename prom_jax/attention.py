@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from prom_jax.sharding import BATCH, num_batch_shards
@@ -21,8 +22,10 @@ MOST_SEGMENTS = (1 << _LEVEL) - 1  # that continue the same segment
 
 # Queries, and keys, of a block at most: small ones skip more, large ones cost fewer steps. Of examples packed
 # into rows a query sees few keys, of a cache most.
-BLOCK, CACHE_BLOCK = 64, 256
+BLOCK, CACHE_BLOCK = 48, 256
 SPLASH_BLOCKS = (512, 256, 128)  # queries, and keys, of a block of 'splash': the first that divides a row
+OUTPUT = "attention"  # the name of what a gradient needs of it
+_VECTOR = 16  # floats that a CPU computes at once, at most
 _UNSEEN = -1e30  # a score, finite so that a row of them has no NaN
 _FLOAT32 = {"preferred_element_type": jnp.float32}
 
@@ -193,8 +196,8 @@ def _forward(q, k, v, mask, layer=None):
     start = jnp.zeros(q.shape, jnp.float32), jnp.full(one, _UNSEEN), jnp.zeros(one, jnp.float32)
     out, most, total = lax.fori_loop(0, number, body, start)
     total = jnp.where(total == 0, 1, total)
-    out = (out / total).astype(q.dtype)
-    return out, (q, k, v, mask, out, most + jnp.log(total))
+    out = checkpoint_name((out / total).astype(q.dtype), OUTPUT)
+    return out, (q, k, v, mask, out, checkpoint_name(most + jnp.log(total), OUTPUT))
 
 
 def _backward(saved, d_out):
@@ -246,8 +249,9 @@ def _seen(mask_BTS, layer=None):
 
 
 def _size(length: int, most: int) -> int:
-    """Of blocks that cover a length with little to spare."""
-    return -(-length // -(-length // most))
+    """Of blocks that cover a length with little to spare: of whole vectors, or a CPU computes them one by one."""
+    even = -(-length // -(-length // most))
+    return min(length, -(-even // _VECTOR) * _VECTOR)
 
 
 class _Places:

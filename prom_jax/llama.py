@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from prom_jax.architecture import LlamaConfig
-from prom_jax.attention import BACKENDS, attention, visible_in_rows
+from prom_jax.attention import BACKENDS, OUTPUT, attention, visible_in_rows
 from prom_jax.errors import UserError
 from prom_jax.sharding import BATCH, constrain, gathered, make_mesh, param_spec
 
@@ -30,7 +30,10 @@ def _all_but_gathered(primitive, *_, **__):
 REMAT = {
     "none": _all_but_gathered,
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(OUTPUT),
+    ),
 }
 
 
@@ -146,12 +149,16 @@ class Blocks(nnx.Module):
         """`__call__` with weights of `_gathered`, which serve several batches."""
         config = self.config
         norm = lambda name, x: rms_norm(x, weights[name], config.rms_norm_eps)
-        project = lambda name, x: _written_gradient(jnp.einsum("...i,oi->...o", x, weights[name]))
+        product = lambda x, matrix: jnp.einsum("...i,oi->...o", x, matrix)
+        project = lambda name, x: product(x, weights[name])
+        def joint(x, *names):
+            ms=[weights[n] for n in names]
+            y=product(x, jnp.concatenate(ms))
+            return jnp.split(y, np.cumsum([len(m) for m in ms])[:-1], axis=-1)
         split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
         h = norm("input_layernorm", x_BTD)
-        q = rotate(split(project("q_proj", h)), angles_BTF)
-        k = rotate(split(project("k_proj", h)), angles_BTF)
-        v = split(project("v_proj", h))
+        q, k, v = map(split, joint(h, "q_proj", "k_proj", "v_proj"))
+        q, k = rotate(q, angles_BTF), rotate(k, angles_BTF)
         if start is not None:  # in place: the cache is carried through the layers, never stacked or sliced
             write = lambda old, new: jax.lax.dynamic_update_slice(
                 old, new.astype(old.dtype).swapaxes(1, 2)[None], (layer, 0, 0, start, 0)
@@ -164,7 +171,8 @@ class Blocks(nnx.Module):
             h = attention(q, k, v, mask_B1TS, self.compute.attention)
         x_BTD = x_BTD + project("o_proj", h.reshape(*h.shape[:2], -1))
         h = norm("post_attention_layernorm", x_BTD)
-        h = jax.nn.silu(project("gate_proj", h)) * project("up_proj", h)
+        gate, up = joint(h, "gate_proj", "up_proj")
+        h = jax.nn.silu(gate) * up
         return x_BTD + project("down_proj", h), cache
 
     def scan(self, x_BTD, angles_BTF, mask_B1TS, cache=None, start=None, collect=None):

@@ -8,7 +8,9 @@ from jax.sharding import PartitionSpec
 
 from prom_jax.sharding import BATCH, gathered, num_batch_shards, scattered
 
-MAX_CHUNK = 1024  # tokens whose logits are in memory at a time, on each device
+# Tokens whose logits are in memory at a time, on each device. For each chunk the head's gradient is read and
+# written once, which takes as long as some hundred tokens' products.
+MIN_CHUNK, MAX_CHUNK = 256, 1024
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -26,8 +28,8 @@ def cross_entropy(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing=0.
       labels_RT: int32 token ids.
       weights_RT: float32; 0 where the token bears no loss.
       label_smoothing: α.
-      chunk: tokens at a time; None for a quarter of a shard's tokens, MAX_CHUNK at most, as all tokens of the
-        last chunk are computed whether they bear loss or not.
+      chunk: tokens at a time; None for half of a shard's tokens, in MIN_CHUNK to MAX_CHUNK, as all tokens of
+        the last chunk are computed whether they bear loss or not.
     Returns: float32 scalar, the sum; divide by the sum of weights of the whole update.
     """
     value = functools.partial(_value, label_smoothing=label_smoothing, chunk=chunk)
@@ -95,7 +97,7 @@ class _Chunks:
 
     def __init__(self, hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing, chunk):
         tokens = weights_RT.size
-        self.chunk = min(chunk or min(MAX_CHUNK, -(-tokens // 4)), tokens)
+        self.chunk = min(chunk or min(max(-(-tokens // 2), MIN_CHUNK), MAX_CHUNK), tokens)
         self.hidden = hidden_RTD.reshape(tokens, -1)
         self.head, self.labels, self.weights = head_VD, labels_RT.ravel(), weights_RT.ravel()
         self.label_smoothing = label_smoothing
