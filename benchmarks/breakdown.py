@@ -51,6 +51,7 @@ FILES = {
     "/optimization.py": "optimizer",
     "/optax/": "optimizer",
 }
+WAITING = "(wait for completion)"  # how the name of what only waits for other threads ends
 GRADIENT = "accumulate"  # of optimization.py what only sums gradients of the blocks
 PRODUCTS = {"dot", "convolution", "custom-call"}
 CONTROL = {"while", "conditional", "gather", "scatter", "sort"}
@@ -140,17 +141,21 @@ def self_times(data) -> Counter:
         while isinstance(what, int):
             what = handed.get(what)
         of_instructions[what] += nanoseconds
+    del of_instructions[WAITING]
     return of_instructions
 
 
 def spans(line):
-    """(start, end, instruction, None) of a thread's instructions, (start, end, None, number) of the tasks
-    that it was given, and (at, at, 'handed over', number) where it gave one to another thread."""
+    """(start, end, instruction, None) of a thread's instructions, WAITING in its place where it only waits,
+    (start, end, None, number) of the tasks that it was given, and (at, at, 'handed over', number) where it
+    gave one to another thread."""
     began = None
     for event in line.events:
         stats, at = dict(event.stats), event.start_ns
         if "hlo_op" in stats:
             yield at, event.end_ns, stats["hlo_op"], None
+        elif event.name.endswith(WAITING):
+            yield at, event.end_ns, WAITING, None
         elif event.name == "ThreadpoolListener::Record":
             yield at, at, "handed over", stats["_p"]
         elif event.name == "ThreadpoolListener::StartRegion":

@@ -249,7 +249,7 @@ def _seen(mask_BTS, layer=None):
 
 
 def _size(length: int, most: int) -> int:
-    """Of blocks that cover a length with little to spare: of whole vectors, or a CPU computes them one by one."""
+    """Of blocks that cover a length with little to spare; whole vectors, or a CPU takes number by number."""
     even = -(-length // -(-length // most))
     return min(length, -(-even // _VECTOR) * _VECTOR)
 

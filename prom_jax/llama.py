@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from prom_jax.architecture import LlamaConfig
-from prom_jax.attention import BACKENDS, OUTPUT, attention, visible_in_rows
+from prom_jax.attention import BACKENDS, OUTPUT, attention, resolve, visible_in_rows
 from prom_jax.errors import UserError
 from prom_jax.sharding import BATCH, constrain, gathered, make_mesh, param_spec
 
@@ -149,15 +149,10 @@ class Blocks(nnx.Module):
         """`__call__` with weights of `_gathered`, which serve several batches."""
         config = self.config
         norm = lambda name, x: rms_norm(x, weights[name], config.rms_norm_eps)
-        product = lambda x, matrix: jnp.einsum("...i,oi->...o", x, matrix)
-        project = lambda name, x: product(x, weights[name])
-        def joint(x, *names):
-            ms=[weights[n] for n in names]
-            y=product(x, jnp.concatenate(ms))
-            return jnp.split(y, np.cumsum([len(m) for m in ms])[:-1], axis=-1)
+        project = lambda x, *names: _products(x, [weights[name] for name in names], self._joins(cache))
         split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
         h = norm("input_layernorm", x_BTD)
-        q, k, v = map(split, joint(h, "q_proj", "k_proj", "v_proj"))
+        q, k, v = map(split, project(h, "q_proj", "k_proj", "v_proj"))
         q, k = rotate(q, angles_BTF), rotate(k, angles_BTF)
         if start is not None:  # in place: the cache is carried through the layers, never stacked or sliced
             write = lambda old, new: jax.lax.dynamic_update_slice(
@@ -169,11 +164,22 @@ class Blocks(nnx.Module):
             if cache is not None:
                 k, v = _behind(cache[0][layer], k), _behind(cache[1][layer], v)
             h = attention(q, k, v, mask_B1TS, self.compute.attention)
-        x_BTD = x_BTD + project("o_proj", h.reshape(*h.shape[:2], -1))
+        (h,) = project(h.reshape(*h.shape[:2], -1), "o_proj")
+        x_BTD = x_BTD + h
         h = norm("post_attention_layernorm", x_BTD)
-        gate, up = joint(h, "gate_proj", "up_proj")
-        h = jax.nn.silu(gate) * up
-        return x_BTD + project("down_proj", h), cache
+        gate, up = project(h, "gate_proj", "up_proj")
+        (h,) = project(jax.nn.silu(gate) * up, "down_proj")
+        return x_BTD + h, cache
+
+    def _joins(self, cache) -> bool:
+        """Whether weights with the same input are joined into one matrix.
+
+        On a CPU that makes gradients faster: those of weights need the product's gradient transposed. Of a
+        joint product it is written first, then copied; else XLA computes it in transposed order, ten times
+        slower. A few new tokens beside a cache are not worth a copy of the weights.
+        """
+        tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+        return cache is None and tensor == 1 and resolve(self.compute.attention) == "blocks"
 
     def scan(self, x_BTD, angles_BTF, mask_B1TS, cache=None, start=None, collect=None):
         """Runs the whole stack. Returns its output, `collect` of each block's output stacked, the cache."""
@@ -204,18 +210,13 @@ class Blocks(nnx.Module):
         return jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.compute.remat])
 
 
-@jax.custom_vjp
-def _written_gradient(y):
-    """`y`, whose gradient a CPU writes to memory before it is used: the gradient of the weights reads it
-    transposed, and XLA would read all that it is made of in that order."""
-    return y
-
-
-def _write(_, gradient):
-    return (jax.lax.platform_dependent(gradient, cpu=jax.lax.optimization_barrier, default=lambda x: x),)
-
-
-_written_gradient.defvjp(lambda y: (y, None), _write)
+def _products(x, matrices, joined: bool) -> list:
+    """x [..., I] times each matrix [O, I], `joined` into one or not."""
+    product = lambda matrix: jnp.einsum("...i,oi->...o", x, matrix)
+    if not joined:
+        return [product(matrix) for matrix in matrices]
+    ends = np.cumsum([len(matrix) for matrix in matrices])
+    return jnp.split(product(jnp.concatenate(matrices)), ends[:-1], axis=-1)
 
 
 def _behind(old_BKSD, new_BTKD):
@@ -310,16 +311,11 @@ class Llama(nnx.Module):
 
     def final_states(self, tokens_BT, positions_BT=None, segments_BT=None):
         """h_N after the final norm, what the main head reads [B, T, D]."""
-        context = self.context(tokens_BT, positions_BT, segments_BT)
-        x, _, _ = self.lower.scan(self.embed(tokens_BT), *context)
-        if self.upper is not None:
-            x, _, _ = self.upper.scan(x, *context)
-        return self.final_norm(x)
+        return self.each_final_states((tokens_BT, positions_BT, segments_BT))[0]
 
     def each_final_states(self, *batches):
         """`final_states` of several batches (tokens, positions, segments), side by side."""
-        contexts = [self.context(*batch) for batch in batches]
-        xs = [self.embed(tokens_BT) for tokens_BT, _, _ in batches]
+        xs, contexts = self._begin(batches)
         for stack in filter(None, (self.lower, self.upper)):
             xs = stack.scan_each(xs, contexts)
         return [self.final_norm(x) for x in xs]
@@ -327,11 +323,15 @@ class Llama(nnx.Module):
     def final_and_pivot_states(self, final, pivot):
         """`final_states` of one batch (tokens, positions, segments) and `pivot_states` of another, side by
         side."""
-        contexts = [self.context(*batch) for batch in (final, pivot)]
-        xs = [self.embed(tokens_BT) for tokens_BT, _, _ in (final, pivot)]
+        xs, contexts = self._begin((final, pivot))
         x, states = self.lower.scan_each(xs, contexts)
-        x, _, _ = self.upper.scan(x, *contexts[0])
+        (x,) = self.upper.scan_each([x], contexts[:1])
         return self.final_norm(x), states
+
+    def _begin(self, batches):
+        """What the blocks are given of batches (tokens, positions, segments): embeddings, and contexts."""
+        xs = [self.embed(tokens_BT) for tokens_BT, _, _ in batches]
+        return xs, [self.context(*batch) for batch in batches]
 
     def states_at_two_exits(self, tokens_BT, positions_BT, segments_BT, width: int):
         """What two heads read of rows whose places from `width` on leave after block n: `final_states` of
