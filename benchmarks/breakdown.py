@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import measure
 from benchmarks.train_step import Ours
-from prom_jax import cli, models
+from prom_jax import cli
 from prom_jax.console import console
 
 COLOURS = {
@@ -64,10 +64,7 @@ MOVES = {
 
 def main():
     """Reads the command line, measures and reports."""
-    config = cli.config()
-    config.pivot.regulate = "never"
-    config.steps = 2 * FLAGS.repetitions + 1
-    config.compute_dtype = config.compute_dtype or models.default_compute_dtype()
+    config = measure.configuration(2 * FLAGS.repetitions + 1)
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(config, folder)
         console.quiet = False

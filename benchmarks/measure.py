@@ -13,9 +13,19 @@ from pathlib import Path
 
 from rich.table import Table
 
+from prom_jax import cli, models
 from prom_jax.console import console
 
 PACKAGES = ("jax", "torch", "transformers", "tokenizers", "datasets", "tensorflow-datasets", "grain")
+
+
+def configuration(steps: int):
+    """The command line's, for a run of `steps` updates, with λ as it says whatever a probe would."""
+    config = cli.config()
+    config.pivot.regulate = "never"
+    config.steps = steps
+    config.compute_dtype = config.compute_dtype or models.default_compute_dtype()
+    return config
 
 
 def interleaved(sides: dict[str, Callable], repetitions: int) -> dict[str, list[float]]:
@@ -85,3 +95,11 @@ def environment() -> dict[str, str]:
 def median(seconds: list[float]) -> float:
     """Of the repetitions."""
     return statistics.median(seconds)
+
+
+def compared(what: str, values: dict[str, list[float]]) -> dict:
+    """A row of the table: the medians of two sides, and that of the first's over the second's, repetition by
+    repetition (which may differ in size)."""
+    medians = {name: float(median(list(each))) for name, each in values.items()}
+    first, second = values.values()
+    return {"what": what, **medians, "ratio": float(median([a / b for a, b in zip(first, second)]))}

@@ -40,10 +40,7 @@ LAYOUTS = {
 def main():
     """Reads the command line and measures."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # processes share a GPU
-    config = cli.config()
-    config.pivot.regulate = "never"
-    config.steps = FLAGS.repetitions + 1
-    config.compute_dtype = config.compute_dtype or models.default_compute_dtype()
+    config = measure.configuration(FLAGS.repetitions + 1)
     with tempfile.TemporaryDirectory() as folder:
         ours = train.plan(config, Path(folder, "ours"))
         sides = {"ours": measure.Worker(Ours, config, f"{folder}/ours")}
@@ -82,7 +79,8 @@ class Ours:
         self.job = train.plan(config, Path(workdir))
         jax.set_mesh(self.job.mesh)
         self.update, abstract = train.compile_update(self.job)
-        self.state = train.begin(self.job, train.open_checkpoints(self.job), abstract)
+        checkpoints = train.open_checkpoints(self.job)
+        self.state = train.begin(self.job, checkpoints, train.load(self.job), abstract)
         self.upcoming = train.feed(self.job, 0)
         self.stops = sharding.by_process(self.job.mesh, False)
 
@@ -139,21 +137,22 @@ def report(jobs: dict, results: dict, seconds: dict, peaks: dict) -> None:
     config, mesh = jobs["ours"].config, jobs["ours"].mesh
     steps = range(1, len(seconds["ours"]) + 1)
     amounts = {name: [work(job, step) for step in steps] for name, job in jobs.items()}
-    rows = [row("seconds an update", seconds)]
+    rows = [measure.compared("seconds an update", seconds)]
     for what in amounts["ours"][0]:
         amount = lambda name, what=what: [each[what] for each in amounts[name]]
         rate = {name: np.divide(amount(name), seconds[name]) for name in jobs}
-        rows.append(row(f"{what} a second", rate))
+        rows.append(measure.compared(f"{what} a second", rate))
     device = mesh.devices.flat[0].device_kind
     for peak in (peak for beginning, peak in PEAKS.items() if device.startswith(beginning)):
         # What a side shares it does not compute; that is about as many FLOPs as tokens.
         done = {name: 1 - job.batches.saved for name, job in jobs.items()}
         done |= {"peer": 1.0} if FLAGS.peer in LAYOUTS else {}
         mfu = {name: done[name] * each * 1e9 / (peak * mesh.size) for name, each in rate.items()}
-        rows.append(row("MFU", mfu))
+        rows.append(measure.compared("MFU", mfu))
     losses, places = ({name: [step[i] for step in results[name]] for name in jobs} for i in (0, 1))
-    rows.append(row("places computed an update", {name: each[1:] for name, each in places.items()}))
-    rows.append(row("peak memory (GiB)", {name: [peak / 2**30] for name, peak in peaks.items()}))
+    places = {name: each[1:] for name, each in places.items()}
+    rows.append(measure.compared("places computed an update", places))
+    rows.append(measure.compared("peak memory (GiB)", {name: [peak / 2**30] for name, peak in peaks.items()}))
     apart = np.abs(np.divide(losses["peer"], losses["ours"]) - 1).max()
     notes = [f"{name}: {told}" for name, told in about(jobs).items()]
     notes += [f"losses: the peer's differ from ours by {apart:.1e} of these at most"]
@@ -161,12 +160,6 @@ def report(jobs: dict, results: dict, seconds: dict, peaks: dict) -> None:
     measure.report(title, rows, FLAGS.out, notes)
     if FLAGS.peer == "padded" and config.compute_dtype == "float32" and not apart < TOLERANCE:
         raise SystemExit("the two sides do not compute the same")
-
-
-def row(what: str, values: dict) -> dict:
-    """A row of the table: the medians of each side, and ours over the peer's."""
-    medians = {name: float(np.median(each)) for name, each in values.items()}
-    return {"what": what, **medians, "ratio": medians["ours"] / medians["peer"]}
 
 
 def about(jobs: dict) -> dict[str, str]:

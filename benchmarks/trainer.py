@@ -26,10 +26,7 @@ from prom_jax.errors import UserError
 
 def main():
     """Reads the command line, measures and reports."""
-    config = cli.config()
-    config.pivot.regulate = "never"
-    config.steps = FLAGS.repetitions + 1
-    config.compute_dtype = config.compute_dtype or models.default_compute_dtype()
+    config = measure.configuration(FLAGS.repetitions + 1)
     with tempfile.TemporaryDirectory() as folder:
         job = train.plan(config, Path(folder, "run"))
         source = f"{folder}/hf"
@@ -49,7 +46,10 @@ def main():
         turns = {name: lambda name=name: update(name) for name in sides}
         seconds = measure.interleaved(turns, FLAGS.repetitions)
     processors = {name: each[1:] for name, each in processors.items()}
-    rows = [row("seconds an update", seconds), row("the same, of the processors", processors)]
+    rows = [
+        measure.compared("seconds an update", seconds),
+        measure.compared("the same, of the processors", processors),
+    ]
     apart = float(np.abs(np.divide(losses["peer"], losses["Trainer"]) - 1).max())
     notes = (
         f"losses differ by {apart:.1e} of these at most",
@@ -58,12 +58,6 @@ def main():
     measure.report("The torch peer beside transformers' Trainer", rows, FLAGS.out, notes)
     if config.compute_dtype == "float32" and not apart < train_step.TOLERANCE:
         raise UserError(f"the two sides differ in their losses by {apart:.1e}: they do not compute the same")
-
-
-def row(what: str, values: dict) -> dict:
-    """A row of the table: the medians of each side, and Trainer's over the peer's."""
-    medians = {name: measure.median(each) for name, each in values.items()}
-    return {"what": what, **medians, "ratio": medians["Trainer"] / medians["peer"]}
 
 
 class Timed:

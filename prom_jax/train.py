@@ -10,6 +10,7 @@ import dataclasses
 import signal
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -47,13 +48,18 @@ def train(config, workdir, dry_run: bool = False) -> dict:
     job = plan(config, Path(workdir))
     workdir = job.workdir
     with jax.set_mesh(job.mesh):
-        update, abstract = compile_update(job)
         if dry_run:
+            compile_update(job)
             return {}
         checkpoints = open_checkpoints(job)
+        with ThreadPoolExecutor(1) as beside:  # weights are read while the update is compiled
+            base = None if checkpoints.latest() else beside.submit(load, job)
+            update, abstract = compile_update(job)
         start, state = checkpoints.resume(params=abstract[0], opt_state=abstract[1])
+        if state is None:
+            state = begin(job, checkpoints, base.result() if base else load(job), abstract)
+        params, opt_state = state
         log = MetricsLog(workdir, start or BEFORE_BASE)
-        params, opt_state = state or begin(job, checkpoints, abstract)
         write_json(workdir / CONFIG_FILE, job.identity)
         if not start:
             evaluate(job, params, log, 0)
@@ -157,21 +163,24 @@ def open_checkpoints(job: Job) -> Checkpoints:
     return Checkpoints(c.directory or job.workdir / "checkpoints", c.keep, c.keep_best, c.keep_every)
 
 
-def begin(job: Job, checkpoints: Checkpoints, abstract):
-    """Parameters of the base model and a new optimizer state, in the places of the abstract ones."""
-    _, opt_state = abstract
-    description = Description(
-        job.reader.config, job.pivot_layer, np.dtype(job.reader.dtype).name, job.details
-    )
-    describe(checkpoints.directory, description, job.tokenizer)
-    params = weights.load_params(
+def load(job: Job) -> dict:
+    """Parameters of the base model, in their places."""
+    return weights.load_params(
         job.reader,
         job.mesh,
         pivot_layer=job.pivot_layer,
         pivot_head=job.objective.has_pivot,
         dtype=job.config.optimizer.dtype,
     )
-    shardings = jax.tree.map(lambda x: x.sharding, opt_state)
+
+
+def begin(job: Job, checkpoints: Checkpoints, params: dict, abstract):
+    """The parameters and a new optimizer state, in the places of the abstract ones; checkpoints to come are
+    described."""
+    dtype = np.dtype(job.reader.dtype).name
+    description = Description(job.reader.config, job.pivot_layer, dtype, job.details)
+    describe(checkpoints.directory, description, job.tokenizer)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract[1])
     return params, jax.jit(job.optimizer.init, out_shardings=shardings)(params)
 
 
