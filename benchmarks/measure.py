@@ -100,6 +100,6 @@ def median(seconds: list[float]) -> float:
 def compared(what: str, values: dict[str, list[float]]) -> dict:
     """A row of the table: the medians of two sides, and that of the first's over the second's, repetition by
     repetition (which may differ in size)."""
-    medians = {name: float(median(list(each))) for name, each in values.items()}
+    medians = {name: float(median(each)) for name, each in values.items()}
     first, second = values.values()
     return {"what": what, **medians, "ratio": float(median([a / b for a, b in zip(first, second)]))}

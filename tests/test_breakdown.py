@@ -104,6 +104,16 @@ def test_time_is_the_innermost_instruction_s_and_that_of_the_one_that_handed_a_t
     assert times == {"loop": 60, "product": 30 + 20 + 15, "moved": 10, "end": 5, None: 1}
 
 
+def test_a_thread_that_only_waits_does_nothing():
+    waits = [
+        event("ThreadpoolListener::StartRegion", 0, 0, _c=1),
+        event("moved", 1, 3, hlo_op="moved"),
+        event("ThunkExecutor::Execute (wait for completion)", 5, 95),
+        event("ThreadpoolListener::StopRegion", 100, 100),
+    ]
+    assert breakdown.self_times(profile(**{"/host:CPU": {"one": waits}})) == {"moved": 2, None: 8}
+
+
 def test_of_devices_the_streams_count():
     streams = {
         "Stream #1": [event("kernel", 0, 9, hlo_op="product")],
