@@ -157,95 +157,118 @@ def _splash_here(window, q_BTHD, k, v, segments_BT):
 
 def _in_blocks(q_BTHD, k, v, mask_BTS, layer):
     B, T, H, D = q_BTHD.shape
-    K = k.shape[2]
-    q = (q_BTHD / math.sqrt(D)).reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
+    K, most = k.shape[2], BLOCK if layer is None else CACHE_BLOCK
+    spare = -T % _size(T, most)
+    mask_BTS = jnp.pad(mask_BTS, [(0, 0), (0, spare), (0, 0)])
+    q = jnp.pad(q_BTHD / math.sqrt(D), [(0, 0), (0, spare), (0, 0), (0, 0)])
+    q = q.reshape(B, T + spare, K, H // K, D).transpose(0, 2, 3, 1, 4)
     if layer is None:
         out = _blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask_BTS)
     else:
         out, _ = _forward(q, k, v, mask_BTS, layer)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    return out[..., :T, :].transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 @jax.custom_vjp
 def _blocks(q, k, v, mask):
-    """Attention [B, K, G, T, D] of scaled queries of that shape, keys and values [B, K, S, D], under a mask
-    [B, T, S] (online softmax and its gradient: FlashAttention-2, algorithms 1 and 2)."""
+    """Attention [B, K, G, T, D] of scaled queries of that shape, T of whole blocks, keys and values
+    [B, K, S, D], under a mask [B, T, S] (online softmax and its gradient: FlashAttention-2, algorithms 1 and
+    2)."""
     return _forward(q, k, v, mask)[0]
 
 
 def _forward(q, k, v, mask, layer=None):
     """The output, and what the gradient needs."""
-    number, block = _seen(mask, layer)
+    rows, row = _seen(mask, layer)
 
-    def body(n, carry):
-        out, most, total = carry
-        seen, queries, keys = block(n)
-        scores = jnp.einsum("bkgtd,bksd->bkgts", queries(q), keys(k), **_FLOAT32)
-        scores = jnp.where(seen, scores, _UNSEEN)
-        before = queries(most)
-        now = jnp.maximum(before, scores.max(axis=-1, keepdims=True))
-        parts, keep = jnp.where(seen, jnp.exp(scores - now), 0), jnp.exp(before - now)
-        values = jnp.einsum("bkgts,bksd->bkgtd", parts.astype(v.dtype), keys(v), **_FLOAT32)
-        return (
-            queries.put(out, queries(out) * keep + values),
-            queries.put(most, now),
-            queries.put(total, queries(total) * keep + parts.sum(axis=-1, keepdims=True)),
-        )
+    def of_queries(i, outputs):
+        queries, number, block = row(i)
+        q_here = queries(q)
 
-    one = (*q.shape[:-1], 1)
-    start = jnp.zeros(q.shape, jnp.float32), jnp.full(one, _UNSEEN), jnp.zeros(one, jnp.float32)
-    out, most, total = lax.fori_loop(0, number, body, start)
-    total = jnp.where(total == 0, 1, total)
-    out = checkpoint_name((out / total).astype(q.dtype), OUTPUT)
-    return out, (q, k, v, mask, out, checkpoint_name(most + jnp.log(total), OUTPUT))
+        def of_keys(n, carry):
+            out, most, total = carry
+            seen, keys = block(n)
+            scores = jnp.einsum("bkgtd,bksd->bkgts", q_here, keys(k), **_FLOAT32)
+            scores = jnp.where(seen, scores, _UNSEEN)
+            now = jnp.maximum(most, scores.max(axis=-1, keepdims=True))
+            parts, keep = jnp.exp(jnp.where(seen, scores - now, _UNSEEN)), jnp.exp(most - now)
+            values = jnp.einsum("bkgts,bksd->bkgtd", parts.astype(v.dtype), keys(v), **_FLOAT32)
+            return out * keep + values, now, total * keep + parts.sum(axis=-1, keepdims=True)
+
+        one = (*q_here.shape[:-1], 1)
+        start = jnp.zeros(q_here.shape, jnp.float32), jnp.full(one, _UNSEEN), jnp.zeros(one, jnp.float32)
+        out, most, total = lax.fori_loop(0, number, of_keys, start)
+        total = jnp.where(total == 0, 1, total)
+        here = (out / total).astype(q.dtype), most + jnp.log(total)
+        return [queries.put(x, part) for x, part in zip(outputs, here)]
+
+    outputs = [jnp.zeros_like(q), jnp.zeros((*q.shape[:-1], 1), jnp.float32)]
+    outputs = lax.fori_loop(0, rows, of_queries, outputs)
+    out, normalizer = (checkpoint_name(x, OUTPUT) for x in outputs)
+    return out, (q, k, v, mask, out, normalizer)
 
 
 def _backward(saved, d_out):
     q, k, v, mask, out, normalizer = saved
-    number, block = _seen(mask)
-    delta = (out.astype(jnp.float32) * d_out).sum(axis=-1, keepdims=True)
+    rows, row = _seen(mask)
+    # A product, as XLA's sum over so few numbers takes a CPU ten times as long.
+    delta = jnp.einsum("bkgtd,bkgtd->bkgt", out, d_out, **_FLOAT32)[..., None]
 
-    def body(n, carry):
-        d_q, d_k, d_v = carry
-        seen, queries, keys = block(n)
-        scores = jnp.einsum("bkgtd,bksd->bkgts", queries(q), keys(k), **_FLOAT32)
-        parts = jnp.where(seen, jnp.exp(scores - queries(normalizer)), 0)
-        d_parts = jnp.einsum("bkgtd,bksd->bkgts", queries(d_out), keys(v), **_FLOAT32)
-        d_scores = (parts * (d_parts - queries(delta))).astype(q.dtype)
-        of_keys = lambda weights, x: jnp.einsum("bkgts,bkgtd->bksd", weights, x, **_FLOAT32)
-        return (
-            queries.add(d_q, jnp.einsum("bkgts,bksd->bkgtd", d_scores, keys(k), **_FLOAT32)),
-            keys.add(d_k, of_keys(d_scores, queries(q))),
-            keys.add(d_v, of_keys(parts.astype(q.dtype), queries(d_out))),
-        )
+    def of_queries(i, gradients):
+        queries, number, block = row(i)
+        q_here, d_out_here, normalizer_here, delta_here = map(queries, (q, d_out, normalizer, delta))
 
-    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    d_q, d_k, d_v = lax.fori_loop(0, number, body, start)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+        def of_keys(n, carry):
+            d_q, d_k, d_v = carry
+            seen, keys = block(n)
+            scores = jnp.einsum("bkgtd,bksd->bkgts", q_here, keys(k), **_FLOAT32)
+            parts = jnp.exp(jnp.where(seen, scores - normalizer_here, _UNSEEN))
+            d_parts = jnp.einsum("bkgtd,bksd->bkgts", d_out_here, keys(v), **_FLOAT32)
+            d_scores = (parts * (d_parts - delta_here)).astype(q.dtype)
+            # Across, as the queries, not the scores, are then transposed for the product.
+            across = lambda x, weights: jnp.einsum("bkgtd,bkgts->bkds", x, weights, **_FLOAT32)
+            return (
+                d_q + jnp.einsum("bkgts,bksd->bkgtd", d_scores, keys(k), **_FLOAT32),
+                keys.add(d_k, across(q_here, d_scores), axis=-1),
+                keys.add(d_v, across(d_out_here, parts.astype(q.dtype)), axis=-1),
+            )
+
+        d_q, *of_all = gradients
+        start = jnp.zeros(q_here.shape, jnp.float32), *of_all
+        d_q_here, *of_all = lax.fori_loop(0, number, of_keys, start)
+        return [queries.put(d_q, d_q_here.astype(q.dtype)), *of_all]
+
+    start = [jnp.zeros_like(q), *(jnp.zeros(x.swapaxes(-2, -1).shape, jnp.float32) for x in (k, v))]
+    d_q, d_k, d_v = lax.fori_loop(0, rows, of_queries, start)
+    return d_q, d_k.swapaxes(-2, -1).astype(k.dtype), d_v.swapaxes(-2, -1).astype(v.dtype), None
 
 
 _blocks.defvjp(_forward, _backward)
 
 
 def _seen(mask_BTS, layer=None):
-    """How many blocks have anything in them that any row sees; and a function that gives the n-th of these:
-    its part of the mask [B, 1, 1, t, s], of arrays of queries and of arrays of keys (of one `layer`)."""
+    """How many blocks of queries there are, and a function that gives of the i-th: its places, how many
+    blocks of keys any row sees anything of there, and a function that gives of the n-th of these: its part of
+    the mask [B, 1, 1, t, s], and its places (in arrays of one `layer`)."""
     _, T, S = mask_BTS.shape
     most = BLOCK if layer is None else CACHE_BLOCK
     t, s = _size(T, most), _size(S, most)
-    whole = jnp.pad(mask_BTS.any(axis=0), [(0, -T % t), (0, -S % s)])
-    whole = whole.reshape(-(-T // t), t, -(-S // s), s).any(axis=(1, 3))
-    order = jnp.argsort(~whole.ravel(), stable=True)
+    whole = jnp.pad(mask_BTS.any(axis=0), [(0, 0), (0, -S % s)])
+    whole = whole.reshape(T // t, t, -(-S // s), s).any(axis=(1, 3))
+    numbers, order = whole.sum(axis=1), jnp.argsort(~whole, axis=1, stable=True)
 
-    def block(n):
-        i, j = jnp.unravel_index(order[n], whole.shape)
-        # The last block ends where the array does, and leaves out what the one before it had.
-        query, key = jnp.minimum(i * t, T - t), jnp.minimum(j * s, S - s)
-        seen = lax.dynamic_slice(mask_BTS, (0, query, key), (len(mask_BTS), t, s))
-        seen &= (query + jnp.arange(t) >= i * t)[:, None] & (key + jnp.arange(s) >= j * s)
-        return seen[:, None, None], _Places(query, t), _Places(key, s, layer)
+    def row(i):
+        def block(n):
+            j = order[i, n]
+            key = jnp.minimum(j * s, S - s)
+            seen = lax.dynamic_slice(mask_BTS, (0, i * t, key), (len(mask_BTS), t, s))
+            # The last block ends where the array does, and leaves out what the one before it had.
+            seen &= key + jnp.arange(s) >= j * s
+            return seen[:, None, None], _Places(key, s, layer)
 
-    return whole.sum(), block
+        return _Places(i * t, t), numbers[i], block
+
+    return len(whole), row
 
 
 def _size(length: int, most: int) -> int:
@@ -260,16 +283,16 @@ class _Places:
     def __init__(self, start, size: int, layer=None):
         self._start, self._size, self._layer = start, size, layer
 
-    def __call__(self, x):
+    def __call__(self, x, axis=-2):
         if self._layer is None:
-            return lax.dynamic_slice_in_dim(x, self._start, self._size, axis=-2)
+            return lax.dynamic_slice_in_dim(x, self._start, self._size, axis=axis)
         start = (self._layer, *[0] * (x.ndim - 3), self._start, 0)
         return lax.dynamic_slice(x, start, (1, *x.shape[1:-2], self._size, x.shape[-1]))[0]
 
-    def put(self, x, part):
+    def put(self, x, part, axis=-2):
         """The array with these places replaced."""
-        return lax.dynamic_update_slice_in_dim(x, part, self._start, axis=-2)
+        return lax.dynamic_update_slice_in_dim(x, part, self._start, axis=axis)
 
-    def add(self, x, part):
+    def add(self, x, part, axis=-2):
         """The array with something added there."""
-        return self.put(x, self(x) + part)
+        return self.put(x, self(x, axis) + part, axis)

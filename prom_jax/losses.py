@@ -1,6 +1,7 @@
 """Cross-entropy over a large vocabulary without ever holding [tokens, vocabulary] logits."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from prom_jax.sharding import BATCH, gathered, num_batch_shards, scattered
 # Tokens whose logits are in memory at a time, on each device. For each chunk the head's gradient is read and
 # written once, which takes as long as some hundred tokens' products.
 MIN_CHUNK, MAX_CHUNK = 256, 1024
+_PARTS = 64  # of the vocabulary, for a sum over it, where its size is a multiple
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -80,15 +82,21 @@ def _gradients(hidden_RTD, *arrays, label_smoothing, chunk):
     an axis of shards, or, for hidden states, of rows."""
     chunks = _Chunks(hidden_RTD, *arrays, label_smoothing, chunk)
 
+    def of_chunk(i):
+        loss, (at, hidden, d_logits) = chunks.loss(i, gradient=True)
+        d_head = jnp.einsum("cv,cd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        return loss, at, (d_logits @ chunks.head).astype(chunks.hidden.dtype), d_head
+
     def body(i, carry):
         loss, d_hidden, d_head = carry
-        chunk_loss, (at, hidden, d_logits) = chunks.loss(i, gradient=True)
-        d_hidden = d_hidden.at[at].set((d_logits @ chunks.head).astype(d_hidden.dtype), mode="drop")
-        d_head += jnp.einsum("cv,cd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
-        return loss + chunk_loss, d_hidden, d_head
+        chunk_loss, at, rows, d_head_of_chunk = of_chunk(i)
+        return loss + chunk_loss, d_hidden.at[at].set(rows, mode="drop"), d_head + d_head_of_chunk
 
-    start = jnp.float32(0), jnp.zeros_like(chunks.hidden), jnp.zeros(chunks.head.shape, jnp.float32)
-    loss, d_hidden, d_head = jax.lax.fori_loop(0, chunks.number, body, start)
+    # The first chunk before the loop: there is always one, and zeros as large as the head need not be written.
+    loss, at, rows, d_head = of_chunk(0)
+    d_hidden = jnp.zeros_like(chunks.hidden).at[at].set(rows, mode="drop")
+    if chunks.most > 1:
+        loss, d_hidden, d_head = jax.lax.fori_loop(1, chunks.number, body, (loss, d_hidden, d_head))
     return loss[None], d_hidden.reshape(hidden_RTD.shape), d_head[None]
 
 
@@ -105,6 +113,7 @@ class _Chunks:
         order = jnp.argsort(self.weights == 0, stable=True)
         self.order = jnp.pad(order, (0, -tokens % self.chunk), constant_values=tokens)
         self.number = -(-jnp.count_nonzero(self.weights) // self.chunk)
+        self.most = len(self.order) // self.chunk
 
     def loss(self, i, gradient=False):
         """Loss of chunk i; with `gradient` also its token indices, hidden states and d loss / d logits."""
@@ -112,8 +121,10 @@ class _Chunks:
         take = lambda x: x.at[at].get(mode="fill", fill_value=0)
         hidden, labels, weights = take(self.hidden), take(self.labels), take(self.weights)
         logits = jnp.einsum("cd,vd->cv", hidden, self.head, preferred_element_type=jnp.float32)
-        normalizer = jax.nn.logsumexp(logits, axis=-1)
         vocabulary = logits.shape[-1]
+        # In two steps, as a CPU shares the sums of few numbers among its cores, not those of many.
+        parts = logits.reshape(self.chunk, math.gcd(vocabulary, _PARTS), -1)
+        normalizer = jax.nn.logsumexp(jax.nn.logsumexp(parts, axis=-1), axis=-1)
         smooth = self.label_smoothing
         expected = (1 - smooth) * jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
         if smooth:
