@@ -92,7 +92,7 @@ def _gradients(hidden_RTD, *arrays, label_smoothing, chunk):
         chunk_loss, at, rows, d_head_of_chunk = of_chunk(i)
         return loss + chunk_loss, d_hidden.at[at].set(rows, mode="drop"), d_head + d_head_of_chunk
 
-    # The first chunk before the loop: there is always one, and zeros as large as the head need not be written.
+    # The first chunk before the loop: there is always one, and no zeros as large as the head are written.
     loss, at, rows, d_head = of_chunk(0)
     d_hidden = jnp.zeros_like(chunks.hidden).at[at].set(rows, mode="drop")
     if chunks.most > 1:

@@ -60,7 +60,7 @@ def test_cosines_between_whole_gradients(tiny, adapted, measured, method):
     workdir, results, _ = measured
     config, (model, _) = config_of(tiny), prom_jax.load(adapted)
     records = Records(workdir / "records" / results["settings"]["records"], "train")
-    batch = Batches(records, sequences=2, seq_len=256, seed=config.seed, epochs=1.0)[0]
+    batch = Batches(records, sequences=2, seq_len=config.data.seq_len, seed=config.seed, epochs=1.0)[0]
     objective = Objective(method, config.pivot.weight, config.pivot.label_smoothing)
     silent = {side: rows | {"weights": 0 * rows["weights"]} for side, rows in batch.items()}
     english, target = (

@@ -79,7 +79,9 @@ def test_languages_without_spaces_have_no_words(tiny, tmp_path):
 
 def test_inspection_shows_rows_as_they_are_trained_on(prepared, tiny, monkeypatch):
     _, workdir = prepared
-    experiment = resolve(tiny_config(tiny), workdir)
+    config = tiny_config(tiny)
+    config.data.seq_len = 256  # so that a row has several texts
+    experiment = resolve(config, workdir)
     printed = io.StringIO()
     monkeypatch.setattr(inspection, "console", Console(file=printed, markup=False, soft_wrap=True, width=200))
     inspection.show(experiment.batches, experiment.data.train, experiment.tokenizer, 3)
