@@ -54,6 +54,7 @@ FILES = {
 WAITING = "(wait for completion)"  # how the name of what only waits for other threads ends
 GRADIENT = "accumulate"  # of optimization.py what only sums gradients of the blocks
 PRODUCTS = {"dot", "convolution", "custom-call"}
+INSTRUCTION = re.compile(r"^ *(?:ROOT )?%(\S+) = (.*)$", re.MULTILINE)
 CONTROL = {"while", "conditional", "gather", "scatter", "sort"}
 MOVES = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "copy", "broadcast", "iota",
@@ -167,22 +168,32 @@ def spans(line):
 def kinds(program: str):
     """A function that gives the kind of a compiled program's instruction by its name, from the text."""
     bodies = dict(re.findall(r"^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}$", program, re.MULTILINE | re.DOTALL))
-    found = re.findall(r"^ *(?:ROOT )?%(\S+) = (.*)$", program, re.MULTILINE)
-    instructions, source = dict(found), sources(program)
+    instructions, home, caller, source = {}, {}, {}, sources(program)
+    for computation, body in bodies.items():
+        for name, text in INSTRUCTION.findall(body):
+            instructions[name] = text
+            home[name] = computation
+            caller |= dict.fromkeys(re.findall(r"(?:body|calls|to_apply)=%([\w.\-]+)", text), name)
 
     def operations(text: str):
         """(type, operation) of an instruction, and of those in the computation that it calls."""
         yield re.match(r"(\S+|\(.*?\)) ([a-z][\w-]*)\(", text).groups()
         if called := re.search(r"(?:calls|to_apply)=%([\w.\-]+)", text):
-            for _, inner in re.findall(r"^ *(?:ROOT )?%(\S+) = (.*)$", bodies[called[1]], re.MULTILINE):
+            for _, inner in INSTRUCTION.findall(bodies[called[1]]):
                 yield from operations(inner)
+
+    def frame(name: str) -> str | None:
+        """An instruction's stack frame; what XLA made itself has that of the loop that it is in."""
+        while name in instructions:
+            if known := re.search(r"stack_frame_id=(\d+)", instructions[name]):
+                return known[1]
+            name = caller.get(home[name])
 
     @functools.cache
     def kind(name: str | None) -> str:
         if name not in instructions:
             return "the rest"
-        frame = re.search(r"stack_frame_id=(\d+)", instructions[name])
-        if of_source := frame and source(frame[1]):
+        if of_source := source(frame(name)):
             return of_source
         types, done = zip(*operations(instructions[name]))
         if PRODUCTS & set(done):
@@ -204,7 +215,7 @@ def sources(program: str):
     places = rows(r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+) ")
     frames = rows(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)\}")
 
-    def source(frame: str) -> str | None:
+    def source(frame: str | None) -> str | None:
         while frame in frames:
             place, parent = frames[frame]
             file, function = files[places[place][0]], functions[places[place][1]]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from prom_jax import cli, models
+from prom_jax import budget, cli, models
 from prom_jax.console import console
 
 PACKAGES = ("jax", "torch", "transformers", "tokenizers", "datasets", "tensorflow-datasets", "grain")
@@ -21,6 +21,7 @@ PACKAGES = ("jax", "torch", "transformers", "tokenizers", "datasets", "tensorflo
 
 def configuration(steps: int):
     """The command line's, for a run of `steps` updates, with λ as it says whatever a probe would."""
+    budget.keep_freed_memory()  # which works before JAX is asked for its devices
     config = cli.config()
     config.pivot.regulate = "never"
     config.steps = steps

@@ -42,6 +42,11 @@ StackFrames
   ROOT %dot.1 = f32[2,2]{1,0} dot(%p, %p), metadata={op_name="dot" stack_frame_id=2}
 }
 
+%block (y: f32[2,2]) -> f32[2,2] {
+  %y = f32[2,2]{1,0} parameter(0)
+  ROOT %weighted = f32[2,2]{1,0} dot(%y, %y)
+}
+
 ENTRY %main (x: f32[2,2]) -> f32[2,2] {
   %x = f32[2,2]{1,0} parameter(0)
   %product = f32[2,2]{1,0} fusion(%x), kind=kCustom, calls=%fused, metadata={op_name="dot" stack_frame_id=2}
@@ -50,6 +55,7 @@ ENTRY %main (x: f32[2,2]) -> f32[2,2] {
   %summed = f32[2,2]{1,0} add(%scores, %x), metadata={op_name="add" stack_frame_id=5}
   %moved = f32[2,2]{0,1} copy(%summed)
   %loop = (s32[], f32[2,2]{1,0}) while(%moved), condition=%c, body=%b, metadata={stack_frame_id=2}
+  %blocks = f32[2,2]{1,0} while(%moved), condition=%c, body=%block, metadata={stack_frame_id=3}
   ROOT %end = f32[2,2]{1,0} tanh(%moved), metadata={op_name="tanh" stack_frame_id=2}
 }
 """
@@ -57,9 +63,12 @@ ENTRY %main (x: f32[2,2]) -> f32[2,2] {
 
 def test_sources_and_operations_tell_the_kind():
     kind = breakdown.kinds(PROGRAM)
-    assert {name: kind(name) for name in "product scores moment summed moved loop end unknown".split()} == {
+    assert {
+        name: kind(name) for name in "product scores weighted moment summed moved loop end unknown".split()
+    } == {
         "product": "matrix products",
         "scores": "attention",
+        "weighted": "attention",
         "moment": "optimizer",
         "summed": "elementwise",
         "moved": "copies, zeros",
