@@ -21,11 +21,11 @@ from tests.reference import hf_model, pack, place_params, random_examples, relat
 ROWS, LENGTH, HIDDEN, VOCABULARY = 8, 12, 16, 40
 
 
-def inputs(weights="binary"):
+def inputs(weights="binary", vocabulary=VOCABULARY):
     random = np.random.default_rng(0)
     hidden = random.normal(size=(ROWS, LENGTH, HIDDEN)).astype(np.float32)
-    head = random.normal(size=(VOCABULARY, HIDDEN)).astype(np.float32)
-    labels = random.integers(0, VOCABULARY, (ROWS, LENGTH)).astype(np.int32)
+    head = random.normal(size=(vocabulary, HIDDEN)).astype(np.float32)
+    labels = random.integers(0, vocabulary, (ROWS, LENGTH)).astype(np.int32)
     values = {
         "binary": random.random((ROWS, LENGTH)) < 0.5,
         "any": random.random((ROWS, LENGTH)) * (random.random((ROWS, LENGTH)) < 0.7),
@@ -67,6 +67,11 @@ def test_chunked_equals_plain(label_smoothing, chunk):
         arrays = inputs(weights)
         assert_same(chunked(*arrays, label_smoothing, chunk), plain(*arrays, label_smoothing))
     assert not any(np.any(x) for x in jax.tree.leaves(chunked(*inputs("none"), label_smoothing, chunk)))
+
+
+def test_a_vocabulary_that_has_no_parts():
+    arrays = inputs(vocabulary=41)
+    assert_same(chunked(*arrays, 0.1, 16), plain(*arrays, 0.1))
 
 
 def test_scaled_loss_scales_the_gradient():
