@@ -12,9 +12,11 @@ from jax.sharding import PartitionSpec
 
 from prom_jax.sharding import BATCH, num_batch_shards
 
-# 'xla' and 'cudnn' are jax.nn.dot_product_attention's own, 'splash' is Pallas's for TPU, 'blocks' is below.
-BACKENDS = ("auto", "xla", "blocks", "splash", "cudnn")
+# 'xla' and 'cudnn' are jax.nn.dot_product_attention's own, 'splash' and 'triton' are kernels of Pallas for a
+# TPU and a GPU, 'blocks' is below.
+BACKENDS = ("auto", "xla", "blocks", "splash", "triton", "cudnn")
 _OF_PLATFORM = {"cpu": "blocks", "tpu": "splash"}
+_KERNELS = ("splash", "triton")  # take `Packed` rows alone
 
 # Bits of a segment's number for each level of its path.
 _LEVEL = 10
@@ -23,7 +25,7 @@ MOST_SEGMENTS = (1 << _LEVEL) - 1  # that continue the same segment
 # Queries, and keys, of a block at most: small ones skip more, large ones cost fewer steps. Of examples packed
 # into rows a query sees few keys, of a cache most.
 BLOCK, CACHE_BLOCK = 48, 256
-SPLASH_BLOCKS = (512, 256, 128)  # queries, and keys, of a block of 'splash': the first that divides a row
+KERNEL_BLOCKS = (512, 256, 128)  # queries, and keys, of a block of 'splash': the first that divides a row
 OUTPUT = "attention"  # the name of what a gradient needs of it
 _VECTOR = 16  # floats that a CPU computes at once, at most
 _UNSEEN = -1e30  # a score, finite so that a row of them has no NaN
@@ -80,7 +82,9 @@ def visible_in_rows(positions, segments, window, backend):
     Args: positions, counted in each example, and segments: int32 [B, T], where `continues(backend)` is false
       of whole examples; backend: as in `attention`.
     """
-    if resolve(backend) == "splash" and segments.shape[1] % SPLASH_BLOCKS[-1] == 0:
+    backend = resolve(backend)
+    taken = backend == "splash" or (backend == "triton" and window is None)
+    if taken and segments.shape[1] % KERNEL_BLOCKS[-1] == 0:
         return Packed(segments, window)
     return visible(positions, positions, segments, segments, window)
 
@@ -91,8 +95,8 @@ def resolve(backend: str) -> str:
 
 
 def continues(backend: str) -> bool:
-    """Whether segments of packed rows may continue others: the kernel of 'splash' only tells them apart."""
-    return resolve(backend) != "splash"
+    """Whether segments of packed rows may continue others: Pallas's kernels only tell them apart."""
+    return resolve(backend) not in _KERNELS
 
 
 def attention(q_BTHD, k, v, mask, backend="auto", layer=None):
@@ -106,47 +110,58 @@ def attention(q_BTHD, k, v, mask, backend="auto", layer=None):
       mask: bool [B, 1, T, S], or `Packed`.
       backend: 'xla' holds all scores at once. 'blocks' goes through blocks of queries and keys, skips those
         in which nobody sees anybody, and computes scores again for the gradient: fast where a core has little
-        memory near it and steps of a loop cost little. 'splash': Pallas's kernel for TPU, of `Packed` rows;
-        others go to 'xla'. 'cudnn': NVIDIA's. 'auto': 'blocks' on a CPU, 'splash' on a TPU, else 'xla'.
+        memory near it and steps of a loop cost little. 'splash' and 'triton': Pallas's kernels for TPU and
+        GPU, of `Packed` rows; others go to 'xla'. 'cudnn': NVIDIA's. 'auto': 'blocks' on a CPU, 'splash' on a
+        TPU, else 'xla'.
     """
     backend = resolve(backend)
     k, v = k.astype(q_BTHD.dtype), v.astype(q_BTHD.dtype)
     if isinstance(mask, Packed):
-        return _splash(q_BTHD, k, v, mask)
+        return _by_kernel(q_BTHD, k, v, mask, {"splash": _splash, "triton": _triton}[backend])
     mask_B1TS = jnp.broadcast_to(mask, (*q_BTHD.shape[:1], 1, *mask.shape[2:]))
     if backend == "blocks":
         return _in_blocks(q_BTHD, k, v, mask_B1TS[:, 0], layer)
     if layer is not None:
         k, v = k[layer].swapaxes(1, 2), v[layer].swapaxes(1, 2)
-    implementation = "xla" if backend == "splash" else backend
+    implementation = "xla" if backend in _KERNELS else backend
     return jax.nn.dot_product_attention(q_BTHD, k, v, mask=mask_B1TS, implementation=implementation)
 
 
-def _splash(q_BTHD, k, v, packed: Packed):
-    """Each device's rows and heads by Pallas's kernel, which skips blocks above the diagonal and outside the
-    window; a query attends to no other segment than its own."""
+def _by_kernel(q_BTHD, k, v, packed: Packed, kernel):
+    """Each device's rows and heads by one of Pallas's kernels, which skip blocks above the diagonal; a query
+    attends to no other segment than its own."""
     mesh = jax.sharding.get_abstract_mesh()
+    kernel = functools.partial(kernel, packed.window)
     if mesh.empty:
-        return _splash_here(packed.window, q_BTHD, k, v, packed.segments)
+        return kernel(q_BTHD, k, v, packed.segments)
     rows = BATCH if len(q_BTHD) % num_batch_shards(mesh) == 0 else None
     heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
     spec = PartitionSpec(rows, None, heads)
     return jax.shard_map(
-        functools.partial(_splash_here, packed.window),
+        kernel,
         in_specs=(spec, spec, spec, PartitionSpec(rows)),
         out_specs=spec,
         check_vma=False,
     )(q_BTHD, k, v, packed.segments)
 
 
-def _splash_here(window, q_BTHD, k, v, segments_BT):
+def _triton(window, q_BTHD, k, v, segments_BT):
+    from jax.experimental.pallas.ops.gpu import attention as kernels  # as below: no other machine reads it
+
+    del window  # there is none, or `visible_in_rows` gives no such rows
+    groups, scale = q_BTHD.shape[2] // k.shape[2], 1 / math.sqrt(q_BTHD.shape[3])
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))  # it has a head of keys for each of queries
+    return kernels.mha(q_BTHD, k, v, segments_BT, sm_scale=scale, causal=True)
+
+
+def _splash(window, q_BTHD, k, v, segments_BT):
     # Pallas for TPU takes a second to read, which no other machine needs to spend.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, H, D = q_BTHD.shape[1:]
     near = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
-    block = next(size for size in SPLASH_BLOCKS if T % size == 0)
+    block = next(size for size in KERNEL_BLOCKS if T % size == 0)
     sizes = "block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"
     kernel = kernels.make_splash_mha_single_device(
         masks.MultiHeadMask([near] * H), block_sizes=kernels.BlockSizes(**dict.fromkeys(sizes, block))
@@ -179,15 +194,15 @@ def _blocks(q, k, v, mask):
 
 def _forward(q, k, v, mask, layer=None):
     """The output, and what the gradient needs."""
-    rows, row = _seen(mask, layer)
+    number, block = _seen(mask, layer)
 
     def of_queries(i, outputs):
-        queries, number, block = row(i)
+        queries, number_seen, seen_block = block(i)
         q_here = queries(q)
 
         def of_keys(n, carry):
             out, most, total = carry
-            seen, keys = block(n)
+            seen, keys = seen_block(n)
             scores = jnp.einsum("bkgtd,bksd->bkgts", q_here, keys(k), **_FLOAT32)
             scores = jnp.where(seen, scores, _UNSEEN)
             now = jnp.maximum(most, scores.max(axis=-1, keepdims=True))
@@ -197,30 +212,30 @@ def _forward(q, k, v, mask, layer=None):
 
         one = (*q_here.shape[:-1], 1)
         start = jnp.zeros(q_here.shape, jnp.float32), jnp.full(one, _UNSEEN), jnp.zeros(one, jnp.float32)
-        out, most, total = lax.fori_loop(0, number, of_keys, start)
+        out, most, total = lax.fori_loop(0, number_seen, of_keys, start)
         total = jnp.where(total == 0, 1, total)
         here = (out / total).astype(q.dtype), most + jnp.log(total)
         return [queries.put(x, part) for x, part in zip(outputs, here)]
 
     outputs = [jnp.zeros_like(q), jnp.zeros((*q.shape[:-1], 1), jnp.float32)]
-    outputs = lax.fori_loop(0, rows, of_queries, outputs)
+    outputs = lax.fori_loop(0, number, of_queries, outputs)
     out, normalizer = (checkpoint_name(x, OUTPUT) for x in outputs)
     return out, (q, k, v, mask, out, normalizer)
 
 
 def _backward(saved, d_out):
     q, k, v, mask, out, normalizer = saved
-    rows, row = _seen(mask)
+    number, block = _seen(mask)
     # A product, as XLA's sum over so few numbers takes a CPU ten times as long.
     delta = jnp.einsum("bkgtd,bkgtd->bkgt", out, d_out, **_FLOAT32)[..., None]
 
     def of_queries(i, gradients):
-        queries, number, block = row(i)
+        queries, number_seen, seen_block = block(i)
         q_here, d_out_here, normalizer_here, delta_here = map(queries, (q, d_out, normalizer, delta))
 
         def of_keys(n, carry):
             d_q, d_k, d_v = carry
-            seen, keys = block(n)
+            seen, keys = seen_block(n)
             scores = jnp.einsum("bkgtd,bksd->bkgts", q_here, keys(k), **_FLOAT32)
             parts = jnp.exp(jnp.where(seen, scores - normalizer_here, _UNSEEN))
             d_parts = jnp.einsum("bkgtd,bksd->bkgts", d_out_here, keys(v), **_FLOAT32)
@@ -235,11 +250,11 @@ def _backward(saved, d_out):
 
         d_q, *of_all = gradients
         start = jnp.zeros(q_here.shape, jnp.float32), *of_all
-        d_q_here, *of_all = lax.fori_loop(0, number, of_keys, start)
+        d_q_here, *of_all = lax.fori_loop(0, number_seen, of_keys, start)
         return [queries.put(d_q, d_q_here.astype(q.dtype)), *of_all]
 
     start = [jnp.zeros_like(q), *(jnp.zeros(x.swapaxes(-2, -1).shape, jnp.float32) for x in (k, v))]
-    d_q, d_k, d_v = lax.fori_loop(0, rows, of_queries, start)
+    d_q, d_k, d_v = lax.fori_loop(0, number, of_queries, start)
     return d_q, d_k.swapaxes(-2, -1).astype(k.dtype), d_v.swapaxes(-2, -1).astype(v.dtype), None
 
 
@@ -248,8 +263,8 @@ _blocks.defvjp(_forward, _backward)
 
 def _seen(mask_BTS, layer=None):
     """How many blocks of queries there are, and a function that gives of the i-th: its places, how many
-    blocks of keys any row sees anything of there, and a function that gives of the n-th of these: its part of
-    the mask [B, 1, 1, t, s], and its places (in arrays of one `layer`)."""
+    blocks of keys it sees anything of, in any row of the batch, and a function that gives of the n-th of
+    these: its part of the mask [B, 1, 1, t, s], and its places (in arrays of one `layer`)."""
     _, T, S = mask_BTS.shape
     most = BLOCK if layer is None else CACHE_BLOCK
     t, s = _size(T, most), _size(S, most)
@@ -257,8 +272,8 @@ def _seen(mask_BTS, layer=None):
     whole = whole.reshape(T // t, t, -(-S // s), s).any(axis=(1, 3))
     numbers, order = whole.sum(axis=1), jnp.argsort(~whole, axis=1, stable=True)
 
-    def row(i):
-        def block(n):
+    def block(i):
+        def seen_block(n):
             j = order[i, n]
             key = jnp.minimum(j * s, S - s)
             seen = lax.dynamic_slice(mask_BTS, (0, i * t, key), (len(mask_BTS), t, s))
@@ -266,9 +281,9 @@ def _seen(mask_BTS, layer=None):
             seen &= key + jnp.arange(s) >= j * s
             return seen[:, None, None], _Places(key, s, layer)
 
-        return _Places(i * t, t), numbers[i], block
+        return _Places(i * t, t), numbers[i], seen_block
 
-    return len(whole), row
+    return len(whole), block
 
 
 def _size(length: int, most: int) -> int:
@@ -278,7 +293,8 @@ def _size(length: int, most: int) -> int:
 
 
 class _Places:
-    """Places [start, start + size) of arrays [B, …, places, D], or of one layer of [N, B, …, places, D]."""
+    """Places [start, start + size) of arrays [B, …, places, D], or along another axis of arrays; or of one
+    layer of [N, B, …, places, D]."""
 
     def __init__(self, start, size: int, layer=None):
         self._start, self._size, self._layer = start, size, layer
