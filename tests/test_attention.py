@@ -153,6 +153,20 @@ def test_kernels_give_the_values_and_gradients_of_whole_scores(interpreted, shap
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_triton_is_lowered_for_a_gpu(head_dim):
+    """As far as a machine without one can tell: the forward kernel, and two for the gradient."""
+
+    def gradients(q, k, v, segments):
+        loss = lambda *qkv: attention(*qkv, Packed(segments, None), "triton").astype(jnp.float32).sum()
+        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    of_heads = lambda heads: jax.ShapeDtypeStruct((2, 2048, heads, head_dim), jnp.bfloat16)
+    arguments = of_heads(8), of_heads(2), of_heads(2), jax.ShapeDtypeStruct((2, 2048), jnp.int32)
+    lowered = jax.jit(gradients).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("custom_call @__gpu$xla.gpu.triton") == 3
+
+
 @pytest.mark.parametrize("kernel", ["splash", "triton"])
 def test_kernels_keep_examples_apart(interpreted, kernel):
     qkv, _, _ = packed_rows(1, 256)
