@@ -12,11 +12,9 @@ from jax.sharding import PartitionSpec
 
 from prom_jax.sharding import BATCH, num_batch_shards
 
-# 'xla' and 'cudnn' are jax.nn.dot_product_attention's own, 'splash' and 'triton' are kernels of Pallas for a
-# TPU and a GPU, 'blocks' is below.
-BACKENDS = ("auto", "xla", "blocks", "splash", "triton", "cudnn")
+# 'xla' and 'cudnn' are jax.nn.dot_product_attention's own, 'splash' is Pallas's for TPU, 'blocks' is below.
+BACKENDS = ("auto", "xla", "blocks", "splash", "cudnn")
 _OF_PLATFORM = {"cpu": "blocks", "tpu": "splash"}
-_KERNELS = ("splash", "triton")  # take `Packed` rows alone
 
 # Bits of a segment's number for each level of its path.
 _LEVEL = 10
@@ -25,7 +23,7 @@ MOST_SEGMENTS = (1 << _LEVEL) - 1  # that continue the same segment
 # Queries, and keys, of a block at most: small ones skip more, large ones cost fewer steps. Of examples packed
 # into rows a query sees few keys, of a cache most.
 BLOCK, CACHE_BLOCK = 48, 256
-KERNEL_BLOCKS = (512, 256, 128)  # queries, and keys, of a block of 'splash': the first that divides a row
+SPLASH_BLOCKS = (512, 256, 128)  # queries, and keys, of a block of 'splash': the first that divides a row
 OUTPUT = "attention"  # the name of what a gradient needs of it
 _VECTOR = 16  # floats that a CPU computes at once, at most
 _UNSEEN = -1e30  # a score, finite so that a row of them has no NaN
@@ -82,9 +80,7 @@ def visible_in_rows(positions, segments, window, backend):
     Args: positions, counted in each example, and segments: int32 [B, T], where `continues(backend)` is false
       of whole examples; backend: as in `attention`.
     """
-    backend = resolve(backend)
-    taken = backend == "splash" or (backend == "triton" and window is None)
-    if taken and segments.shape[1] % KERNEL_BLOCKS[-1] == 0:
+    if resolve(backend) == "splash" and segments.shape[1] % SPLASH_BLOCKS[-1] == 0:
         return Packed(segments, window)
     return visible(positions, positions, segments, segments, window)
 
@@ -95,8 +91,8 @@ def resolve(backend: str) -> str:
 
 
 def continues(backend: str) -> bool:
-    """Whether segments of packed rows may continue others: Pallas's kernels only tell them apart."""
-    return resolve(backend) not in _KERNELS
+    """Whether segments of packed rows may continue others: the kernel of 'splash' only tells them apart."""
+    return resolve(backend) != "splash"
 
 
 def attention(q_BTHD, k, v, mask, backend="auto", layer=None):
@@ -110,58 +106,47 @@ def attention(q_BTHD, k, v, mask, backend="auto", layer=None):
       mask: bool [B, 1, T, S], or `Packed`.
       backend: 'xla' holds all scores at once. 'blocks' goes through blocks of queries and keys, skips those
         in which nobody sees anybody, and computes scores again for the gradient: fast where a core has little
-        memory near it and steps of a loop cost little. 'splash' and 'triton': Pallas's kernels for TPU and
-        GPU, of `Packed` rows; others go to 'xla'. 'cudnn': NVIDIA's. 'auto': 'blocks' on a CPU, 'splash' on a
-        TPU, else 'xla'.
+        memory near it and steps of a loop cost little. 'splash': Pallas's kernel for TPU, of `Packed` rows;
+        others go to 'xla'. 'cudnn': NVIDIA's. 'auto': 'blocks' on a CPU, 'splash' on a TPU, else 'xla'.
     """
     backend = resolve(backend)
     k, v = k.astype(q_BTHD.dtype), v.astype(q_BTHD.dtype)
     if isinstance(mask, Packed):
-        return _by_kernel(q_BTHD, k, v, mask, {"splash": _splash, "triton": _triton}[backend])
+        return _splash(q_BTHD, k, v, mask)
     mask_B1TS = jnp.broadcast_to(mask, (*q_BTHD.shape[:1], 1, *mask.shape[2:]))
     if backend == "blocks":
         return _in_blocks(q_BTHD, k, v, mask_B1TS[:, 0], layer)
     if layer is not None:
         k, v = k[layer].swapaxes(1, 2), v[layer].swapaxes(1, 2)
-    implementation = "xla" if backend in _KERNELS else backend
+    implementation = "xla" if backend == "splash" else backend
     return jax.nn.dot_product_attention(q_BTHD, k, v, mask=mask_B1TS, implementation=implementation)
 
 
-def _by_kernel(q_BTHD, k, v, packed: Packed, kernel):
-    """Each device's rows and heads by one of Pallas's kernels, which skip blocks above the diagonal; a query
-    attends to no other segment than its own."""
+def _splash(q_BTHD, k, v, packed: Packed):
+    """Each device's rows and heads by Pallas's kernel, which skips blocks above the diagonal and outside the
+    window; a query attends to no other segment than its own."""
     mesh = jax.sharding.get_abstract_mesh()
-    kernel = functools.partial(kernel, packed.window)
     if mesh.empty:
-        return kernel(q_BTHD, k, v, packed.segments)
+        return _splash_here(packed.window, q_BTHD, k, v, packed.segments)
     rows = BATCH if len(q_BTHD) % num_batch_shards(mesh) == 0 else None
     heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
     spec = PartitionSpec(rows, None, heads)
     return jax.shard_map(
-        kernel,
+        functools.partial(_splash_here, packed.window),
         in_specs=(spec, spec, spec, PartitionSpec(rows)),
         out_specs=spec,
         check_vma=False,
     )(q_BTHD, k, v, packed.segments)
 
 
-def _triton(window, q_BTHD, k, v, segments_BT):
-    from jax.experimental.pallas.ops.gpu import attention as kernels  # as below: no other machine reads it
-
-    del window  # there is none, or `visible_in_rows` gives no such rows
-    groups, scale = q_BTHD.shape[2] // k.shape[2], 1 / math.sqrt(q_BTHD.shape[3])
-    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))  # it has a head of keys for each of queries
-    return kernels.mha(q_BTHD, k, v, segments_BT, sm_scale=scale, causal=True)
-
-
-def _splash(window, q_BTHD, k, v, segments_BT):
+def _splash_here(window, q_BTHD, k, v, segments_BT):
     # Pallas for TPU takes a second to read, which no other machine needs to spend.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, H, D = q_BTHD.shape[1:]
     near = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
-    block = next(size for size in KERNEL_BLOCKS if T % size == 0)
+    block = next(size for size in SPLASH_BLOCKS if T % size == 0)
     sizes = "block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"
     kernel = kernels.make_splash_mha_single_device(
         masks.MultiHeadMask([near] * H), block_sizes=kernels.BlockSizes(**dict.fromkeys(sizes, block))

@@ -88,8 +88,7 @@ def default() -> ConfigDict:
     c.batch = ConfigDict()
     # Rows of target tokens an update; English takes the few rows that it needs.
     c.batch.sequences = 32
-    # Whether prompts that begin alike are computed once: 'auto' (unless attention is 'splash' or
-    # 'triton') or 'never'.
+    # Whether prompts that begin alike are computed once: 'auto' (unless attention is 'splash') or 'never'.
     c.batch.share_prompts = "auto"
     # Into how many parts an update is split to fit memory. Never changes the result.
     c.batch.accumulation = 1
@@ -120,8 +119,7 @@ def default() -> ConfigDict:
     c.compute_dtype = ""
     # What the backward pass recomputes: 'none', 'dots' (all but matrix products), 'full' (whole blocks).
     c.remat = "full"
-    # Attention backend: 'auto' ('blocks' on CPU, 'splash' on TPU, 'xla' on GPU), one of these, or on a GPU
-    # 'triton' or 'cudnn'.
+    # Attention backend: 'auto' ('blocks' on CPU, 'splash' on TPU, 'xla' on GPU), one of these, or 'cudnn'.
     c.attention = "auto"
 
     c.eval = ConfigDict()

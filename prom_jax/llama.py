@@ -71,9 +71,8 @@ class Compute:
                 f"attention='cudnn' needs compute_dtype='bfloat16' and a GPU, not {self.dtype} on "
                 f"{platform}: use 'auto'"
             )
-        for kernel, wanted in (("splash", "tpu"), ("triton", "gpu")):
-            if self.attention == kernel and platform != wanted:
-                raise UserError(f"attention={kernel!r} needs a {wanted.upper()}, not {platform}: use 'auto'")
+        if self.attention == "splash" and platform != "tpu":
+            raise UserError(f"attention='splash' needs a TPU, not {platform}: use 'auto'")
         return self
 
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.gpu import attention as gpu_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from prom_jax.attention import BLOCK, Packed, attention, continues, segment, visible, visible_in_rows
@@ -69,8 +68,7 @@ def test_a_segment_sees_what_it_continues():
         deeper = levels[k][2] == 0 and (levels[k][1] == 0 or levels[k][0] == levels[q][0])
         continued = q == k or (k != 0 and deeper and all(own == other for own, other in named))
         assert mask[q, k] == continued, (paths[q], paths[k])
-    assert segment(0, 0, 7) == 7 and continues("blocks")
-    assert not continues("splash") and not continues("triton")
+    assert segment(0, 0, 7) == 7 and continues("blocks") and not continues("splash")
 
 
 def packed_segments(rows, length):
@@ -134,64 +132,40 @@ def test_blocks_that_nobody_sees_are_skipped():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Kernels for TPU and GPU are run step by step, without one."""
-    for module, name in ((splash_attention_kernel, "make_splash_mha_single_device"), (gpu_attention, "mha")):
-        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+    """Kernels for TPU are run step by step, without one."""
+    make = functools.partial(splash_attention_kernel.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", make)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "window"), [("splash", None), ("splash", 40), ("triton", None)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
-def test_kernels_give_the_values_and_gradients_of_whole_scores(interpreted, shape, kernel, window):
+def test_splash_gives_the_values_and_gradients_of_whole_scores(interpreted, shape, window):
     qkv, mask, weights = packed_rows(4, 256, window)
     expected = value_and_gradients(qkv, mask, weights, "xla")
     mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
     with jax.set_mesh(mesh):
         packed = Packed(packed_segments(4, 256), window)
-        for ours, theirs in zip(value_and_gradients(qkv, packed, weights, kernel), expected):
+        for ours, theirs in zip(value_and_gradients(qkv, packed, weights, "splash"), expected):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_triton_is_lowered_for_a_gpu(head_dim):
-    """As far as a machine without one can tell: the forward kernel, and two for the gradient."""
-
-    def gradients(q, k, v, segments):
-        loss = lambda *qkv: attention(*qkv, Packed(segments, None), "triton").astype(jnp.float32).sum()
-        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
-
-    of_heads = lambda heads: jax.ShapeDtypeStruct((2, 2048, heads, head_dim), jnp.bfloat16)
-    arguments = of_heads(8), of_heads(2), of_heads(2), jax.ShapeDtypeStruct((2, 2048), jnp.int32)
-    lowered = jax.jit(gradients).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("custom_call @__gpu$xla.gpu.triton") == 3
-
-
-@pytest.mark.parametrize("kernel", ["splash", "triton"])
-def test_kernels_keep_examples_apart(interpreted, kernel):
+def test_splash_keeps_examples_apart(interpreted):
     qkv, _, _ = packed_rows(1, 256)
     segments = packed_segments(1, 256)
     second = segments[0] == 2
     packed = Packed(segments, None)
-    run = jax.jit(lambda *qkv: attention(*qkv, packed, kernel))
+    run = jax.jit(lambda *qkv: attention(*qkv, packed, "splash"))
     expected = np.asarray(run(*qkv))
     changed = np.asarray(run(*(np.where(second[None, :, None, None], x, x + 1) for x in qkv)))
     np.testing.assert_array_equal(changed[:, second], expected[:, second])
     assert (changed[:, ~second] != expected[:, ~second]).any()
 
 
-def test_rows_that_kernels_cannot_take_get_a_mask():
-    rows = lambda length, window, kernel: visible_in_rows(
-        np.broadcast_to(np.arange(length), (2, length)), packed_segments(2, length), window, kernel
-    )
-    for length, window, kernel in ((100, None, "splash"), (100, None, "triton"), (128, 40, "triton")):
-        mask = rows(length, window, kernel)
-        assert mask.shape == (2, 1, length, length)
-        q = np.random.default_rng(0).normal(size=(2, length, 2, 8)).astype(np.float32)
-        ours, theirs = (attention(q, q, q, mask, backend) for backend in (kernel, "xla"))
-        np.testing.assert_array_equal(ours, theirs)
-    for window, kernel in ((None, "splash"), (40, "splash"), (None, "triton")):
-        assert isinstance(rows(128, window, kernel), Packed)
+def test_rows_that_splash_cannot_take_get_a_mask():
+    positions = np.broadcast_to(np.arange(100), (2, 100))
+    mask = visible_in_rows(positions, packed_segments(2, 100), None, "splash")
+    assert mask.shape == (2, 1, 100, 100)
+    assert isinstance(visible_in_rows(positions, packed_segments(2, 128), None, "splash"), Packed)
 
 
 def test_blocks_in_bfloat16_keep_sums_in_float32():
