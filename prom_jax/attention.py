@@ -157,8 +157,7 @@ def _splash_here(window, q_BTHD, k, v, segments_BT):
 
 def _in_blocks(q_BTHD, k, v, mask_BTS, layer):
     B, T, H, D = q_BTHD.shape
-    K, most = k.shape[2], BLOCK if layer is None else CACHE_BLOCK
-    spare = -T % _size(T, most)
+    K, spare = k.shape[2], -T % _size(T, layer)
     mask_BTS = jnp.pad(mask_BTS, [(0, 0), (0, spare), (0, 0)])
     q = jnp.pad(q_BTHD / math.sqrt(D), [(0, 0), (0, spare), (0, 0), (0, 0)])
     q = q.reshape(B, T + spare, K, H // K, D).transpose(0, 2, 3, 1, 4)
@@ -251,8 +250,7 @@ def _seen(mask_BTS, layer=None):
     blocks of keys it sees anything of, in any row of the batch, and a function that gives of the n-th of
     these: its part of the mask [B, 1, 1, t, s], and its places (in arrays of one `layer`)."""
     _, T, S = mask_BTS.shape
-    most = BLOCK if layer is None else CACHE_BLOCK
-    t, s = _size(T, most), _size(S, most)
+    t, s = _size(T, layer), _size(S, layer)
     whole = jnp.pad(mask_BTS.any(axis=0), [(0, 0), (0, -S % s)])
     whole = whole.reshape(T // t, t, -(-S // s), s).any(axis=(1, 3))
     numbers, order = whole.sum(axis=1), jnp.argsort(~whole, axis=1, stable=True)
@@ -271,8 +269,10 @@ def _seen(mask_BTS, layer=None):
     return len(whole), block
 
 
-def _size(length: int, most: int) -> int:
-    """Of blocks that cover a length with little to spare; whole vectors, or a CPU takes number by number."""
+def _size(length: int, layer) -> int:
+    """Of blocks that cover a length with little to spare, the same for the length that they cover; whole
+    vectors, or a CPU takes number by number. With a `layer` of a cache they are larger."""
+    most = BLOCK if layer is None else CACHE_BLOCK
     even = -(-length // -(-length // most))
     return min(length, -(-even // _VECTOR) * _VECTOR)
 
