@@ -2,19 +2,21 @@
 
 import dataclasses
 import functools
+import importlib.util
 import math
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from prom_jax.sharding import BATCH, num_batch_shards
 
-# 'xla' and 'cudnn' are jax.nn.dot_product_attention's own, 'splash' is Pallas's for TPU, 'blocks' is below.
-BACKENDS = ("auto", "xla", "blocks", "splash", "cudnn")
-_OF_PLATFORM = {"cpu": "blocks", "tpu": "splash"}
+# 'xla' and 'cudnn' are jax.nn.dot_product_attention's own, 'splash' is Pallas's for TPU, 'tokamax' are that
+# package's for GPU, 'blocks' is below.
+BACKENDS = ("auto", "xla", "blocks", "splash", "cudnn", "tokamax")
 
 # Bits of a segment's number for each level of its path.
 _LEVEL = 10
@@ -25,6 +27,7 @@ MOST_SEGMENTS = (1 << _LEVEL) - 1  # that continue the same segment
 BLOCK, CACHE_BLOCK = 48, 256
 SPLASH_BLOCKS = (512, 256, 128)  # queries, and keys, of a block of 'splash': the first that divides a row
 OUTPUT = "attention"  # the name of what a gradient needs of it
+TOKAMAX_BLOCK = 128  # queries, and keys: its kernels for Hopper take whole blocks where there is a mask
 _VECTOR = 16  # floats that a CPU computes at once, at most
 _UNSEEN = -1e30  # a score, finite so that a row of them has no NaN
 _FLOAT32 = {"preferred_element_type": jnp.float32}
@@ -87,7 +90,15 @@ def visible_in_rows(positions, segments, window, backend):
 
 def resolve(backend: str) -> str:
     """The backend that 'auto' stands for on this machine; any other name as it is."""
-    return _OF_PLATFORM.get(jax.default_backend(), "xla") if backend == "auto" else backend
+    if backend != "auto":
+        return backend
+    on_gpu = "tokamax" if has_tokamax() else "xla"
+    return {"cpu": "blocks", "tpu": "splash", "gpu": on_gpu}.get(jax.default_backend(), "xla")
+
+
+def has_tokamax() -> bool:
+    """Whether the package is installed."""
+    return importlib.util.find_spec("tokamax") is not None
 
 
 def continues(backend: str) -> bool:
@@ -107,39 +118,59 @@ def attention(q_BTHD, k, v, mask, backend="auto", layer=None):
       backend: 'xla' holds all scores at once. 'blocks' goes through blocks of queries and keys, skips those
         in which nobody sees anybody, and computes scores again for the gradient: fast where a core has little
         memory near it and steps of a loop cost little. 'splash': Pallas's kernel for TPU, of `Packed` rows;
-        others go to 'xla'. 'cudnn': NVIDIA's. 'auto': 'blocks' on a CPU, 'splash' on a TPU, else 'xla'.
+        others go to 'xla'. 'cudnn': NVIDIA's. 'tokamax': kernels that hold no scores, the first for this
+        GPU, dtype and shape of those that the package has; a cache goes to 'xla'. 'auto': 'blocks' on a CPU,
+        'splash' on a TPU, 'tokamax' on a GPU where it is installed, else 'xla'.
     """
     backend = resolve(backend)
     k, v = k.astype(q_BTHD.dtype), v.astype(q_BTHD.dtype)
     if isinstance(mask, Packed):
-        return _splash(q_BTHD, k, v, mask)
+        return _on_each_device(functools.partial(_splash, mask.window), q_BTHD, k, v, mask.segments)
     mask_B1TS = jnp.broadcast_to(mask, (*q_BTHD.shape[:1], 1, *mask.shape[2:]))
     if backend == "blocks":
         return _in_blocks(q_BTHD, k, v, mask_B1TS[:, 0], layer)
+    if backend == "tokamax" and layer is None:
+        return _on_each_device(_tokamax, q_BTHD, k, v, mask_B1TS)
     if layer is not None:
         k, v = k[layer].swapaxes(1, 2), v[layer].swapaxes(1, 2)
-    implementation = "xla" if backend == "splash" else backend
+    implementation = "cudnn" if backend == "cudnn" else "xla"
     return jax.nn.dot_product_attention(q_BTHD, k, v, mask=mask_B1TS, implementation=implementation)
 
 
-def _splash(q_BTHD, k, v, packed: Packed):
-    """Each device's rows and heads by Pallas's kernel, which skips blocks above the diagonal and outside the
-    window; a query attends to no other segment than its own."""
+def _on_each_device(kernel, q_BTHD, k, v, seen):
+    """A kernel that XLA cannot split, with each device's rows and heads; `seen` [B, …] is of rows."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _splash_here(packed.window, q_BTHD, k, v, packed.segments)
+        return kernel(q_BTHD, k, v, seen)
     rows = BATCH if len(q_BTHD) % num_batch_shards(mesh) == 0 else None
     heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
     spec = PartitionSpec(rows, None, heads)
     return jax.shard_map(
-        functools.partial(_splash_here, packed.window),
-        in_specs=(spec, spec, spec, PartitionSpec(rows)),
-        out_specs=spec,
-        check_vma=False,
-    )(q_BTHD, k, v, packed.segments)
+        kernel, in_specs=(spec, spec, spec, PartitionSpec(rows)), out_specs=spec, check_vma=False
+    )(q_BTHD, k, v, seen)
 
 
-def _splash_here(window, q_BTHD, k, v, segments_BT):
+def _tokamax(q_BTHD, k, v, mask_B1TS):
+    import tokamax  # takes a second to read, which no other machine needs to spend
+
+    if not flags.FLAGS.is_parsed():  # or the package reads the arguments of whatever program this is
+        flags.FLAGS.mark_as_parsed()
+    T, S = mask_B1TS.shape[2:]
+    queries, keys = -T % TOKAMAX_BLOCK, -S % TOKAMAX_BLOCK
+    pad = lambda x, spare: jnp.pad(x, [(0, 0), (0, spare), (0, 0), (0, 0)])
+    # Queries that fill up a block see all, as one that sees nothing may have a gradient that is no number.
+    mask = jnp.pad(mask_B1TS, [(0, 0), (0, 0), (0, queries), (0, 0)], constant_values=True)
+    mask = jnp.pad(mask, [(0, 0), (0, 0), (0, 0), (0, keys)])
+    # In a row nobody sees what comes after it: a kernel that knows this leaves out half of the scores.
+    out = tokamax.dot_product_attention(
+        pad(q_BTHD, queries), pad(k, keys), pad(v, keys), mask=mask, is_causal=T == S
+    )
+    return out[:, :T]
+
+
+def _splash(window, q_BTHD, k, v, segments_BT):
+    """Skips blocks above the diagonal and outside the window; a query attends to no other segment than its
+    own."""
     # Pallas for TPU takes a second to read, which no other machine needs to spend.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

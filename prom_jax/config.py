@@ -119,7 +119,8 @@ def default() -> ConfigDict:
     c.compute_dtype = ""
     # What the backward pass recomputes: 'none', 'dots' (all but matrix products), 'full' (whole blocks).
     c.remat = "full"
-    # Attention backend: 'auto' ('blocks' on CPU, 'splash' on TPU, 'xla' on GPU), one of these, or 'cudnn'.
+    # Attention backend: 'auto' ('blocks' on CPU, 'splash' on TPU, 'tokamax' on GPU), one of these, 'xla' or
+    # 'cudnn'.
     c.attention = "auto"
 
     c.eval = ConfigDict()

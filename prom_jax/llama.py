@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from prom_jax.architecture import LlamaConfig
-from prom_jax.attention import BACKENDS, OUTPUT, attention, resolve, visible_in_rows
+from prom_jax.attention import BACKENDS, OUTPUT, attention, has_tokamax, resolve, visible_in_rows
 from prom_jax.errors import UserError
 from prom_jax.sharding import BATCH, constrain, gathered, make_mesh, param_spec
 
@@ -73,6 +73,11 @@ class Compute:
             )
         if self.attention == "splash" and platform != "tpu":
             raise UserError(f"attention='splash' needs a TPU, not {platform}: use 'auto'")
+        if self.attention == "tokamax" and not (platform == "gpu" and has_tokamax()):
+            raise UserError(
+                f"attention='tokamax' needs a GPU, not {platform}, and its package: use 'auto', or "
+                "pip install -e '.[cuda]'"
+            )
         return self
 
 

@@ -3,14 +3,26 @@
 import functools
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokamax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from prom_jax.attention import BLOCK, Packed, attention, continues, segment, visible, visible_in_rows
+from prom_jax.attention import (
+    BLOCK,
+    TOKAMAX_BLOCK,
+    Packed,
+    attention,
+    continues,
+    resolve,
+    segment,
+    visible,
+    visible_in_rows,
+)
 from prom_jax.sharding import make_mesh
 from tests.reference import hf_model, pack, random_examples, to_model
 
@@ -104,11 +116,10 @@ def value_and_gradients(qkv, mask, weights, backend):
     "rows, length, window",
     [(1, 7, None), (2, 3 * BLOCK - 8, None), (3, 3 * BLOCK + 1, 40), (2, 2 * BLOCK, 1)],
 )
-def test_blocks_give_the_values_and_gradients_of_whole_scores(rows, length, window):
+@pytest.mark.parametrize("backend", ["blocks", "tokamax"])
+def test_blocks_give_the_values_and_gradients_of_whole_scores(backend, rows, length, window):
     arguments = packed_rows(rows, length, window)
-    for ours, theirs in zip(
-        value_and_gradients(*arguments, "blocks"), value_and_gradients(*arguments, "xla")
-    ):
+    for ours, theirs in zip(value_and_gradients(*arguments, backend), value_and_gradients(*arguments, "xla")):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -137,28 +148,100 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", make)
 
 
+def who_sees_whom(backend, segments, window=None):
+    """What a kernel takes of packed rows."""
+    positions = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
+    return visible_in_rows(positions, segments, window, backend)
+
+
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
-def test_splash_gives_the_values_and_gradients_of_whole_scores(interpreted, shape, window):
+@pytest.mark.parametrize("backend", ["splash", "tokamax"])  # of tokamax what it has for any machine
+def test_kernels_give_the_values_and_gradients_of_whole_scores(interpreted, backend, shape, window):
     qkv, mask, weights = packed_rows(4, 256, window)
     expected = value_and_gradients(qkv, mask, weights, "xla")
-    mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
-    with jax.set_mesh(mesh):
-        packed = Packed(packed_segments(4, 256), window)
-        for ours, theirs in zip(value_and_gradients(qkv, packed, weights, "splash"), expected):
+    seen = who_sees_whom(backend, packed_segments(4, 256), window)
+    with jax.set_mesh(make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])):
+        for ours, theirs in zip(value_and_gradients(qkv, seen, weights, backend), expected):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_splash_keeps_examples_apart(interpreted):
-    qkv, _, _ = packed_rows(1, 256)
+def assert_keeps_examples_apart(backend, dtype):
     segments = packed_segments(1, 256)
+    qkv = [jnp.asarray(x, dtype) for x in packed_rows(1, 256)[0]]
     second = segments[0] == 2
-    packed = Packed(segments, None)
-    run = jax.jit(lambda *qkv: attention(*qkv, packed, "splash"))
-    expected = np.asarray(run(*qkv))
-    changed = np.asarray(run(*(np.where(second[None, :, None, None], x, x + 1) for x in qkv)))
-    np.testing.assert_array_equal(changed[:, second], expected[:, second])
-    assert (changed[:, ~second] != expected[:, ~second]).any()
+    seen = who_sees_whom(backend, segments)
+
+    def of_second(*qkv):
+        out = attention(*qkv, seen, backend)
+        return (out.astype(jnp.float32)[:, second] ** 2).sum(), out
+
+    run = jax.jit(jax.value_and_grad(of_second, argnums=(0, 1, 2), has_aux=True))
+    (_, out), gradients = run(*qkv)
+    (_, changed), gradients_of_changed = run(*(jnp.where(second[None, :, None, None], x, x + 1) for x in qkv))
+    for before, after in zip((out, *gradients), (changed, *gradients_of_changed)):
+        np.testing.assert_array_equal(after[:, second], before[:, second])
+    assert (changed[:, ~second] != out[:, ~second]).any()
+    assert all((gradient[:, ~second] == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("backend", ["xla", "blocks", "splash", "tokamax"])
+def test_examples_are_kept_apart(interpreted, backend):
+    assert_keeps_examples_apart(backend, jnp.float32)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="for a GPU, with JAX_PLATFORMS=cuda")
+@pytest.mark.parametrize("backend", ["xla", "cudnn", "tokamax"])
+@pytest.mark.parametrize("window", [None, 40])
+def test_on_a_gpu(backend, window):
+    assert_keeps_examples_apart(backend, jnp.bfloat16)
+    qkv, mask, weights = packed_rows(4, 256, window)
+    exact = value_and_gradients(qkv, mask, weights, "xla")
+    rounded = value_and_gradients([jnp.asarray(x, jnp.bfloat16) for x in qkv], mask, weights, backend)
+    for ours, theirs in zip(rounded, exact):
+        assert np.linalg.norm(np.asarray(ours, np.float32) - theirs) < 0.01 * np.linalg.norm(theirs)
+
+
+class Hopper:
+    """What tokamax asks of a GPU before it lowers for one."""
+
+    platform, device_kind, compute_capability, core_count = "gpu", "NVIDIA H200", "9.0", 132
+
+
+@pytest.mark.parametrize("queries, keys", [(512, 512), (336, 1360), (57, 57)])
+@pytest.mark.parametrize("dtype, kernel", [("bfloat16", "mosaic_gpu"), ("float32", "triton")])
+def test_tokamax_computes_with_its_kernels_on_a_gpu(monkeypatch, queries, keys, dtype, kernel):
+    """Lowered, not run: of both directions, none of which holds a row's scores."""
+    monkeypatch.setattr("jax.extend.backend.get_default_device", lambda device=Hopper(): device)
+    gpu = jax.sharding.AbstractDevice(Hopper.device_kind, Hopper.core_count, Hopper.platform)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
+    shape = lambda length, heads: jax.ShapeDtypeStruct((2, length, heads, 64), dtype)
+    mask = jax.ShapeDtypeStruct((2, 1, queries, keys), bool)
+    loss = lambda q, k, v, mask: attention(q, k, v, mask, "tokamax").astype(jnp.float32).sum()
+    with tokamax.config.cross_compile(True), jax.sharding.use_abstract_mesh(mesh):
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        traced = gradient.trace(shape(queries, 4), shape(keys, 2), shape(keys, 2), mask)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @\S*(mosaic_gpu|triton)", text)
+    assert set(calls) == {kernel} and len(calls) >= 2
+    whole = [-(-length // TOKAMAX_BLOCK) * TOKAMAX_BLOCK for length in (queries, keys)]
+    assert f"{whole[0]}x{whole[1]}xi1" in text and f"{whole[0]}x{whole[1]}xf32" not in text
+
+
+@pytest.mark.parametrize(
+    "platform, installed, backend",
+    [
+        ("cpu", True, "blocks"),
+        ("tpu", True, "splash"),
+        ("gpu", True, "tokamax"),
+        ("gpu", False, "xla"),
+        ("METAL", True, "xla"),
+    ],
+)
+def test_auto(monkeypatch, platform, installed, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr("prom_jax.attention.has_tokamax", lambda: installed)
+    assert resolve("auto") == backend and resolve("cudnn") == "cudnn"
 
 
 def test_rows_that_splash_cannot_take_get_a_mask():

@@ -252,6 +252,7 @@ def another_architecture(c, tmp):
         (set_("optimizer.learning_rate", math.nan), "optimizer.learning_rate=nan"),
         (set_("attention", "cudnn"), "attention='cudnn' needs .* a GPU"),
         (set_("attention", "splash"), "attention='splash' needs a TPU"),
+        (set_("attention", "tokamax"), "attention='tokamax' needs a GPU"),
         (set_("pivot.regulate", "maybe"), "pivot.regulate='maybe': expected one of"),
         (set_("method", "promm"), "method='promm'"),
         (set_("language", ""), "language is not set"),

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prom_jax.attention import visible
 from prom_jax.data.examples import Recipe
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import prepare
@@ -99,6 +100,16 @@ def test_shared_prompts_take_room_once(records):
         len(text) for i in range(len(shared)) for side in sides_of(shared, i).values() for text, _ in side
     )
     assert whole == tokens
+
+
+def test_nobody_sees_what_comes_after_it_in_a_row(records):
+    """Kernels of attention rely on it."""
+    run = batches(records, share_prompts=True)
+    for step in range(len(run)):
+        for rows in run[step].values():
+            positions, segments = rows["positions"], rows["segments"]
+            seen = visible(positions, positions, segments, segments) & (segments != 0)[:, None, :, None]
+            assert seen.any() and not np.triu(seen, 1).any()
 
 
 def test_sides_of_an_example_meet_in_one_update(records):
