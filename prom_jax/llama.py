@@ -97,11 +97,41 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     return kept * frequencies + (1 - kept) * frequencies / np.float32(scaling.factor)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x, scale, eps):
-    """Root-mean-square norm over the last axis, computed in float32, in the dtype of `x`."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * scale.astype(x.dtype)
+    """Root-mean-square norm over the last axis, computed in float32, in the dtype of `x`.
+
+    Its sums over that axis are products, in a gradient of its own too: XLA's take a CPU four times as long.
+    """
+    return _normed(x, eps)[0].astype(x.dtype) * scale.astype(x.dtype)
+
+
+def _normed(x, eps):
+    """`x` over its root mean square, and one over that, in float32."""
+    x = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(_mean_of_products(x, x) + eps)
+    return x * inverse, inverse
+
+
+def _mean_of_products(x, y):
+    return jnp.einsum("...d,...d->...", x, y, precision="highest")[..., None] / x.shape[-1]
+
+
+def _norm_forward(x, scale, eps):
+    return rms_norm(x, scale, eps), (x, scale)
+
+
+def _norm_backward(eps, saved, d_out):
+    x, scale = saved
+    normed, inverse = _normed(x, eps)
+    d_out = d_out.astype(jnp.float32)
+    d_scale = (d_out * normed).sum(axis=tuple(range(x.ndim - 1)))
+    d_normed = d_out * scale.astype(jnp.float32)
+    d_x = (d_normed - normed * _mean_of_products(d_normed, normed)) * inverse
+    return d_x.astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_norm_forward, _norm_backward)
 
 
 def rotate(x_BTHD, angles_BTF):
