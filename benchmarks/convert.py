@@ -29,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from benchmarks.measure import report
+from benchmarks.synthetic import llama2_7b
 from benchmarks.synthetic import write as write_synthetic
 from prom_jax import checkpoints, convert, llama, models, sharding, weights
 
@@ -54,7 +55,7 @@ def main(argv=None):
     work.mkdir(parents=True, exist_ok=True)
     kept = (work / "hf").exists()
     if not kept:
-        write_synthetic(work / "hf", arguments.layers)
+        write_synthetic(work / "hf", llama2_7b(arguments.layers))
     rows = [measured(side, work) for side in (*SIDES, *SHARES)]
     check_same(work / "hf", work / "back")
     for name in ("orbax", "back", *([] if kept else ["hf"])):

@@ -1,21 +1,25 @@
-"""python -m benchmarks.synthetic DIRECTORY [--layers=32]
+"""python -m benchmarks.synthetic DIRECTORY [--shape=7b|1b] [--layers=N] [--tokenizer=MODEL]
 
-Writes a Hugging Face folder of LLaMA-2-7B's shapes with random bfloat16 weights: 13.5 GB in many files.
+Writes a Hugging Face folder with random bfloat16 weights of the shapes of LLaMA-2-7B (13.5 GB in many files)
+or Llama-3.2-1B, with as many blocks as those or `layers`. With the tokenizer of a model it can be trained on
+text, and its vocabulary is that tokenizer's; without one it has three tokens.
 """
 
 import argparse
+import dataclasses
 import zlib
 
 import ml_dtypes
 import numpy as np
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from prom_jax import llama, weights
+from prom_jax import cli, llama, models, weights
 from prom_jax.architecture import LlamaConfig
 
 TOKENIZER = PreTrainedTokenizerFast(
-    tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")),
+    tokenizer_object=Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")),
     bos_token="<s>",
     eos_token="</s>",
 )
@@ -35,6 +39,27 @@ def llama2_7b(layers: int = 32) -> LlamaConfig:
         bos_token_id=1,
         eos_token_id=2,
     )
+
+
+def llama32_1b(layers: int = 16) -> LlamaConfig:
+    """Llama-3.2-1B's architecture but for its rotary scaling, or a shorter one."""
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=4096,
+        rope_theta=5e5,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+SHAPES = {"7b": llama2_7b, "1b": llama32_1b}
 
 
 class Synthetic:
@@ -67,17 +92,24 @@ def main(argv=None):
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("directory")
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--tokenizer", metavar="MODEL")
     arguments = parser.parse_args(argv)
-    write(arguments.directory, arguments.layers)
+    tokenizer = models.open_source(arguments.tokenizer)[1] if arguments.tokenizer else TOKENIZER
+    layers = {"layers": arguments.layers} if arguments.layers else {}
+    write(arguments.directory, SHAPES[arguments.shape](**layers), tokenizer)
 
 
-def write(directory, layers: int = 32):
+def write(directory, config: LlamaConfig, tokenizer=TOKENIZER):
     """Writes the folder, in files of at most 1 GB."""
-    reader = Synthetic(llama2_7b(layers))
-    options = {"dtype": reader.dtype, "chat_template": "{{ messages }}", "card": {}}
-    weights.save_hf(reader, TOKENIZER, directory, max_shard_bytes=10**9, **options)
+    if tokenizer is not TOKENIZER:
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+        config = dataclasses.replace(config, vocab_size=len(tokenizer), **ids)
+    options = {"chat_template": "{{ messages }}", "card": {}, "max_shard_bytes": 10**9}
+    reader = Synthetic(config)
+    weights.save_hf(reader, tokenizer, directory, dtype=reader.dtype, **options)
 
 
 if __name__ == "__main__":
-    main()
+    cli.guard(main)

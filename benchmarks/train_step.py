@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import measure
-from prom_jax import budget, cli, models, sharding, train
+from prom_jax import attention, budget, cli, models, sharding, train
 from prom_jax.console import console
 from prom_jax.errors import UserError
 
@@ -171,7 +171,7 @@ def about(jobs: dict) -> dict[str, str]:
         told[name] = (
             f"{config.method} in JAX; texts in rows ({shapes}{', behind' * job.batches.joined}) without "
             f"seeing each other; shared prompts save {job.batches.saved:.0%} of the tokens; attention "
-            f"{config.attention}; heads on loss-bearing tokens; AdamW in float32"
+            f"{attention.resolve(config.attention)}; heads on loss-bearing tokens; AdamW in {config.optimizer.dtype}"
         )
     if FLAGS.peer in LAYOUTS:
         told["peer"] = (
