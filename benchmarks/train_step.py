@@ -167,11 +167,12 @@ def about(jobs: dict) -> dict[str, str]:
     told = {}
     for name, job in jobs.items():
         config = job.config
+        backend, dtype = attention.resolve(config.attention), config.optimizer.dtype
         shapes = ", ".join(f"{rows} × {length} {role}" for role, (rows, length) in job.batches.shapes.items())
         told[name] = (
             f"{config.method} in JAX; texts in rows ({shapes}{', behind' * job.batches.joined}) without "
             f"seeing each other; shared prompts save {job.batches.saved:.0%} of the tokens; attention "
-            f"{attention.resolve(config.attention)}; heads on loss-bearing tokens; AdamW in {config.optimizer.dtype}"
+            f"{backend}; heads on loss-bearing tokens; AdamW in {dtype}"
         )
     if FLAGS.peer in LAYOUTS:
         told["peer"] = (
