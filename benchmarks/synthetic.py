@@ -27,35 +27,24 @@ TOKENIZER = PreTrainedTokenizerFast(
 
 def llama2_7b(layers: int = 32) -> LlamaConfig:
     """LLaMA-2-7B's architecture, or a shorter one."""
-    return LlamaConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=128,
-        max_position_embeddings=4096,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    return _llama(layers, vocab_size=32000, hidden_size=4096, intermediate_size=11008, head_dim=128)
 
 
 def llama32_1b(layers: int = 16) -> LlamaConfig:
     """Llama-3.2-1B's architecture but for its rotary scaling, or a shorter one."""
+    sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64}
+    return _llama(layers, **sizes, num_key_value_heads=8, rope_theta=5e5, tie_word_embeddings=True)
+
+
+def _llama(layers: int, num_key_value_heads: int = 32, **rest) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
         num_hidden_layers=layers,
         num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
+        num_key_value_heads=num_key_value_heads,
         max_position_embeddings=4096,
-        rope_theta=5e5,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
+        bos_token_id=TOKENIZER.bos_token_id,
+        eos_token_id=TOKENIZER.eos_token_id,
+        **rest,
     )
 
 
@@ -96,19 +85,21 @@ def main(argv=None):
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokenizer", metavar="MODEL")
     arguments = parser.parse_args(argv)
-    tokenizer = models.open_source(arguments.tokenizer)[1] if arguments.tokenizer else TOKENIZER
-    layers = {"layers": arguments.layers} if arguments.layers else {}
-    write(arguments.directory, SHAPES[arguments.shape](**layers), tokenizer)
+    config, tokenizer = SHAPES[arguments.shape](), TOKENIZER
+    if arguments.layers:
+        config = dataclasses.replace(config, num_hidden_layers=arguments.layers)
+    if arguments.tokenizer:
+        _, tokenizer = models.open_source(arguments.tokenizer)
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+        config = dataclasses.replace(config, vocab_size=len(tokenizer), **ids)
+    write(arguments.directory, config, tokenizer)
 
 
 def write(directory, config: LlamaConfig, tokenizer=TOKENIZER):
     """Writes the folder, in files of at most 1 GB."""
-    if tokenizer is not TOKENIZER:
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
-        config = dataclasses.replace(config, vocab_size=len(tokenizer), **ids)
-    options = {"chat_template": "{{ messages }}", "card": {}, "max_shard_bytes": 10**9}
     reader = Synthetic(config)
-    weights.save_hf(reader, tokenizer, directory, dtype=reader.dtype, **options)
+    options = {"dtype": reader.dtype, "chat_template": "{{ messages }}", "card": {}}
+    weights.save_hf(reader, tokenizer, directory, max_shard_bytes=10**9, **options)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ class Compute:
             raise UserError(f"attention='splash' needs a TPU, not {platform}: use 'auto'")
         if self.attention == "tokamax" and not (platform == "gpu" and has_tokamax()):
             raise UserError(
-                f"attention='tokamax' needs a GPU, not {platform}, and its package: use 'auto', or "
-                "pip install -e '.[cuda]'"
+                f"attention='tokamax' needs a GPU (here: {platform}) and its package, which "
+                "pip install -e '.[cuda]' brings: use 'auto'"
             )
         return self
 
