@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 
 from benchmarks import measure
 from benchmarks.train_step import Ours
-from prom_jax import cli
-from prom_jax.console import console
+from prom_jax.utils import cli
+from prom_jax.utils.console import console
 
 COLOURS = {
     "matrix products": "tab:blue",

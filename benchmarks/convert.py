@@ -31,7 +31,12 @@ import orbax.checkpoint as ocp
 from benchmarks.measure import report
 from benchmarks.synthetic import llama2_7b
 from benchmarks.synthetic import write as write_synthetic
-from prom_jax import checkpoints, convert, llama, models, sharding, weights
+from prom_jax import convert
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints import safetensors as weights
+from prom_jax.checkpoints import training as checkpoints
+from prom_jax.models import decoder as llama
+from prom_jax.parallel import sharding
 
 PROCESSES = 8
 SHARES = ("share_hf_bfloat16", "share_hf_float32", "share_orbax_bfloat16")

@@ -14,11 +14,12 @@ import datasets
 import numpy as np
 
 from benchmarks import measure
-from prom_jax import cli, models
+from prom_jax.checkpoints import pretrained as models
 from prom_jax.data.examples import Recipe
 from prom_jax.data.loader import Batches
-from prom_jax.data.prompts import wording
 from prom_jax.data.records import prepare
+from prom_jax.data.templates import wording
+from prom_jax.utils import cli
 
 SEQ_LEN = 1024
 NEEDED = 8 * 12_000  # tokens a second of eight devices at 12,000 each

@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import measure
-from prom_jax import cli, models
+from prom_jax.checkpoints import pretrained as models
 from prom_jax.evaluation.decode import decode
 from prom_jax.evaluation.lm import tokens_with
+from prom_jax.utils import cli
 
 BATCH = 8  # of the peer, as in the paper
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from prom_jax import budget, cli, models
-from prom_jax.console import console
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.training import budget
+from prom_jax.utils import cli
+from prom_jax.utils.console import console
 
 PACKAGES = ("jax", "torch", "transformers", "tokenizers", "datasets", "tensorflow-datasets", "grain")
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from prom_jax import budget
+from prom_jax.training import budget
 
 IGNORED = -100  # a label that bears no loss
 PADDED_ROWS = 4  # padded rows that are computed together: Alpaca's batch on a device
@@ -104,7 +104,7 @@ class Peer:
     Args:
       source: Hugging Face directory or hub id.
       layout: a key of LAYOUTS.
-      objective, pivot_layer: as in `prom_jax.objective`; the method is 'prom'.
+      objective, pivot_layer: as in `prom_jax.training.objective`; the method is 'prom'.
       config: of the run; its dtype, remat and optimizer are the peer's too.
       compiled: whether torch compiles the model.
     """

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import transformers
 
-from prom_jax import cli, models
 from prom_jax.analysis.cloze import read_table
 from prom_jax.analysis.probe import probe
-from prom_jax.console import console
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.utils import cli
+from prom_jax.utils.console import console
 from tests.analysis.reference import probabilities
 
 

@@ -23,11 +23,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import measure
 from benchmarks.synthetic import llama2_7b
-from prom_jax import budget, cli, llama, sharding
-from prom_jax.checkpoints import placed
-from prom_jax.errors import UserError
-from prom_jax.objective import Objective
-from prom_jax.optimization import abstract_state, make_optimizer, make_schedule, make_update
+from prom_jax.checkpoints.training import placed
+from prom_jax.models import decoder as llama
+from prom_jax.parallel import sharding
+from prom_jax.training import budget
+from prom_jax.training.objective import Objective
+from prom_jax.training.step import abstract_state, make_optimizer, make_schedule, make_update
+from prom_jax.utils import cli
+from prom_jax.utils.errors import UserError
 
 # Of v5p, by the chips that are used.
 SLICES = {1: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}

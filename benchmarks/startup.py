@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from benchmarks import measure
-from prom_jax import cli
+from prom_jax.utils import cli
 
 # What has been done when a line that begins so comes.
 PHASES = {

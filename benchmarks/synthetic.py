@@ -15,8 +15,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from prom_jax import cli, llama, models, weights
-from prom_jax.architecture import LlamaConfig
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints import safetensors as weights
+from prom_jax.models import decoder as llama
+from prom_jax.models.config import LlamaConfig
+from prom_jax.utils import cli
 
 TOKENIZER = PreTrainedTokenizerFast(
     tokenizer_object=Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")),
@@ -52,8 +55,8 @@ SHAPES = {"7b": llama2_7b, "1b": llama32_1b}
 
 
 class Synthetic:
-    """Random weights behind the interface of `prom_jax.readers`: normal, σ = 0.02, as those of real models
-    about are, so that they compress as badly."""
+    """Random weights behind the interface of `prom_jax.checkpoints.reader`: normal, σ = 0.02, as those of
+    real models about are, so that they compress as badly."""
 
     source, pivot_layer = "synthetic weights", 0
 

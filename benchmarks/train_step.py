@@ -24,9 +24,14 @@ import numpy as np
 from absl import flags
 
 from benchmarks import measure
-from prom_jax import attention, budget, cli, models, sharding, train
-from prom_jax.console import console
-from prom_jax.errors import UserError
+from prom_jax import train
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.ops import attention
+from prom_jax.parallel import sharding
+from prom_jax.training import budget
+from prom_jax.utils import cli
+from prom_jax.utils.console import console
+from prom_jax.utils.errors import UserError
 
 TOLERANCE = 1e-3  # relative, between losses in float32 after several updates
 # Dense bfloat16 FLOP/s, from the vendors' data sheets, by the beginning of a device's name.

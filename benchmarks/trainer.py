@@ -20,8 +20,11 @@ import transformers
 from absl import flags
 
 from benchmarks import measure, peers, train_step
-from prom_jax import budget, cli, models, train
-from prom_jax.errors import UserError
+from prom_jax import train
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.training import budget
+from prom_jax.utils import cli
+from prom_jax.utils.errors import UserError
 
 
 def main():

@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 def __getattr__(name):
     # Imported when first asked for, so that `import prom_jax` alone does not start JAX and transformers.
     if name in __all__:
-        from prom_jax import models
+        from prom_jax.checkpoints import pretrained as models
 
         return getattr(models, name)
     raise AttributeError(f"module 'prom_jax' has no attribute {name!r}")

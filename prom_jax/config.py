@@ -9,7 +9,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from prom_jax.errors import UserError
+from prom_jax.utils.errors import UserError
 
 REGULATE = ("auto", "paper", "never")
 

@@ -7,9 +7,12 @@ Hugging Face directory or hub id, a .gguf file, an Orbax checkpoint or a work di
 
 import numpy as np
 
-from prom_jax import checkpoints, cli, models, weights
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints import safetensors as weights
+from prom_jax.checkpoints import training as checkpoints
 from prom_jax.data.chat import chat_template
-from prom_jax.errors import UserError
+from prom_jax.utils import cli
+from prom_jax.utils.errors import UserError
 
 
 def main(argv=None):

@@ -14,16 +14,19 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from prom_jax import cli, models, tokenizer, weights
-from prom_jax.console import console
-from prom_jax.distributed import first_alone
-from prom_jax.errors import UserError
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints import safetensors as weights
 from prom_jax.evaluation import harness
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.decode import PLACES
 from prom_jax.evaluation.lm import HarnessModel
-from prom_jax.sharding import describe
-from prom_jax.workdir import check_shared, make_directory, write_json, write_text
+from prom_jax.parallel.multihost import first_alone
+from prom_jax.parallel.sharding import describe
+from prom_jax.tokenization import auto as tokenizer
+from prom_jax.utils import cli
+from prom_jax.utils.console import console
+from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import check_shared, make_directory, write_json, write_text
 
 
 def main(argv=None):

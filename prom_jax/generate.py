@@ -7,10 +7,11 @@ whatever prom_jax loads.
 
 import argparse
 
-from prom_jax import cli, models
+from prom_jax.checkpoints import pretrained as models
 from prom_jax.data.chat import chat_template
-from prom_jax.errors import UserError
 from prom_jax.evaluation.decode import decode
+from prom_jax.utils import cli
+from prom_jax.utils.errors import UserError
 
 CHUNK = 4  # new tokens between two looks
 

@@ -13,17 +13,22 @@ from absl import flags
 from rich import box
 from rich.table import Table
 
-from prom_jax import budget, cli, llama, models, sharding, weights
 from prom_jax import config as configuration
-from prom_jax.analysis.figures import METHOD_LABELS, interference_by_layer
 from prom_jax.analysis.interference import COMPARED, cosines, draw, inner_products, only, summary
-from prom_jax.console import console, track
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints import safetensors as weights
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Records, prepare
-from prom_jax.errors import UserError
-from prom_jax.experiment import recipe
-from prom_jax.objective import Objective
-from prom_jax.workdir import as_dict, make_directory, write_json
+from prom_jax.models import decoder as llama
+from prom_jax.parallel import sharding
+from prom_jax.reporting.plots import METHOD_LABELS, interference_by_layer
+from prom_jax.training import budget
+from prom_jax.training.objective import Objective
+from prom_jax.training.setup import recipe
+from prom_jax.utils import cli
+from prom_jax.utils.console import console, track
+from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import as_dict, make_directory, write_json
 
 
 def measure(config, workdir: Path, model: str, out: Path, methods: list[str], number: int) -> dict:

@@ -15,14 +15,15 @@ from pathlib import Path
 from absl import flags
 from rich.prompt import Confirm
 
-from prom_jax import card, cli
 from prom_jax import config as configuration
-from prom_jax.console import console
-from prom_jax.data import engines, inspection, sources, translate
-from prom_jax.data.prompts import language_name
-from prom_jax.errors import UserError
-from prom_jax.experiment import resolve
-from prom_jax.workdir import write_text
+from prom_jax.data import card, inspection, sources
+from prom_jax.data.templates import language_name
+from prom_jax.data.translation import engines, translate
+from prom_jax.training.setup import resolve
+from prom_jax.utils import cli
+from prom_jax.utils.console import console
+from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import write_text
 
 ENGINES = ("google", "nllb")
 CACHE = Path("~/.cache/prom_jax/translations.sqlite").expanduser()

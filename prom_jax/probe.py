@@ -12,14 +12,15 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from prom_jax import cli, models
 from prom_jax.analysis.cloze import DEMONSTRATIONS, prompts, read_table
-from prom_jax.analysis.figures import probe_curves
 from prom_jax.analysis.probe import SCORINGS, NoRows, Probe, probe
-from prom_jax.console import console
-from prom_jax.errors import UserError
-from prom_jax.sharding import describe as describe_mesh
-from prom_jax.workdir import make_directory, write_json
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.parallel.sharding import describe as describe_mesh
+from prom_jax.reporting.plots import probe_curves
+from prom_jax.utils import cli
+from prom_jax.utils.console import console
+from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import make_directory, write_json
 
 # Two probes can be compared where these are equal.
 SETTINGS = ("scoring", "shots", "demonstrations", "seed", "table")

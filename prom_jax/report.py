@@ -9,10 +9,10 @@ import argparse
 import json
 from pathlib import Path
 
-from prom_jax import cli
-from prom_jax.console import console
 from prom_jax.reporting import figures, output, tables
 from prom_jax.reporting import runs as evaluations
+from prom_jax.utils import cli
+from prom_jax.utils.console import console
 
 PAPER = Path(__file__).parent / "resources" / "paper.json"
 

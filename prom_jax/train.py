@@ -19,19 +19,26 @@ import optax
 from absl import flags
 from rich.table import Table
 
-from prom_jax import budget, card, cli, distributed, llama, models, sharding, weights
-from prom_jax.analysis.figures import learning_curves
-from prom_jax.checkpoints import Checkpoints, Description, describe, placed
-from prom_jax.console import console, progress
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints import safetensors as weights
+from prom_jax.checkpoints.training import Checkpoints, Description, describe, placed
+from prom_jax.data import card
 from prom_jax.data.chat import chat_template
-from prom_jax.distributed import REQUEUE
-from prom_jax.errors import UserError
 from prom_jax.evaluation import samples
 from prom_jax.evaluation.heldout import HeldOut
-from prom_jax.experiment import Experiment, resolve
-from prom_jax.metrics import MetricsLog
-from prom_jax.optimization import abstract_state, make_optimizer, make_schedule, make_update
-from prom_jax.workdir import CONFIG_FILE, write_json
+from prom_jax.models import decoder as llama
+from prom_jax.parallel import multihost as distributed
+from prom_jax.parallel import sharding
+from prom_jax.parallel.multihost import REQUEUE
+from prom_jax.reporting.plots import learning_curves
+from prom_jax.training import budget
+from prom_jax.training.setup import Experiment, resolve
+from prom_jax.training.step import abstract_state, make_optimizer, make_schedule, make_update
+from prom_jax.training.trackers import MetricsLog
+from prom_jax.utils import cli
+from prom_jax.utils.console import console, progress
+from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import CONFIG_FILE, write_json
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
 

@@ -138,7 +138,7 @@ def spoil(fault: str, at: int, victim: int):
     """Makes reading the data of a step fail ('data') or hang ('hang') in a process, gives weights in all
     processes that are not numbers ('nan'), or lets files grow no more, in one or all, from the first
     checkpoint at or after the step ('disk …')."""
-    from prom_jax.checkpoints import Checkpoints
+    from prom_jax.checkpoints.training import Checkpoints
     from prom_jax.data.loader import Batches
 
     read, save = Batches.read, Checkpoints.save

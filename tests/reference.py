@@ -9,9 +9,9 @@ import optax
 import torch
 import transformers
 
-from prom_jax import llama
-from prom_jax.optimization import make_update
-from prom_jax.sharding import param_sharding, path_keys
+from prom_jax.models import decoder as llama
+from prom_jax.parallel.sharding import param_sharding, path_keys
+from prom_jax.training.step import make_update
 
 torch.set_num_threads(1)  # faster on work this small
 

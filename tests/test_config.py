@@ -10,8 +10,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from prom_jax import config as configuration
-from prom_jax.architecture import LlamaConfig
-from prom_jax.errors import UserError
+from prom_jax.models.config import LlamaConfig
+from prom_jax.utils.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 LANGUAGES = ("ar", "bn", "el", "ml", "mr", "sw", "ta", "te", "th")

@@ -11,9 +11,14 @@ import transformers
 from safetensors.torch import load_file
 
 import prom_jax
-from prom_jax import checkpoints, convert, llama, readers, sharding, weights
+from prom_jax import convert
+from prom_jax.checkpoints import reader as readers
+from prom_jax.checkpoints import safetensors as weights
+from prom_jax.checkpoints import training as checkpoints
 from prom_jax.data.chat import chat_template
-from prom_jax.errors import UserError
+from prom_jax.models import decoder as llama
+from prom_jax.parallel import sharding
+from prom_jax.utils.errors import UserError
 from tests.reference import hf_model
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from prom_jax import evaluate
-from prom_jax.errors import UserError
+from prom_jax.utils.errors import UserError
 
 CONTEXT = "ng'ombe anakula nyasi na hutoa maziwa kila asubuhi katika shamba dogo karibu na mto"
 

@@ -7,9 +7,9 @@ import pytest
 
 import prom_jax
 from prom_jax import generate
-from prom_jax.data.prompts import wording
-from prom_jax.errors import UserError
+from prom_jax.data.templates import wording
 from prom_jax.evaluation.decode import greedy
+from prom_jax.utils.errors import UserError
 
 
 def expected(model, tokenizer, prompt, length):

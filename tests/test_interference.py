@@ -10,11 +10,13 @@ from PIL import Image
 
 import prom_jax
 from prom_jax import interference as door
-from prom_jax import llama, models, weights
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints import safetensors as weights
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Records
-from prom_jax.errors import UserError
-from prom_jax.objective import Objective
+from prom_jax.models import decoder as llama
+from prom_jax.training.objective import Objective
+from prom_jax.utils.errors import UserError
 from tests.reference import gradients
 from tests.tiny import tiny_config
 

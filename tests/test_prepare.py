@@ -8,11 +8,12 @@ import pytest
 from rich.console import Console
 
 from prom_jax import prepare as door
-from prom_jax.data import inspection, translate
+from prom_jax.data import inspection
 from prom_jax.data.records import Records
-from prom_jax.errors import UserError
-from prom_jax.experiment import resolve
-from tests.data.test_translate import Toy, spell_thai
+from prom_jax.data.translation import translate
+from prom_jax.training.setup import resolve
+from prom_jax.utils.errors import UserError
+from tests.data.translation.test_translate import Toy, spell_thai
 from tests.tiny import tiny_config
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prom_jax import cli, probe
+from prom_jax import probe
 from prom_jax.analysis.cloze import read_table
 from prom_jax.analysis.probe import probe as measure
-from prom_jax.errors import UserError
+from prom_jax.utils import cli
+from prom_jax.utils.errors import UserError
 from tests.analysis.reference import write_table
 from tests.reference import hf_model, to_model
 

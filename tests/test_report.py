@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prom_jax import cli, report
+from prom_jax import report
+from prom_jax.utils import cli
 from tests.reporting.made_up import LLAMA, prom, training, write
 
 ROOT = Path(__file__).parents[1]

@@ -21,9 +21,9 @@ from prom_jax import train as door
 from prom_jax.analysis.cloze import TABLES
 from prom_jax.config import VARIANTS, apply_variant
 from prom_jax.data.records import prepare
-from prom_jax.errors import UserError
-from prom_jax.experiment import recipe
-from prom_jax.objective import Objective
+from prom_jax.training.objective import Objective
+from prom_jax.training.setup import recipe
+from prom_jax.utils.errors import UserError
 from tests.tiny import tiny_config
 
 TIMINGS = {"tokens_per_second", "model_flops_per_second"}

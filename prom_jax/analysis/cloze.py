@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from prom_jax.data.sources import MOST_COLUMNS
-from prom_jax.errors import UserError
+from prom_jax.utils.errors import UserError
 
 TABLES = Path(__file__).parents[1] / "resources" / "cloze"
 BLANK = '"___"'

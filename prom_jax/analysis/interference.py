@@ -24,13 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prom_jax import llama
 from prom_jax.analysis.statistics import interval, resampled_means
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import ROLES, Records
-from prom_jax.errors import UserError
-from prom_jax.objective import Objective, main_exit
-from prom_jax.sharding import BATCH, constrain, constrain_params
+from prom_jax.models import decoder as llama
+from prom_jax.parallel.sharding import BATCH, constrain, constrain_params
+from prom_jax.training.objective import Objective, main_exit
+from prom_jax.utils.errors import UserError
 
 
 @dataclass(frozen=True)

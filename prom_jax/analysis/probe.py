@@ -15,11 +15,11 @@ from tokenizers import pre_tokenizers
 
 from prom_jax.analysis.cloze import Row, Table, prompts
 from prom_jax.analysis.statistics import interval, resampled_means
-from prom_jax.attention import SHARED, segment, visible
-from prom_jax.console import track
 from prom_jax.data.tokens import common_prefix
-from prom_jax.errors import UserError
-from prom_jax.sharding import constrain, place_rows
+from prom_jax.ops.attention import SHARED, segment, visible
+from prom_jax.parallel.sharding import constrain, place_rows
+from prom_jax.utils.console import track
+from prom_jax.utils.errors import UserError
 
 SCORINGS = ("word", "prefix", "byte")
 # Shapes are rounded up to multiples of these, so that few are compiled.

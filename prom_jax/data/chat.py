@@ -3,8 +3,8 @@
 import logging
 from string import Template
 
-from prom_jax.data.prompts import Wording, conversation, wording
 from prom_jax.data.sources import Turn
+from prom_jax.data.templates import Wording, conversation, wording
 from prom_jax.data.tokens import encode
 
 _CHAT_TEMPLATE = Template(

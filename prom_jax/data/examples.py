@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prom_jax.data import prompts, sources
-from prom_jax.data.prompts import Span, Wording
+from prom_jax.data import sources
+from prom_jax.data import templates as prompts
 from prom_jax.data.sources import Row, Sentence, Turn
-from prom_jax.errors import UserError
+from prom_jax.data.templates import Span, Wording
+from prom_jax.utils.errors import UserError
 
 LANGUAGES = ("english", "target")  # what a prompt may be worded in
 

@@ -5,8 +5,8 @@ from itertools import groupby, islice
 import numpy as np
 from rich.text import Text
 
-from prom_jax.console import console
 from prom_jax.data.records import ROLES
+from prom_jax.utils.console import console
 
 ENGLISH_ROLES = {"target": "english", "translation": "translation_source", "text": "text"}
 LOSS, PROMPT, HEADING = "bold green", "dim", "cyan"

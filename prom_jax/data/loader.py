@@ -20,10 +20,10 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from prom_jax.attention import segment
 from prom_jax.data import packing
 from prom_jax.data.records import SIDES, Records
-from prom_jax.errors import UserError
+from prom_jax.ops.attention import segment
+from prom_jax.utils.errors import UserError
 
 
 class Batches:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prom_jax.attention import MOST_SEGMENTS
+from prom_jax.ops.attention import MOST_SEGMENTS
 
 WINDOW = 512  # examples besides an update's own that may fill its gaps
 OWN = 0.95  # share of an update's target places that its own examples, the next in order, take

@@ -25,14 +25,15 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from google.protobuf.json_format import MessageToDict
 
-from prom_jax import tokenizer as tokenizers
-from prom_jax.console import track
-from prom_jax.data import prompts, sources
-from prom_jax.data.beginnings import NONE, Beginnings, common_prompt
+from prom_jax.data import sources
+from prom_jax.data import templates as prompts
 from prom_jax.data.examples import Example, Recipe, read_examples
+from prom_jax.data.shared_prefixes import NONE, Beginnings, common_prompt
 from prom_jax.data.tokens import Side, encode
-from prom_jax.errors import UserError
-from prom_jax.workdir import make_directory
+from prom_jax.tokenization import auto as tokenizers
+from prom_jax.utils.console import track
+from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import make_directory
 
 VERSION = 3  # part of the fingerprint: raise it whenever the same recipe gives other records
 CHUNK = 512  # examples tokenised at once

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
-from prom_jax.errors import UserError
+from prom_jax.utils.errors import UserError
 
 csv.field_size_limit(1 << 27)
 MOST_COLUMNS = 1000  # of a CSV file; a row is filled up to as many as the header has

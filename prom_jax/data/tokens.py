@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prom_jax.data.prompts import Span
+from prom_jax.data.templates import Span
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from prom_jax.distributed import barrier, first_alone, is_first
-from prom_jax.errors import UserError
-from prom_jax.workdir import make_directory
+from prom_jax.parallel.multihost import barrier, first_alone, is_first
+from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import make_directory
 
 
 class Answers:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from prom_jax.attention import SHARED, segment
 from prom_jax.data.tokens import common_prefix
-from prom_jax.sharding import place_rows
+from prom_jax.ops.attention import SHARED, segment
+from prom_jax.parallel.sharding import place_rows
 
 MAX_TEXTS = 8  # in a row
 SHORTEST = 32  # tokens of a row

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prom_jax.attention import visible
 from prom_jax.evaluation.batching import Batch, own_segment, placed, plan
-from prom_jax.sharding import BATCH, constrain, num_batch_shards
+from prom_jax.ops.attention import visible
+from prom_jax.parallel.sharding import BATCH, constrain, num_batch_shards
 
 PLACES = 32_768  # tokens whose keys and values are in memory at a time
 CHUNK = 32  # new tokens between two looks from outside

@@ -7,8 +7,8 @@ import datasets
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 
-from prom_jax.errors import UserError
 from prom_jax.evaluation.lm import HarnessModel
+from prom_jax.utils.errors import UserError
 
 TASKS = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234  # the harness's own

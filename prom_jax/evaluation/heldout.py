@@ -4,11 +4,12 @@ import math
 
 import jax
 
-from prom_jax import attention, llama
-from prom_jax.console import track
 from prom_jax.data.loader import Batches
-from prom_jax.objective import Objective, main_loss
-from prom_jax.sharding import local_rows, place_rows
+from prom_jax.models import decoder as llama
+from prom_jax.ops import attention
+from prom_jax.parallel.sharding import local_rows, place_rows
+from prom_jax.training.objective import Objective, main_loss
+from prom_jax.utils.console import track
 
 
 class HeldOut:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from prom_jax.console import console, progress
-from prom_jax.errors import UserError
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.decode import PLACES, decode
 from prom_jax.evaluation.score import score
+from prom_jax.utils.console import console, progress
+from prom_jax.utils.errors import UserError
 
 MAX_NEW_TOKENS = 256  # where a task does not say
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from prom_jax.console import console
 from prom_jax.evaluation.decode import greedy
+from prom_jax.utils.console import console
 
 MAX_NEW_TOKENS = 64
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from prom_jax.evaluation.batching import Batch, placed, plan
 from prom_jax.evaluation.decode import PLACES, prefill
-from prom_jax.sharding import constrain, num_batch_shards
+from prom_jax.parallel.sharding import constrain, num_batch_shards
 
 CHUNK = 32  # places of each row whose logits are in memory at a time
 NOBODY = -1

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import jinja2
 
-from prom_jax.errors import UserError
 from prom_jax.reporting.comparisons import LEVEL
 from prom_jax.reporting.figures import Figure
 from prom_jax.reporting.runs import Run, finite
 from prom_jax.reporting.tables import Cell, Column, Section, Table, Value
-from prom_jax.workdir import make_directory, write_text
+from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import make_directory, write_text
 
 TEMPLATES = Path(__file__).parents[1] / "resources" / "report"
 # By place among a table's references: significantly better, significantly worse.

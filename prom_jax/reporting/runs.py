@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from prom_jax.errors import UserError
+from prom_jax.utils.errors import UserError
 
 METHODS = {
     "base": "base model",

@@ -5,9 +5,9 @@ import statistics
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from prom_jax.data.prompts import language_name
+from prom_jax.data.templates import language_name
 from prom_jax.reporting.comparisons import Comparison, adjust, compare
-from prom_jax.reporting.places import Runs, Seeds, arrange, is_papers
+from prom_jax.reporting.grouping import Runs, Seeds, arrange, is_papers
 from prom_jax.reporting.runs import METHODS, Pivot, Run
 
 METRICS = {"exact_match": "EM", "f1": "F1", "accuracy": "acc"}

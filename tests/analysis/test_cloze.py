@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from prom_jax.analysis.cloze import TABLES, WENDLER_COLUMNS, prompts, read_table
-from prom_jax.errors import UserError
+from prom_jax.utils.errors import UserError
 from tests.analysis.reference import HEADER, ROWS
 
 BUILT_IN = sorted(path.stem for path in TABLES.glob("*.csv") if path.stem != "en")

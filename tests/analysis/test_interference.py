@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from prom_jax import llama, sharding
 from prom_jax.analysis.interference import COMPARED, cosines, draw, inner_products, only, summary
 from prom_jax.data.examples import Recipe
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import prepare
-from prom_jax.errors import UserError
-from prom_jax.objective import Objective
+from prom_jax.models import decoder as llama
+from prom_jax.parallel import sharding
+from prom_jax.training.objective import Objective
+from prom_jax.utils.errors import UserError
 from tests.reference import gradients, hf_model, pack, place_params, random_examples, to_model
 
 PIVOT = 3  # of 4 layers

@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from prom_jax import llama, sharding
 from prom_jax.analysis.cloze import Row, Table, read_table
 from prom_jax.analysis.probe import SCORINGS, Probe, beginnings, probe
-from prom_jax.errors import UserError
+from prom_jax.models import decoder as llama
+from prom_jax.parallel import sharding
+from prom_jax.utils.errors import UserError
 from tests.analysis import reference
 from tests.analysis.reference import ROWS
 from tests.reference import hf_model, place_params, to_model

@@ -1,6 +1,6 @@
 import pytest
 
-from prom_jax.data import prompts
+from prom_jax.data import templates as prompts
 from prom_jax.data.chat import chat_template
 from prom_jax.data.sources import Turn
 from prom_jax.data.tokens import encode

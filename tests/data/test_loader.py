@@ -3,11 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prom_jax.attention import visible
 from prom_jax.data.examples import Recipe
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import prepare
-from prom_jax.errors import UserError
+from prom_jax.ops.attention import visible
+from prom_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from prom_jax.data import records
 from prom_jax.data.examples import Recipe
 from prom_jax.data.records import prepare
-from prom_jax.errors import UserError
+from prom_jax.utils.errors import UserError
 
 ENGLISH = [{"instruction": f"Say {i}", "input": "now" * (i % 2), "output": f"I say {i}."} for i in range(9)]
 TARGET = [

@@ -7,7 +7,7 @@ import pytest
 
 from prom_jax.data import sources
 from prom_jax.data.sources import Row, Sentence, Turn
-from prom_jax.errors import UserError
+from prom_jax.utils.errors import UserError
 
 ROWS = [
     {"instruction": "Say hi", "input": "", "output": "Hi", "id": "a"},

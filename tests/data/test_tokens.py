@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prom_jax import tokenizer as tokenizers
-from prom_jax.data import prompts
-from prom_jax.data.prompts import Span
+from prom_jax.data import templates as prompts
 from prom_jax.data.sources import Turn
+from prom_jax.data.templates import Span
 from prom_jax.data.tokens import encode
+from prom_jax.tokenization import auto as tokenizers
 from tests.tiny import sentencepiece_model
 
 ENGLISH = prompts.wording("en")

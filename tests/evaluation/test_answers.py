@@ -2,8 +2,8 @@
 
 import pytest
 
-from prom_jax.errors import UserError
 from prom_jax.evaluation.answers import Answers
+from prom_jax.utils.errors import UserError
 
 SETTINGS = {"model": "0123", "bos": False}
 

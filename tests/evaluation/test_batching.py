@@ -5,8 +5,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from prom_jax.attention import SHARED
 from prom_jax.evaluation.batching import MAX_TEXTS, own_segment, plan
+from prom_jax.ops.attention import SHARED
 
 TOKENS = st.integers(1, 9)
 BEGINNINGS = st.lists(st.lists(TOKENS, min_size=20, max_size=60), min_size=1, max_size=3)

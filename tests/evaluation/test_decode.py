@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from prom_jax import llama, sharding
 from prom_jax.evaluation import decode as decoding
 from prom_jax.evaluation.decode import decode, greedy
+from prom_jax.models import decoder as llama
+from prom_jax.parallel import sharding
 from tests.reference import hf_model, place_params, to_model
 
 NEW = 12

@@ -11,10 +11,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import prom_jax
-from prom_jax.errors import UserError
 from prom_jax.evaluation import harness
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.lm import HarnessModel
+from prom_jax.utils.errors import UserError
 from tests.tiny import WORDS
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from prom_jax import llama, sharding
 from prom_jax.evaluation.score import score
+from prom_jax.models import decoder as llama
+from prom_jax.parallel import sharding
 from tests.reference import hf_model, place_params, to_model
 
 chance = np.random.default_rng(0)

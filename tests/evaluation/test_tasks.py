@@ -14,9 +14,9 @@ import pytest
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from prom_jax.errors import UserError
 from prom_jax.evaluation import tasks
 from prom_jax.evaluation.tasks import documents
+from prom_jax.utils.errors import UserError
 
 DIRECTORY = Path(tasks.__file__).parent
 QA = ["xquad_ar", "xquad_el", "xquad_th", "mlqa_ar", "indicqa_ml", "indicqa_mr", "indicqa_ta"]

@@ -105,7 +105,7 @@ def fuzz(name: str, out: Path, seconds: float):
 
 def run(target, watch: "Watch", out: Path, data: bytes):
     """Reads one input; what goes wrong is kept."""
-    from prom_jax.errors import UserError
+    from prom_jax.utils.errors import UserError
 
     try:
         target.write(watch.folder / "files", data)

@@ -17,13 +17,16 @@ import pyarrow.parquet
 from safetensors.numpy import save
 from sentencepiece import sentencepiece_model_pb2
 
-from prom_jax import models, readers, tokenizer, weights
 from prom_jax.analysis import cloze
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints import reader as readers
+from prom_jax.checkpoints import safetensors as weights
 from prom_jax.data import sources, tokens
-from prom_jax.data.prompts import plain
-from prom_jax.errors import UserError
+from prom_jax.data.templates import plain
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.tasks import documents
+from prom_jax.tokenization import auto as tokenizer
+from prom_jax.utils.errors import UserError
 from tests.fuzz import mutation
 
 

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from prom_jax.errors import UserError
 from prom_jax.report import PAPER
 from prom_jax.reporting import runs as evaluations
 from prom_jax.reporting.tables import OF_TABLE, Cell, Value, outcome, sections
+from prom_jax.utils.errors import UserError
 from tests.reporting.made_up import PIVOT, prom, training, write
 
 QA = [

@@ -18,8 +18,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from prom_jax.errors import UserError
 from prom_jax.evaluation.metrics import NUMBER, last_number
+from prom_jax.utils.errors import UserError
 
 WORDS = Path(__file__).with_name("words.json")
 

@@ -1,0 +1,137 @@
+"""Cross-entropy over a large vocabulary without ever holding [tokens, vocabulary] logits."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from prom_jax.parallel.sharding import BATCH, gathered, num_batch_shards, scattered
+
+# Tokens whose logits are in memory at a time, on each device. For each chunk the head's gradient is read and
+# written once, which takes as long as some hundred tokens' products.
+MIN_CHUNK, MAX_CHUNK = 256, 1024
+_PARTS = 64  # of the vocabulary, for a sum over it, where its size is a multiple
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing=0.0, chunk=None):
+    """Sum of weighted token losses, the targets smoothed to (1-α)·onehot + α/V.
+
+    Only tokens of non-zero weight reach the head. Their gradient is computed in the forward pass, chunk by
+    chunk, so that no logits are kept or computed twice. Under a mesh each batch shard works through its own
+    tokens. It gets the head whole, once, in the compute dtype, and keeps its own part alone of the sum of all
+    shards' gradients of the head.
+
+    Args:
+      hidden_RTD: what the head reads, in the compute dtype.
+      head_VD: the head's matrix, in the parameter dtype; its gradient is summed in float32.
+      labels_RT: int32 token ids.
+      weights_RT: float32; 0 where the token bears no loss.
+      label_smoothing: α.
+      chunk: tokens at a time; None for half of a shard's tokens, in MIN_CHUNK to MAX_CHUNK, as all tokens of
+        the last chunk are computed whether they bear loss or not.
+    Returns: float32 scalar, the sum; divide by the sum of weights of the whole update.
+    """
+    value = functools.partial(_value, label_smoothing=label_smoothing, chunk=chunk)
+    return _on_shards(value, hidden_RTD, head_VD, labels_RT, weights_RT)[0]
+
+
+def _forward(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing, chunk):
+    gradients = functools.partial(_gradients, label_smoothing=label_smoothing, chunk=chunk)
+    loss, d_hidden, d_head = _on_shards(gradients, hidden_RTD, head_VD, labels_RT, weights_RT)
+    return loss, (d_hidden, d_head.astype(head_VD.dtype))
+
+
+def _backward(label_smoothing, chunk, gradients, cotangent):
+    d_hidden, d_head = ((cotangent * gradient).astype(gradient.dtype) for gradient in gradients)
+    return d_hidden, d_head, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _on_shards(function, hidden_RTD, head_VD, labels_RT, weights_RT):
+    """`function` of each batch shard's rows and the head; the loss and the head's gradient are summed over
+    shards. (Gradients may be None.)"""
+    head_VD = gathered(head_VD, "lm_head", hidden_RTD.dtype)
+    if num_batch_shards(jax.sharding.get_abstract_mesh()) > 1:
+        rows = PartitionSpec(BATCH)
+        function = jax.shard_map(
+            function,
+            in_specs=(rows, PartitionSpec(), rows, rows),
+            out_specs=rows,
+            axis_names=set(BATCH),
+            check_vma=False,
+        )
+    losses, d_hidden, d_heads = function(hidden_RTD, head_VD, labels_RT, weights_RT)
+    d_head = None if d_heads is None else scattered(d_heads.sum(0), "lm_head")
+    return losses.sum(), d_hidden, d_head
+
+
+def _value(*arrays, label_smoothing, chunk):
+    """The loss of one shard's rows, as an array of one element, and nothing else."""
+    chunks = _Chunks(*arrays, label_smoothing, chunk)
+    loss = jax.lax.fori_loop(0, chunks.number, lambda i, loss: loss + chunks.loss(i)[0], jnp.float32(0))
+    return loss[None], None, None
+
+
+def _gradients(hidden_RTD, *arrays, label_smoothing, chunk):
+    """The loss of one shard's rows and its gradients: of hidden states, and of the head in float32; each has
+    an axis of shards, or, for hidden states, of rows."""
+    chunks = _Chunks(hidden_RTD, *arrays, label_smoothing, chunk)
+
+    def of_chunk(i):
+        loss, (at, hidden, d_logits) = chunks.loss(i, gradient=True)
+        d_head = jnp.einsum("cv,cd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        return loss, at, (d_logits @ chunks.head).astype(chunks.hidden.dtype), d_head
+
+    def body(i, carry):
+        loss, d_hidden, d_head = carry
+        chunk_loss, at, rows, d_head_of_chunk = of_chunk(i)
+        return loss + chunk_loss, d_hidden.at[at].set(rows, mode="drop"), d_head + d_head_of_chunk
+
+    # The first chunk before the loop: there is always one, and no zeros as large as the head are written.
+    loss, at, rows, d_head = of_chunk(0)
+    d_hidden = jnp.zeros_like(chunks.hidden).at[at].set(rows, mode="drop")
+    if chunks.most > 1:
+        loss, d_hidden, d_head = jax.lax.fori_loop(1, chunks.number, body, (loss, d_hidden, d_head))
+    return loss[None], d_hidden.reshape(hidden_RTD.shape), d_head[None]
+
+
+class _Chunks:
+    """The loss-bearing tokens of one shard, a chunk at a time."""
+
+    def __init__(self, hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing, chunk):
+        tokens = weights_RT.size
+        self.chunk = min(chunk or min(max(-(-tokens // 2), MIN_CHUNK), MAX_CHUNK), tokens)
+        self.hidden = hidden_RTD.reshape(tokens, -1)
+        self.head, self.labels, self.weights = head_VD, labels_RT.ravel(), weights_RT.ravel()
+        self.label_smoothing = label_smoothing
+        # Loss-bearing tokens first; places past the end point outside and are filled with zeros.
+        order = jnp.argsort(self.weights == 0, stable=True)
+        self.order = jnp.pad(order, (0, -tokens % self.chunk), constant_values=tokens)
+        self.number = -(-jnp.count_nonzero(self.weights) // self.chunk)
+        self.most = len(self.order) // self.chunk
+
+    def loss(self, i, gradient=False):
+        """Loss of chunk i; with `gradient` also its token indices, hidden states and d loss / d logits."""
+        at = jax.lax.dynamic_slice_in_dim(self.order, i * self.chunk, self.chunk)
+        take = lambda x: x.at[at].get(mode="fill", fill_value=0)
+        hidden, labels, weights = take(self.hidden), take(self.labels), take(self.weights)
+        logits = jnp.einsum("cd,vd->cv", hidden, self.head, preferred_element_type=jnp.float32)
+        vocabulary = logits.shape[-1]
+        # In two steps, as a CPU shares the sums of few numbers among its cores, not those of many.
+        parts = logits.reshape(self.chunk, math.gcd(vocabulary, _PARTS), -1)
+        normalizer = jax.nn.logsumexp(jax.nn.logsumexp(parts, axis=-1), axis=-1)
+        smooth = self.label_smoothing
+        expected = (1 - smooth) * jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        if smooth:
+            expected += smooth * logits.mean(axis=-1)
+        loss = jnp.sum(weights * (normalizer - expected))
+        if not gradient:
+            return loss, None
+        targets = (1 - smooth) * (jnp.arange(vocabulary) == labels[:, None]) + smooth / vocabulary
+        d_logits = weights[:, None] * (jnp.exp(logits - normalizer[:, None]) - targets)
+        return loss, (at, hidden, d_logits.astype(hidden.dtype))

@@ -1,0 +1,104 @@
+"""Which row and column each evaluation belongs to, and which of two that claim one place is kept."""
+
+import collections
+import re
+from dataclasses import dataclass
+
+from prom_jax.reporting.runs import METHODS, Pivot, Run, differing_settings, unequal
+from prom_jax.utils.errors import UserError
+
+Seeds = dict[int | None, Run]
+
+
+@dataclass
+class Runs:
+    """The runs of one base model: by method and task, and by pivot and task, in either case by seed."""
+
+    base: str
+    main: Pivot | None
+    methods: dict[str, dict[str, Seeds]]
+    pivots: dict[Pivot, dict[str, Seeds]]
+
+    def of(self, method: str, task: str) -> tuple[Seeds, bool]:
+        """The runs of a cell, and whether they are borrowed: PROM that was not regulated to λ = 0 is what it
+        is without regulation too."""
+        runs = self.methods[method].get(task, {})
+        if method == "unregulated" and not runs:
+            prom = self.methods["prom"].get(task, {})
+            if prom and all(run.pivot for run in prom.values()):
+                return prom, True
+        return runs, False
+
+
+def is_papers(base: str) -> bool:
+    """Whether a model is the paper's, LLaMA-2-7B, by its name."""
+    return bool(re.search(r"llama-?2-7b(-hf)?$", base, re.IGNORECASE))
+
+
+def arrange(base: str, runs: list[Run], paper: dict, notes: list[str]) -> Runs:
+    """Gives each evaluation its place; adds to `notes` where one has none."""
+    arranged = Runs(base, _main_pivot(base, runs, paper), {method: {} for method in METHODS}, {})
+    for run in sorted(runs, key=lambda run: run.method == "unregulated"):
+        for task in run.tasks.keys() & paper["tasks"].keys():
+            if run.language not in (None, paper["tasks"][task]["language"]):
+                notes.append(
+                    f"{run.folder}: {task} is in no table, as the model is adapted to {run.language!r}."
+                )
+                continue
+            if run.pivot in (None, arranged.main):
+                _place(arranged.methods[run.method].setdefault(task, {}), task, run, notes)
+            if run.pivot:
+                seeds = arranged.pivots.setdefault(run.pivot, {}).setdefault(task, {})
+                # With one λ it is the same training, whether or not a probe was asked.
+                if not (run.seed in seeds and seeds[run.seed].method != run.method):
+                    _place(seeds, task, run, notes)
+    return arranged
+
+
+def _place(seeds: Seeds, task: str, run: Run, notes: list[str]):
+    if run.seed in seeds:
+        run, note = choose(seeds[run.seed], run, task)
+        notes.append(note)
+    seeds[run.seed] = run
+
+
+def _main_pivot(base: str, runs: list[Run], paper: dict) -> Pivot | None:
+    """The setting that is called PROM: the paper's α, λ and norm (and n, if it is the paper's model), or
+    else what most evaluations have."""
+    paper, counts = paper["pivot"], collections.Counter()
+    for run in runs:
+        if run.pivot:
+            counts[run.pivot] += len(run.tasks)
+
+    def rank(pivot: Pivot):
+        papers = all(getattr(pivot, name) == paper[name] for name in ("label_smoothing", "weight", "norm"))
+        layer = is_papers(base) and pivot.layer == paper["layer"]
+        return papers and not pivot.others, layer, counts[pivot], -pivot.layer, pivot
+
+    return max(counts, key=rank, default=None)
+
+
+def choose(first: Run, second: Run, task: str) -> tuple[Run, str]:
+    """Which of two evaluations that claim one place is kept, and a sentence on the other.
+
+    Raises:
+      UserError: if nothing says which.
+    """
+    fuller, other = sorted((first, second), key=lambda run: -run.documents(task))
+    if fuller.documents(task) > other.documents(task):
+        why = f"{other.documents(task)} documents, {fuller.folder} has {fuller.documents(task)}"
+    elif first.model["fingerprint"] == second.model["fingerprint"] and not differing_settings(first, second):
+        why = f"the same evaluation as {fuller.folder}"
+    else:
+        raise UserError(
+            f"{first.folder} and {second.folder} are both {METHODS[first.method]} on {task}"
+            f"{f', seed {first.seed}' if first.seed is not None else ''}, and differ in "
+            f"{', '.join(_differences(first, second))}: move one of them out of --runs"
+        )
+    return fuller, f"{other.folder}: {task} is left out ({why})."
+
+
+def _differences(first: Run, second: Run) -> list[str]:
+    trainings = [run.model["training"] or {} for run in (first, second)]
+    found = unequal(*trainings, sorted(trainings[0].keys() | trainings[1].keys()))
+    return found + differing_settings(first, second) or ["their weights"]

@@ -1,0 +1,155 @@
+"""What a configuration comes to before training: method and regulation, records, batches and their cost."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from prom_jax import config as configuration
+from prom_jax.checkpoints import pretrained as models
+from prom_jax.data.examples import Recipe
+from prom_jax.data.loader import Batches
+from prom_jax.data.records import Prepared, prepare
+from prom_jax.models import decoder as llama
+from prom_jax.ops import attention
+from prom_jax.parallel import multihost as distributed
+from prom_jax.training import budget
+from prom_jax.training.objective import Objective
+from prom_jax.training.regulation import Regulation, decide
+from prom_jax.utils.console import console
+from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import as_dict, check_owner, check_shared
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A configuration with what it names.
+
+    Attributes:
+      reader, tokenizer: of the model (see `models.open_source`).
+      objective, pivot_layer: what is minimised, and n (0 without a pivot); regulation: why λ is what it is.
+      data, batches: the records, and the batches of the whole run.
+      flops: of the whole run, as `budget.training_flops` counts.
+    """
+
+    config: Any
+    workdir: Path
+    reader: Any
+    tokenizer: Any
+    objective: Objective
+    regulation: Regulation
+    pivot_layer: int
+    data: Prepared
+    batches: Batches
+    flops: float
+
+    @property
+    def identity(self) -> dict:
+        """What a work directory remembers of its run: the configuration, and what its sources hold."""
+        shared = self.batches.share_prompts  # with 'auto' it depends on `attention`, which may change
+        return as_dict(self.config) | {"records": self.data.fingerprint, "prompts_shared": shared}
+
+    @property
+    def details(self) -> dict:
+        """The rows of the model card."""
+        config, objective = self.config, self.objective
+        details = {"base_model": config.model, "language": config.language, "method": config.method}
+        if objective.has_pivot:
+            details |= {
+                "pivot.layer": self.pivot_layer,
+                "pivot.weight": objective.weight,
+                "pivot.label_smoothing": objective.label_smoothing,
+                "pivot.norm": objective.norm,
+            }
+            unusual = {"english_prompt": "target", "translation_source": True}  # as in the published script
+            details |= {f"pivot.{key}": value for key, value in unusual.items() if config.pivot[key] == value}
+        return details | {
+            "regulate": config.pivot.regulate,
+            "regulation": self.regulation.reason,
+            "prompts": self.prompt_language,
+            "steps": self.batches.num_steps,
+            "seed": config.seed,
+        }
+
+    @property
+    def prompt_language(self) -> str:
+        """The code of the language in which the target side is prompted."""
+        return self.config.language if self.config.data.prompts == "target" else "en"
+
+
+def resolve(config, workdir: Path) -> Experiment:
+    """Opens the model's files, decides λ (which loads and probes the model with pivot.regulate = 'auto',
+    once for a work directory), makes the records where they are missing, and plans the batches.
+
+    Raises:
+      UserError: for a configuration, a model or data that cannot be used, or a work directory that holds
+        another run.
+    """
+    configuration.check(config)
+    check_owner(workdir, as_dict(config))
+    reader, tokenizer = models.open_source(config.model)
+    layers = reader.config.num_hidden_layers
+    layer = configuration.pivot_layer(config, layers)
+    llama.check_pivot_layer(layer, layers)
+    console.print(f"model     {config.model}")
+    regulation = decide(config, reader, tokenizer, layer, workdir)
+    objective = Objective(config.method, regulation.weight, config.pivot.label_smoothing, config.pivot.norm)
+    pivot = f", n = {layer} of {layers}, {regulation.decision}" * (config.method == "prom")
+    console.print("\nWARNING   ".join([f"method    {config.method}{pivot}", *regulation.warnings]))
+    if config.data.seq_len > reader.config.max_position_embeddings:
+        console.print(
+            f"WARNING   data.seq_len={config.data.seq_len} is more than the "
+            f"{reader.config.max_position_embeddings} positions that the model was made for"
+        )
+    with distributed.first_alone("records"):
+        if not distributed.is_first():
+            check_shared(workdir / "records")
+        data = prepare(recipe(config, objective), tokenizer, workdir / "records")
+    batches = Batches(
+        data.train,
+        sequences=config.batch.sequences,
+        seq_len=config.data.seq_len,
+        seed=config.seed,
+        epochs=config.optimizer.epochs,
+        steps=config.steps,
+        share_prompts=config.batch.share_prompts == "auto" and attention.continues(config.attention),
+    )
+    objective = dataclasses.replace(objective, joined=batches.joined)
+    if objective.uses_english and "english" not in batches.shapes:
+        raise UserError(
+            f"method={config.method!r} trains on English, and there is none: set data.english, or use the "
+            "variant :bactrian"
+        )
+    pivot_layer = layer if objective.has_pivot else 0
+    flops = budget.training_flops(reader.config, objective, pivot_layer, data.train, batches.examples)
+    experiment = Experiment(
+        config=config,
+        workdir=workdir,
+        reader=reader,
+        tokenizer=tokenizer,
+        objective=objective,
+        regulation=regulation,
+        pivot_layer=pivot_layer,
+        data=data,
+        batches=batches,
+        flops=flops,
+    )
+    check_owner(workdir, experiment.identity)
+    return experiment
+
+
+def recipe(config, objective: Objective) -> Recipe:
+    """What the examples are made from."""
+    return Recipe(
+        language=config.language,
+        english=tuple(config.data.english),
+        target=tuple(config.data.target),
+        translation=tuple(config.data.translation),
+        seq_len=config.data.seq_len,
+        prompts=config.data.prompts,
+        english_prompt=config.pivot.english_prompt,
+        translation_source=config.pivot.translation_source and objective.has_pivot,
+        use_english=objective.uses_english,
+        holdout=config.eval.holdout,
+        text=tuple(config.eval.text),
+        seed=config.seed,
+    )

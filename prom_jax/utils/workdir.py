@@ -1,0 +1,92 @@
+"""A run's folder: whose it is, and writing into it without leaving halves behind."""
+
+import json
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import jax
+
+from prom_jax.parallel.multihost import is_first
+from prom_jax.utils.errors import UserError
+
+# What may change between a run and its resumption, as it does not change the result.
+MAY_CHANGE = ("mesh", "checkpoint", "export", "remat", "attention", "batch.accumulation", "eval.every")
+
+
+CONFIG_FILE = "config.json"
+
+
+def as_dict(config) -> dict:
+    """An ml_collections configuration in JSON's types."""
+    return json.loads(config.to_json())
+
+
+def check_owner(workdir: Path, config: dict):
+    """Raises UserError if the folder holds a run of another configuration; what differs is named."""
+    path = workdir / CONFIG_FILE
+    if path.exists():
+        try:
+            theirs = _flat(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is damaged ({error}): remove it, or give another --workdir") from error
+        for key, value in _flat(config).items():
+            if theirs.get(key) != value and not key.startswith(MAY_CHANGE):
+                raise UserError(
+                    f"{workdir} holds a run with {key}={theirs.get(key)!r}, now {value!r}: give another "
+                    "--workdir, or remove it to start afresh"
+                )
+
+
+def check_shared(path: Path):
+    """Raises UserError where a process does not see a folder that process 0 has made."""
+    if not path.is_dir():
+        raise UserError(
+            f"{path} was made by process 0 and cannot be seen from process {jax.process_index()} on "
+            f"{socket.gethostname()}: give a --workdir on storage that all hosts share"
+        )
+
+
+def make_directory(path: Path):
+    """Makes a folder if there is none; raises UserError where none can be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made a folder ({error.strerror}): give another place") from error
+
+
+def write_json(path: Path, content):
+    """Writes a file whole or not at all; process 0 does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str):
+    """Writes a file whole or not at all; process 0 does."""
+    if not is_first():
+        return
+    make_directory(path.parent)
+    try:
+        descriptor, partial = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}-"
+        )  # of its own: two may write
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(partial, 0o644)  # as other files: a temporary one is its owner's alone
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): make room, or give another place"
+        ) from error
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    """A nested dict with dotted keys."""
+    items = {}
+    for key, value in tree.items():
+        items |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return items
