@@ -14,15 +14,15 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
 from prom_jax.evaluation import harness
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.decode import PLACES
 from prom_jax.evaluation.lm import HarnessModel
 from prom_jax.parallel.multihost import first_alone
 from prom_jax.parallel.sharding import describe
-from prom_jax.tokenization import auto as tokenizer
+from prom_jax.tokenization import folder as tokenizer
 from prom_jax.utils import cli
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError

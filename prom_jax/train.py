@@ -19,9 +19,11 @@ import optax
 from absl import flags
 from rich.table import Table
 
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
-from prom_jax.checkpoints.training import Checkpoints, Description, describe, placed
+from prom_jax.checkpoints.description import Description, describe
+from prom_jax.checkpoints.params import placed
+from prom_jax.checkpoints.training import Checkpoints
 from prom_jax.data import card
 from prom_jax.data.chat import chat_template
 from prom_jax.evaluation import samples

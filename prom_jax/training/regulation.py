@@ -10,10 +10,10 @@ from pathlib import Path
 
 from prom_jax.analysis.cloze import Table, read_table
 from prom_jax.analysis.probe import probe
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
 from prom_jax.parallel import sharding
-from prom_jax.tokenization.auto import fingerprint
+from prom_jax.tokenization.folder import fingerprint
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.workdir import write_json
