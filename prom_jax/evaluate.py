@@ -20,7 +20,7 @@ from prom_jax.evaluation import harness
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.decode import PLACES
 from prom_jax.evaluation.lm import HarnessModel
-from prom_jax.parallel.multihost import first_alone
+from prom_jax.parallel.multihost import main_process_first
 from prom_jax.parallel.sharding import describe
 from prom_jax.tokenization import folder as tokenizer
 from prom_jax.utils import cli
@@ -39,7 +39,7 @@ def main(argv=None):
 def evaluate(arguments: argparse.Namespace):
     """Answers all tasks and writes what came out; several processes go through this in step."""
     out = Path(arguments.out)
-    with first_alone("out"):
+    with main_process_first("out"):
         make_directory(out)
         check_shared(out)
     tasks = harness.load_tasks(arguments.tasks.split(","), arguments.data_dir)  # before any weights

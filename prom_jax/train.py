@@ -40,6 +40,7 @@ from prom_jax.training.trackers import MetricsLog
 from prom_jax.utils import cli
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import is_main_process
 from prom_jax.utils.workdir import CONFIG_FILE, write_json
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
@@ -328,7 +329,7 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
         "seconds": seconds,
         "export": str(job.workdir / "hf"),
     }
-    if not distributed.is_first():
+    if not is_main_process():
         return summary
     write_json(job.workdir / "summary.json", summary)
     learning_curves(log.rows, job.workdir / "curves.png")

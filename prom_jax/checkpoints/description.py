@@ -12,9 +12,9 @@ from etils import epath
 from prom_jax.checkpoints.storage import STORE_ERRORS, is_remote, located, quiet, reason, usable
 from prom_jax.models import decoder as llama
 from prom_jax.models.config import LlamaConfig
-from prom_jax.parallel.multihost import is_first
 from prom_jax.tokenization import folder
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import is_main_process
 
 DESCRIPTION, TOKENIZER = "model.json", "tokenizer"
 
@@ -69,7 +69,7 @@ def describe(directory, description: Description, model_tokenizer):
     Raises:
       UserError: if they cannot be written.
     """
-    if not is_first():
+    if not is_main_process():
         return
     directory = located(directory)
     with usable(directory), tempfile.TemporaryDirectory() as local:

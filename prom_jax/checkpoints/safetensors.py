@@ -23,9 +23,9 @@ from prom_jax.checkpoints.params import check_tensors, hf_shapes
 from prom_jax.checkpoints.reader import Reader
 from prom_jax.models import decoder as llama
 from prom_jax.models.config import LlamaConfig
-from prom_jax.parallel.multihost import is_first
 from prom_jax.tokenization import folder
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import is_main_process
 
 PIVOT_FILE = "pivot_head.safetensors"  # beside the weights; its layer is in its metadata
 # What the model card tells, in `config.json` under a key that transformers keeps and does not read.
@@ -202,7 +202,7 @@ def save_hf(
     shapes = hf_shapes(llama.to_params(llama.abstract(reader.config)))
     check_tensors(reader, shapes)
     partial = directory.with_name(f".{directory.name}.partial")
-    writer = is_first()
+    writer = is_main_process()
     try:
         if writer:
             hub.prepare_folder(directory, partial, dtype.itemsize * sum(map(math.prod, shapes.values())))

@@ -19,9 +19,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, E
 
 from prom_jax.checkpoints.orbax import FILE_BYTES, Manager, save_args
 from prom_jax.checkpoints.storage import STORE_ERRORS, errors, is_remote, located, quiet, reason, usable
-from prom_jax.parallel.multihost import is_first
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import is_main_process
 
 CHECKSUMS = "checksums"
 
@@ -60,7 +60,7 @@ class Checkpoints:
         )
         with usable(self.directory):
             self._manager = Manager(self.directory, options=options)
-            if remote and is_first() and self.directory.exists():
+            if remote and is_main_process() and self.directory.exists():
                 whole = set(map(str, self._manager.all_steps()))
                 for place in self.directory.iterdir():
                     if place.name.isdecimal() and place.name not in whole:

@@ -10,7 +10,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from prom_jax.parallel.multihost import MISTAKE, together
+from prom_jax.parallel.multihost import MISTAKE, run_distributed
 from prom_jax.parallel.sharding import AXES, make_mesh
 from prom_jax.utils.errors import UserError
 
@@ -64,9 +64,9 @@ def add_processes(parser):
 
 def processes(arguments=None):
     """A context in which this process runs in step with those that the flags (or argparse's `arguments`) or
-    the environment tell of; see `distributed.together`."""
+    the environment tell of; see `distributed.run_distributed`."""
     value = (lambda name: flags.FLAGS[name].value) if arguments is None else arguments.__getattribute__
-    return together(**{name: value(name) for name, *_ in PROCESS_FLAGS})
+    return run_distributed(**{name: value(name) for name, *_ in PROCESS_FLAGS})
 
 
 def config():
