@@ -18,7 +18,7 @@ from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.evaluation import harness
 from prom_jax.evaluation.answers import Answers
-from prom_jax.evaluation.decode import PLACES
+from prom_jax.evaluation.decode import SLOTS
 from prom_jax.evaluation.lm import HarnessModel
 from prom_jax.parallel.multihost import main_process_first
 from prom_jax.parallel.sharding import describe
@@ -68,7 +68,7 @@ def parse(argv) -> argparse.Namespace:
     add("--limit", type=int, help="only the first so many documents of each task")
     add("--bos", action="store_true", help="texts begin with the BOS token; the paper's do not")
     add("--max_length", type=int, help="tokens of a prompt and its answer; default: the model's context")
-    add("--places", type=int, default=PLACES, help=f"tokens in memory at a time; default {PLACES}")
+    add("--places", type=int, default=SLOTS, help=f"tokens in memory at a time; default {SLOTS}")
     cli.add_compute(parser, data=-1, fsdp=1)  # whole weights on every device: the fastest where they fit
     cli.add_processes(parser)
     arguments = parser.parse_args(argv)
@@ -86,7 +86,7 @@ def load_model(arguments: argparse.Namespace):
     reader, model_tokenizer = models.open_source(arguments.model)
     compute_dtype = arguments.compute_dtype or models.default_compute_dtype()
     model = models.build(reader, mesh, compute_dtype, param_dtype=compute_dtype)
-    limits = {"max_length": arguments.max_length, "places": arguments.places}
+    limits = {"max_length": arguments.max_length, "slots": arguments.places}
     lm = HarnessModel(model, model_tokenizer, bos=arguments.bos, **limits)
     console.print(
         f"model     {arguments.model}: {model.config.num_hidden_layers} layers, computed in {compute_dtype}\n"

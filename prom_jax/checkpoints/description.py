@@ -10,8 +10,8 @@ import numpy as np
 from etils import epath
 
 from prom_jax.checkpoints.storage import STORE_ERRORS, is_remote, located, quiet, reason, usable
-from prom_jax.models import decoder as llama
-from prom_jax.models.config import LlamaConfig
+from prom_jax.models.auto import config_from_hf, config_to_hf
+from prom_jax.models.config import DecoderConfig
 from prom_jax.tokenization import folder
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
@@ -23,19 +23,21 @@ DESCRIPTION, TOKENIZER = "model.json", "tokenizer"
 class Description:
     """What a checkpoint's arrays are.
 
-    config: the architecture; pivot_layer: n, above which the second stack begins and whose output the pivot
-    head reads (0: one stack and no such head); dtype: of the source's weights, the default of an export;
-    details: for the model card.
+    Attributes:
+      config: the architecture.
+      heads: further LM heads, and after which block each reads, above which another stack begins.
+      dtype: of the source's weights, the default of an export.
+      details: for the model card.
     """
 
-    config: LlamaConfig
-    pivot_layer: int
+    config: DecoderConfig
+    heads: dict[str, int]
     dtype: str
     details: dict
 
     def write(self, directory):
         """Writes `model.json`."""
-        fields = dataclasses.asdict(self) | {"config": self.config.to_hf()}
+        fields = dataclasses.asdict(self) | {"config": config_to_hf(self.config)}
         (located(directory) / DESCRIPTION).write_text(json.dumps(fields, indent=2, ensure_ascii=False))
 
     @classmethod
@@ -48,19 +50,14 @@ class Description:
         path = located(directory) / DESCRIPTION
         try:
             fields = json.loads(path.read_text())
-            for name, kind in (("config", dict), ("pivot_layer", int), ("dtype", str), ("details", dict)):
+            for name, kind in (("config", dict), ("heads", dict), ("dtype", str), ("details", dict)):
                 if not isinstance(fields[name], kind):
                     raise TypeError(f"{name} is {fields[name]!r:.100}")
             if not jnp.issubdtype(np.dtype(fields["dtype"]), jnp.floating):
                 raise TypeError(f"dtype is {fields['dtype']!r:.100}")
-            return cls(**fields | {"config": LlamaConfig.from_hf(fields["config"])})
+            return cls(**fields | {"config": config_from_hf(fields["config"])})
         except (*STORE_ERRORS, RecursionError) as error:
             raise UserError(f"{path} is damaged ({reason(error)}): give another source") from error
-
-    def abstract(self, **kwargs) -> llama.Llama:
-        """The model in shapes; the keywords are `llama.Llama`'s."""
-        pivot = {"pivot_layer": self.pivot_layer, "pivot_head": self.pivot_layer > 0}
-        return llama.abstract(self.config, **pivot, **kwargs)
 
 
 def describe(directory, description: Description, model_tokenizer):

@@ -1,4 +1,4 @@
-"""GGUF files of Llama and Mistral."""
+"""GGUF files."""
 
 import dataclasses
 import functools
@@ -10,9 +10,10 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 
-from prom_jax.checkpoints.names import TENSORS
-from prom_jax.models.config import LlamaConfig, RopeScaling
-from prom_jax.models.decoder import rope_frequencies
+from prom_jax.models import decoder
+from prom_jax.models.auto import config_from_hf, family_of, known_families
+from prom_jax.models.config import DecoderConfig, RopeScaling
+from prom_jax.models.layers import rope_frequencies
 from prom_jax.utils.errors import UserError
 
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
@@ -27,12 +28,10 @@ _SETTINGS = {
 
 
 class GGUFReader:
-    """A `.gguf` file of a Llama or Mistral, plain or quantised; values are dequantised as they are read."""
-
-    pivot_layer = 0
+    """A `.gguf` file, plain or quantised; values are dequantised as they are read."""
 
     def __init__(self, path):
-        self.source, self.details = Path(path), {}
+        self.source, self.details, self.heads = Path(path), {}, {}
         file = open_gguf(path)
         tensors = {tensor.name: tensor for tensor in file.tensors}
         for tensor in file.tensors:
@@ -49,10 +48,11 @@ class GGUFReader:
         self.config = _config(path, file.metadata, tensors)
         tensors.pop("rope_freqs.weight", None)
         hf_names = {
-            theirs.format(layer=layer): hf.format(layer=layer)
-            for _, hf, theirs in TENSORS
+            row.gguf.format(layer=layer): row.hf.format(layer=layer)
+            for row in decoder.tensors(self.config)
             for layer in range(self.config.num_hidden_layers)
         }
+        self._format = family_of(self.config).gguf
         self._tensors = {hf_names.get(name, name): tensor for name, tensor in tensors.items()}
         self.names = set(self._tensors)
         # Norms are float32 in every file: the matrices tell what the file is.
@@ -70,17 +70,24 @@ class GGUFReader:
         block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
         data = tensor.data.view(np.uint8)
         if len(shape) == 1:
-            return gguf.dequantize(data, tensor.tensor_type)[index]
+            values = gguf.dequantize(data, tensor.tensor_type)
+            if name.endswith(("q_proj.bias", "k_proj.bias")) and self._format.interleaved:
+                values = values[self._deinterleaved(shape[0])]
+            offset = self._format.norms_with_offset and name.endswith("norm.weight")
+            return (values - 1 if offset else values)[index]
         rows = np.arange(shape[0])
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            # GGUF interleaves the two halves that RoPE turns into each other; Hugging Face has one after
-            # the other.
-            rows = rows.reshape(-1, self.config.head_dim // 2, 2).swapaxes(1, 2).ravel()
+        if name.endswith(("q_proj.weight", "k_proj.weight")) and self._format.interleaved:
+            rows = self._deinterleaved(shape[0])
         row_slice, column_slice = (*index, slice(None))[:2]
         start, stop, _ = column_slice.indices(shape[1])
         first, last = start // block, -(-stop // block)  # whole blocks that cover the columns
         data = data[rows[row_slice], first * block_bytes : last * block_bytes]
         return gguf.dequantize(data, tensor.tensor_type)[:, start - first * block : stop - first * block]
+
+    def _deinterleaved(self, rows: int) -> np.ndarray:
+        """Rows of q or k in Hugging Face's order: of each head one half after the other, which RoPE turns
+        into each other; in the file they alternate."""
+        return np.arange(rows).reshape(-1, self.config.head_dim // 2, 2).swapaxes(1, 2).ravel()
 
 
 def open_gguf(path) -> "_WholeFile":
@@ -155,17 +162,19 @@ def _parse(path: str, *state_of_the_file: int) -> _WholeFile:
     return file
 
 
-def _config(path, metadata: dict, tensors: dict) -> LlamaConfig:
+def _config(path, metadata: dict, tensors: dict) -> DecoderConfig:
     """The config in GGUF metadata, in the terms of a `config.json`."""
     architecture = metadata.get("general.architecture")
-    if architecture not in ("llama", "mistral"):
+    spec = _specs().get(architecture) if isinstance(architecture, str) else None
+    if spec is None:
         raise UserError(
-            f"{path} holds a model of architecture {architecture!r:.100}: expected 'llama' or 'mistral'"
+            f"{path} holds a model of architecture {architecture!r:.100}: expected one of "
+            f"{', '.join(map(repr, _specs()))}"
         )
     prefix = architecture + "."
     settings = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     for key, value in settings.items():
-        if isinstance(value, list) or (key not in _SETTINGS and value):
+        if isinstance(value, list) or (key not in _SETTINGS and key not in spec.settings and value):
             raise UserError(f"{path} sets {prefix}{key:.100}={value!r:.100}, which is not supported")
 
     def need(key):
@@ -176,11 +185,8 @@ def _config(path, metadata: dict, tensors: dict) -> LlamaConfig:
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path} lacks the tensor token_embd.weight: expected a whole model; fetch it again")
     heads = need("attention.head_count")
-    window = settings.get("attention.sliding_window") or None
-    mistral = {"model_type": "mistral", "sliding_window": window}
-    config = LlamaConfig.from_hf(
+    config = config_from_hf(
         {
-            **(mistral if window or architecture == "mistral" else {"model_type": "llama"}),
             "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
             "hidden_size": need("embedding_length"),
             "intermediate_size": need("feed_forward_length"),
@@ -196,6 +202,7 @@ def _config(path, metadata: dict, tensors: dict) -> LlamaConfig:
             "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
             "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+            **spec.config_keys(settings, tensors.keys()),
         }
     )
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -205,6 +212,11 @@ def _config(path, metadata: dict, tensors: dict) -> LlamaConfig:
                 f"{config.head_dim}"
             )
     return _with_rope_factors(path, config, tensors.get("rope_freqs.weight"))
+
+
+def _specs() -> dict:
+    """How each architecture is held, by its name in GGUF."""
+    return {family.gguf.architecture: family.gguf for family in known_families().values() if family.gguf}
 
 
 def _decimal(value):
@@ -217,7 +229,7 @@ def _rope_scaling(settings: dict) -> dict | None:
     return None if kind == "none" else {"rope_type": kind, "factor": settings.get("rope.scaling.factor")}
 
 
-def _with_rope_factors(path, config: LlamaConfig, tensor) -> LlamaConfig:
+def _with_rope_factors(path, config: DecoderConfig, tensor) -> DecoderConfig:
     """Llama-3's rope scaling, which GGUF keeps as one divisor a frequency in the tensor `rope_freqs`."""
     if tensor is None:
         return config
@@ -229,11 +241,17 @@ def _with_rope_factors(path, config: LlamaConfig, tensor) -> LlamaConfig:
         )
     # All published models have the low and high frequency factors 1 and 4 over 8192 positions, which are
     # `RopeScaling`'s defaults; the longest wave is divided by the whole factor.
-    scaled = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", _decimal(float(divisors.max()))))
-    expected = rope_frequencies(config) / rope_frequencies(scaled)
-    if not np.allclose(divisors, expected, rtol=1e-4):
-        raise UserError(
-            f"{path} has rope_freqs of an unknown rope scaling: expected Llama-3's; "
-            "use the model's Hugging Face directory instead"
-        )
-    return scaled
+    scaling = RopeScaling("llama3", _decimal(float(divisors.max())))
+
+    def scaled(rope):
+        rope_scaled = dataclasses.replace(rope, scaling=scaling)
+        expected = rope_frequencies(rope, config.head_dim) / rope_frequencies(rope_scaled, config.head_dim)
+        if not np.allclose(divisors, expected, rtol=1e-4):
+            raise UserError(
+                f"{path} has rope_freqs of an unknown rope scaling: expected Llama-3's; "
+                "use the model's Hugging Face directory instead"
+            )
+        return rope_scaled
+
+    layers = tuple(dataclasses.replace(kind, rope=scaled(kind.rope)) for kind in config.layers)
+    return dataclasses.replace(config, layers=layers)

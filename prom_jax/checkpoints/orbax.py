@@ -19,10 +19,9 @@ from etils import epath
 from jax.sharding import AbstractMesh
 
 from prom_jax.checkpoints.description import DESCRIPTION, Description, describe
-from prom_jax.checkpoints.names import PIVOT_NAME
-from prom_jax.checkpoints.params import LazyArray, hf_tensors
+from prom_jax.checkpoints.params import LazyArray, head_tensor, hf_tensors
 from prom_jax.checkpoints.storage import STORE_ERRORS, located, quiet, reason, usable
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
 from prom_jax.parallel.sharding import AXES, param_sharding
 from prom_jax.utils.errors import UserError
 
@@ -60,7 +59,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             await info.await_path_creation()
             # A part for each of eight devices: meshes up to that size read what they need and no more.
             mesh = AbstractMesh((1, 8, 1), AXES)
-            shard = param_sharding(mesh, tuple(info.name.split(".")), value.shape).shard_shape(value.shape)
+            shard = param_sharding(mesh, value.axes, value.shape).shard_shape(value.shape)
             chunk = (1, *shard[1:]) if len(shard) > 2 else shard
             spec = ocp.type_handlers.get_json_tspec_write(
                 info,
@@ -116,20 +115,21 @@ class CheckpointReader:
         directory = place if (place / DESCRIPTION).is_file() else place.parent
         description = Description.read(directory)
         self.source, self.config, self.dtype = directory, description.config, np.dtype(description.dtype)
-        self.pivot_layer, self.details = description.pivot_layer, description.details
+        self.heads, self.details = description.heads, description.details
         steps = ocp.utils.checkpoint_steps(directory)
         if not steps or (place != directory and int(place.name) not in steps):
             raise UserError(f"{place} holds no whole checkpoint: train on, or give another source")
         self.step = max(steps) if place == directory else int(place.name)
-        params = llama.to_params(description.abstract())
-        self._places = {name: (path, index) for name, path, index in hf_tensors(params)}
-        self.names = set(self._places)
+        exits = decoder.abstract(self.config, heads=self.heads).exits
+        self._paths = {name: (path, index) for name, path, index in hf_tensors(self.config, exits)}
+        self.names = set(self._paths)
+        self._paths |= {head_tensor(head): ((head,), ()) for head in self.heads}
         pools = {"cache_pool": {"total_bytes_limit": CACHE_BYTES}, "cache_pool#ocdbt": {}}
         self._context, self._stores = ts.Context(pools), {}
 
     def shape(self, name) -> tuple[int, ...]:
         """Of a tensor, by its Hugging Face name."""
-        path, layer = self._place(name)
+        path, layer = self._paths[name]
         return self._store(path).shape[len(layer) :]
 
     def where(self, name) -> epath.Path:
@@ -138,13 +138,10 @@ class CheckpointReader:
 
     def read(self, name, index) -> np.ndarray:
         """A part of a tensor."""
-        path, layer = self._place(name)
+        path, layer = self._paths[name]
         store = self._store(path)
         with self._naming_damage(name):
             return store[(*layer, *index)].read().result()
-
-    def _place(self, name):
-        return (("pivot_head",), ()) if name == PIVOT_NAME else self._places[name]
 
     def _store(self, path: tuple[str, ...]) -> ts.TensorStore:
         if path not in self._stores:

@@ -11,54 +11,58 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from prom_jax.checkpoints.names import PIVOT_NAME, TENSORS
 from prom_jax.checkpoints.reader import Reader
-from prom_jax.models import decoder as llama
-from prom_jax.models.config import LlamaConfig
-from prom_jax.parallel.sharding import param_sharding, path_keys
+from prom_jax.models import decoder
+from prom_jax.models.config import DecoderConfig
+from prom_jax.parallel.sharding import Axes, param_sharding, path_keys
 from prom_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array that is read when its values are needed: `read` gives a part, `index` one slice an axis."""
+    """An array that is read when its values are needed.
+
+    Attributes:
+      axes: the mesh axis of each of its last dimensions, as in `parallel.sharding.param_sharding`.
+      read: gives a part of it, from an index of one slice an axis.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    axes: Axes
     read: Callable[[tuple[slice, ...]], np.ndarray]
 
 
-def lazy_params(reader: Reader, *, pivot_layer: int = 0, pivot_head: bool = False, dtype=None) -> dict:
+def lazy_params(reader: Reader, *, heads: Mapping[str, int] | None = None, exits=(), dtype=None) -> dict:
     """A model's parameters as `LazyArray`s: their values are still where the reader has them.
 
     Args:
-      reader: where from.
-      pivot_layer: n, where the blocks are split into two stacks; 0 for one stack.
-      pivot_head: whether to have one: that beside the weights if there is one, otherwise a copy of lm_head
-        (of the embedding where they are tied).
+      reader: of the weights.
+      heads, exits: as in `models.decoder.Decoder`. A further head is the one that is stored with the weights
+        if there is one, otherwise a copy of lm_head (of the embedding where they are tied).
       dtype: of the parameters, default the source's.
-    Returns: a nested dict like that of `llama.to_params`.
+    Returns: a nested dict like that of `decoder.to_params`.
     Raises:
-      UserError: if a tensor is missing, unknown, or not of the shape that the config gives it, or the pivot
-        head beside the weights belongs to another layer.
+      UserError: if a tensor is missing, unknown, or not of the shape that the config gives it, or a head
+        that is stored with the weights belongs to another layer.
     """
-    dtype = np.dtype(dtype or reader.dtype)
-    params = llama.to_params(
-        llama.abstract(reader.config, pivot_layer=pivot_layer, pivot_head=pivot_head, param_dtype=dtype)
-    )
-    shapes = hf_shapes(params)
+    dtype, heads = np.dtype(dtype or reader.dtype), heads or {}
+    model = decoder.abstract(reader.config, heads=heads, exits=exits, param_dtype=dtype)
+    params, axes = decoder.to_params(model), decoder.param_axes(reader.config, heads)
+    shapes = hf_shapes(reader.config)
     sources = defaultdict(list)  # of each path its tensors in the order of layers
-    for name, path, _ in hf_tensors(params):
+    for name, path, _ in hf_tensors(reader.config, model.exits):
         sources[path].append(name)
-    if pivot_head:
-        name = _pivot_source(reader, pivot_layer)
-        sources[("pivot_head",)] = [name]
-        shapes[name] = params["pivot_head"].shape
+    for head, layer in heads.items():
+        name = _head_source(reader, head, layer)
+        sources[(head,)] = [name]
+        shapes[name] = params[head].shape
     check_tensors(reader, shapes)
 
     def lazy(path, param):
-        read = functools.partial(_read_part, reader, sources[path_keys(path)], param)
-        return LazyArray(param.shape, dtype, read)
+        path = path_keys(path)
+        read = functools.partial(_read_part, reader, sources[path], param)
+        return LazyArray(param.shape, dtype, axes[path[-1]], read)
 
     return jax.tree.map_with_path(lazy, params)
 
@@ -66,28 +70,32 @@ def lazy_params(reader: Reader, *, pivot_layer: int = 0, pivot_head: bool = Fals
 def load_params(reader: Reader, mesh=None, **settings) -> dict:
     """Reads a model's parameters, one after the other; each device's shard is read on its own.
 
-    Args: reader: where from; mesh: where to, None for one device; settings: of `lazy_params`.
-    Returns: the nested dict of arrays that `llama.with_params` takes.
+    Args:
+      reader: of the weights.
+      mesh: of the parameters, None for one device.
+      settings: of `lazy_params`.
+    Returns: the nested dict of arrays that `decoder.with_params` takes.
     Raises:
       UserError: as `lazy_params`.
     """
 
-    def load(path, param):
+    def load(param: LazyArray):
         one = SingleDeviceSharding(jax.devices()[0])
-        sharding = param_sharding(mesh, path_keys(path), param.shape) if mesh else one
+        sharding = param_sharding(mesh, param.axes, param.shape) if mesh else one
         return jax.make_array_from_callback(param.shape, sharding, param.read)
 
-    return jax.tree.map_with_path(load, lazy_params(reader, **settings))
+    return jax.tree.map(load, lazy_params(reader, **settings))
 
 
-def placed(abstract: dict, mesh) -> dict:
-    """Abstract parameters with the mesh's shardings."""
+def abstract_params(model: decoder.Decoder, mesh) -> dict:
+    """The parameters of an abstract model as shapes with the mesh's shardings."""
+    axes = decoder.param_axes(model.config, model.heads)
 
-    def place(path, leaf):
-        sharding = param_sharding(mesh, path_keys(path), leaf.shape)
+    def shard(path, leaf):
+        sharding = param_sharding(mesh, axes[path[-1].key], leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(place, abstract)
+    return jax.tree_util.tree_map_with_path(shard, decoder.to_params(model))
 
 
 def fingerprint(reader: Reader) -> str:
@@ -103,45 +111,53 @@ def fingerprint(reader: Reader) -> str:
     return digest.hexdigest()[:16]
 
 
-def hf_tensors(params: dict) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """Each Hugging Face tensor: its name, the path of our parameter, and the index of its layer in there."""
-    for ours, name, _ in TENSORS:
-        if ours in params:
-            yield name, (ours,), ()
-    stacks = [stack for stack in ("lower", "upper") if stack in params]
-    layers = [(stack, i) for stack in stacks for i in range(params[stack]["q_proj"].shape[0])]
-    for layer, (stack, i) in enumerate(layers):
-        for ours, name, _ in TENSORS:
-            if ours in params[stack]:
-                yield name.format(layer=layer), (stack, ours), (i,)
+def hf_tensors(config: DecoderConfig, exits=()) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """Each Hugging Face tensor of a model cut into stacks at `exits`: its name, the path of our parameter, and
+    the index of its layer in there. Further heads are not among them (`head_tensor`)."""
+    table = decoder.tensors(config)
+    for row in (row for row in table if not row.in_layers):
+        yield row.hf, (row.name,), ()
+    for number, (first, last) in enumerate(decoder.stack_bounds(config.num_hidden_layers, exits)):
+        for layer in range(first, last):
+            for row in (row for row in table if row.in_layers):
+                path = (decoder.stack_name(number), row.name)
+                yield row.hf.format(layer=layer), path, (layer - first,)
 
 
-def hf_shapes(params: dict) -> dict[str, tuple[int, ...]]:
+def hf_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each Hugging Face tensor."""
-    return {name: at_path(params, path).shape[len(index) :] for name, path, index in hf_tensors(params)}
+    params = decoder.to_params(decoder.abstract(config))
+    return {name: at_path(params, path).shape[len(index) :] for name, path, index in hf_tensors(config)}
+
+
+def head_tensor(head: str) -> str:
+    """The name of a further head's tensor."""
+    return f"{head}.weight"
 
 
 def at_path(params: dict, path: tuple[str, ...]):
+    """The parameter at a path of a nested dict."""
     for key in path:
         params = params[key]
     return params
 
 
-def _pivot_source(reader: Reader, pivot_layer: int) -> str:
-    """The tensor that a pivot head after block `pivot_layer` starts from."""
-    if not reader.pivot_layer:
+def _head_source(reader: Reader, head: str, layer: int) -> str:
+    """The tensor that a further head, which reads after block `layer`, starts from."""
+    if head not in reader.heads:
         tied = reader.config.tie_word_embeddings
         return "model.embed_tokens.weight" if tied else "lm_head.weight"
-    if reader.pivot_layer != pivot_layer:
+    if reader.heads[head] != layer:
         raise UserError(
-            f"{reader.where(PIVOT_NAME)} was trained for layer {reader.pivot_layer}, but pivot.layer is "
-            f"{pivot_layer}: expected the same layer; delete the file to start from the main head"
+            f"{reader.where(head_tensor(head))} was trained for layer {reader.heads[head]}, but pivot.layer "
+            f"is {layer}: expected the same layer; delete the file to start from the main head"
         )
-    return PIVOT_NAME
+    return head_tensor(head)
 
 
 def check_tensors(reader: Reader, shapes: Mapping[str, tuple[int, ...]]):
-    held = reader.names | ({PIVOT_NAME} if reader.pivot_layer else set())
+    """Raises UserError unless a reader has exactly these tensors, in these shapes."""
+    held = reader.names | {head_tensor(head) for head in reader.heads}
     if missing := sorted(shapes.keys() - held):
         raise UserError(
             f"{reader.source} lacks {_some(missing)}: expected all tensors of a model of "
@@ -149,8 +165,8 @@ def check_tensors(reader: Reader, shapes: Mapping[str, tuple[int, ...]]):
         )
     if unknown := sorted(reader.names - shapes.keys()):
         raise UserError(
-            f"{reader.source} holds {_some(unknown)}, unknown to this model: expected a plain Llama or "
-            "Mistral without biases, adapters or quantised layers"
+            f"{reader.source} holds {_some(unknown)}, unknown to this model: expected a plain "
+            f"{reader.config.model_type!r} without adapters or quantised layers"
         )
     for name, shape in shapes.items():
         if (found := reader.shape(name)) != shape:
@@ -178,20 +194,21 @@ def _read_part(reader: Reader, names: list[str], param, index: tuple[slice, ...]
 class ParamsReader:
     """Parameters on devices behind a reader's interface; all processes must read the same parts.
 
-    Args: params: nested dict of arrays, as `llama.to_params` gives it; config: of the model.
+    Args:
+      model: with its parameters.
     """
 
-    def __init__(self, params: dict, config: LlamaConfig):
-        self.source, self.config, self.details = "the model", config, {}
-        self.pivot_layer = params["lower"]["q_proj"].shape[0] if "pivot_head" in params else 0
-        self.dtype = np.dtype(params["embed_tokens"].dtype)
-        places = {name: (path, index) for name, path, index in hf_tensors(params)}
-        self.names = set(places)
-        self._params, self._places = params, places | {PIVOT_NAME: (("pivot_head",), ())}
+    def __init__(self, model: decoder.Decoder):
+        self.source, self.config, self.details, self.heads = "the model", model.config, {}, model.heads
+        self._params = decoder.to_params(model)
+        self.dtype = np.dtype(self._params["embed_tokens"].dtype)
+        self._paths = {name: (path, index) for name, path, index in hf_tensors(model.config, model.exits)}
+        self.names = set(self._paths)
+        self._paths |= {head_tensor(head): ((head,), ()) for head in self.heads}
 
     def shape(self, name) -> tuple[int, ...]:
         """Of a tensor, by its Hugging Face name."""
-        path, layer = self._places[name]
+        path, layer = self._paths[name]
         return at_path(self._params, path).shape[len(layer) :]
 
     def where(self, name) -> str:
@@ -200,7 +217,7 @@ class ParamsReader:
 
     def read(self, name, index) -> np.ndarray:
         """A part of a tensor, gathered from the devices of all processes."""
-        path, layer = self._places[name]
+        path, layer = self._paths[name]
         part = at_path(self._params, path)[(*layer, *index)]
         if not part.is_fully_addressable:
             part = multihost_utils.process_allgather(part, tiled=True)

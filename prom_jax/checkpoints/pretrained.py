@@ -8,7 +8,7 @@ from prom_jax.checkpoints.hub import local_path
 from prom_jax.checkpoints.orbax import CheckpointReader
 from prom_jax.checkpoints.reader import Reader
 from prom_jax.data.chat import chat_template
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
 from prom_jax.tokenization import folder
 from prom_jax.tokenization import gguf as gguf_tokenizer
 
@@ -68,7 +68,7 @@ def load(source, mesh=None, compute_dtype: str | None = None, param_dtype: str |
       param_dtype: of the parameters; None for the source's.
 
     Returns:
-      a `llama.Llama`, with a pivot head if the source has one, and a transformers tokenizer.
+      a `models.decoder.Decoder`, with a pivot head if the source has one, and a transformers tokenizer.
     Raises:
       UserError: as `open_source`, and for missing or misshapen tensors.
     """
@@ -78,15 +78,14 @@ def load(source, mesh=None, compute_dtype: str | None = None, param_dtype: str |
 
 def build(
     reader: Reader, mesh=None, compute_dtype: str | None = None, param_dtype: str | None = None
-) -> llama.Llama:
+) -> decoder.Decoder:
     """The model of a reader that `open_source` gave; the arguments are those of `load`."""
-    compute = llama.Compute(dtype=compute_dtype or default_compute_dtype())
-    pivot = {"pivot_layer": reader.pivot_layer, "pivot_head": reader.pivot_layer > 0}
-    loaded = params.load_params(reader, mesh, dtype=param_dtype, **pivot)
-    return llama.with_params(llama.abstract(reader.config, compute=compute, **pivot), loaded)
+    compute = decoder.Compute(dtype=compute_dtype or default_compute_dtype())
+    loaded = params.load_params(reader, mesh, dtype=param_dtype, heads=reader.heads)
+    return decoder.with_params(decoder.abstract(reader.config, compute=compute, heads=reader.heads), loaded)
 
 
-def save_hf(model: llama.Llama, model_tokenizer, directory, *, dtype=None, card=None, template=None):
+def save_hf(model: decoder.Decoder, model_tokenizer, directory, *, dtype=None, card=None, template=None):
     """Writes a directory that transformers' `from_pretrained` loads as it is.
 
     The tokenizer gets the training prompt as its chat template. A pivot head goes into a file beside, which
@@ -99,7 +98,7 @@ def save_hf(model: llama.Llama, model_tokenizer, directory, *, dtype=None, card=
     Raises:
       UserError: if the directory holds something else, or cannot be written.
     """
-    reader = params.ParamsReader(llama.to_params(model), model.config)
+    reader = params.ParamsReader(model)
     safetensors.save_hf(
         reader,
         model_tokenizer,

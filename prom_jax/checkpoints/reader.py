@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from prom_jax.models.config import LlamaConfig
+from prom_jax.models.config import DecoderConfig
 
 
 class Reader(Protocol):
@@ -15,16 +15,16 @@ class Reader(Protocol):
       source: the path it reads, or words for it.
       config: the model's architecture.
       dtype: that holds its tensors; float32 where they are quantised or of several kinds.
-      pivot_layer: the layer of the pivot head that is stored with the weights; 0 if none is.
+      heads: further LM heads that are stored with the weights, and after which block each reads.
       details: how the model was made, as its model card says it; {} if it was not made here.
-      names: the set of its tensors, by their Hugging Face names, without the pivot head: that one is read as
-        `names.PIVOT_NAME` where `pivot_layer` is above 0.
+      names: the set of its tensors, by their Hugging Face names, without further heads: those are read as
+        `params.head_tensor`.
     """
 
     source: Path | str
-    config: LlamaConfig
+    config: DecoderConfig
     dtype: np.dtype
-    pivot_layer: int
+    heads: dict[str, int]
     details: dict
 
     @property

@@ -18,16 +18,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 
 from prom_jax.checkpoints import hub
-from prom_jax.checkpoints.names import PIVOT_NAME
-from prom_jax.checkpoints.params import check_tensors, hf_shapes
+from prom_jax.checkpoints.params import check_tensors, head_tensor, hf_shapes
 from prom_jax.checkpoints.reader import Reader
-from prom_jax.models import decoder as llama
-from prom_jax.models.config import LlamaConfig
+from prom_jax.models.auto import config_from_hf, config_to_hf
+from prom_jax.models.config import DecoderConfig
 from prom_jax.tokenization import folder
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
 
-PIVOT_FILE = "pivot_head.safetensors"  # beside the weights; its layer is in its metadata
 # What the model card tells, in `config.json` under a key that transformers keeps and does not read.
 DETAILS_KEY = "prom_jax"
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
@@ -46,7 +44,7 @@ class SafetensorsReader:
                 f"{self.source / 'config.json'} sets {DETAILS_KEY}={self.details!r}: expected an object, as "
                 "in an export; remove the key"
             )
-        self.config = LlamaConfig.from_hf(config)
+        self.config = config_from_hf(config)
         self._files = {}  # tensor -> the open file it is in, and that file's path
         for path, names in self._shards():
             file = _open_safetensors(path)
@@ -60,12 +58,13 @@ class SafetensorsReader:
         dtypes = {self._dtype(name) for name in self._files}
         self.dtype = np.dtype(functools.reduce(jnp.promote_types, dtypes))
         self.config = self._resolve_tie()
-        self.pivot_layer = self._open_pivot_head()
+        self.heads = dict(self._open_heads())
 
     @property
     def names(self) -> set[str]:
         # Old LLaMA folders carry the rotary frequencies, which follow from the config.
-        ours = {PIVOT_NAME} | ({"lm_head.weight"} if self.config.tie_word_embeddings else set())
+        ours = {head_tensor(head) for head in self.heads}
+        ours |= {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         return {n for n in self._files if n not in ours and not n.endswith(".rotary_emb.inv_freq")}
 
     def shape(self, name) -> tuple[int, ...]:
@@ -116,7 +115,7 @@ class SafetensorsReader:
         else:
             raise UserError(f"{self.source} has no weights: expected model.safetensors or its index in it")
 
-    def _resolve_tie(self) -> LlamaConfig:
+    def _resolve_tie(self) -> DecoderConfig:
         """transformers (5) ties only where the file does not contradict: an lm_head that differs stays."""
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         if not self.config.tie_word_embeddings or not {head, embedding} <= set(self._files):
@@ -128,19 +127,18 @@ class SafetensorsReader:
         )
         return dataclasses.replace(self.config, tie_word_embeddings=equal)
 
-    def _open_pivot_head(self) -> int:
-        path = self.source / PIVOT_FILE
-        if not path.exists():
-            return 0
-        file = _open_safetensors(path)
-        layer = (file.metadata() or {}).get("pivot_layer", "")
-        if PIVOT_NAME not in file.keys() or not re.fullmatch("[1-9][0-9]{0,4}", layer):  # noqa: SIM118 (no mapping)
-            raise UserError(
-                f"{path}: expected a tensor {PIVOT_NAME!r} and its layer as metadata 'pivot_layer'; "
-                "delete the file to do without its pivot head"
-            )
-        self._files[PIVOT_NAME] = (file, path)
-        return int(layer)
+    def _open_heads(self):
+        """Further heads, and after which block each reads."""
+        for path in sorted(self.source.glob("*_head.safetensors")):
+            head, file = path.stem, _open_safetensors(path)
+            name, layer = head_tensor(head), (file.metadata() or {}).get("pivot_layer", "")
+            if name not in file.keys() or not re.fullmatch("[1-9][0-9]{0,4}", layer):  # noqa: SIM118 (no mapping)
+                raise UserError(
+                    f"{path}: expected a tensor {name!r} and its layer as metadata 'pivot_layer'; "
+                    "delete the file to do without its head"
+                )
+            self._files[name] = (file, path)
+            yield head, int(layer)
 
 
 def _read_json(path: Path) -> dict:
@@ -199,7 +197,7 @@ def save_hf(
     if str(dtype) not in _DTYPE_NAMES:
         raise UserError(f"export.dtype={str(dtype)!r}: expected one of {', '.join(_DTYPE_NAMES)}")
     directory, dtype, card = Path(directory).resolve(), np.dtype(dtype), hub.public(card)
-    shapes = hf_shapes(llama.to_params(llama.abstract(reader.config)))
+    shapes = hf_shapes(reader.config)
     check_tensors(reader, shapes)
     partial = directory.with_name(f".{directory.name}.partial")
     writer = is_main_process()
@@ -211,10 +209,10 @@ def save_hf(
         for file_name, names in shards.items():
             path = partial / file_name if writer else os.devnull
             _write_safetensors(path, reader, names, dtype, {"format": "pt"})
-        if reader.pivot_layer:
-            path = partial / PIVOT_FILE if writer else os.devnull
-            metadata = {"format": "pt", "pivot_layer": str(reader.pivot_layer)}
-            _write_safetensors(path, reader, [PIVOT_NAME], dtype, metadata)
+        for head, layer in reader.heads.items():
+            path = partial / f"{head}.safetensors" if writer else os.devnull
+            metadata = {"format": "pt", "pivot_layer": str(layer)}
+            _write_safetensors(path, reader, [head_tensor(head)], dtype, metadata)
         if writer:
             if len(shards) > 1:
                 _write_index(partial, shards, shapes, dtype)
@@ -281,14 +279,14 @@ def _write_safetensors(path, reader, names: list[str], dtype: np.dtype, metadata
 
 def _write_small_files(
     directory: Path,
-    config: LlamaConfig,
+    config: DecoderConfig,
     dtype: np.dtype,
     model_tokenizer: PreTrainedTokenizerFast,
     chat_template: str | None,
     card: Mapping[str, object],
 ):
     details = {DETAILS_KEY: card} if card else {}
-    _write_json(directory / "config.json", {**config.to_hf(), "torch_dtype": dtype.name, **details})
+    _write_json(directory / "config.json", {**config_to_hf(config), "torch_dtype": dtype.name, **details})
     of_config = config.eos_token_id
     eos = [model_tokenizer.eos_token_id, *(of_config if isinstance(of_config, tuple) else (of_config,))]
     eos = list(dict.fromkeys(token for token in eos if token is not None))
