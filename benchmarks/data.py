@@ -43,7 +43,7 @@ def main(argv=None):
 
 def preparation(tokenizer, source: str, folder: Path, repetitions: int) -> list[dict]:
     """Read, tokenise with the response's mask, write; both sides cut at SEQ_LEN, nothing is cached."""
-    recipe = Recipe("en", target=(source,), seq_len=SEQ_LEN)
+    recipe = Recipe("en", target=(source,), streams=("target",), seq_len=SEQ_LEN)
     fresh = lambda: tempfile.mkdtemp(dir=folder)
     cores = len(os.sched_getaffinity(0))
     sides = {

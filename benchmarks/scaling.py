@@ -36,7 +36,7 @@ from prom_jax.utils.errors import UserError
 SLICES = {1: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
 ROWS, PIVOT = 32, 24  # the paper's
 ENGLISH = 4  # a row of English has so many times fewer tokens
-BEARS_LOSS = {"target": 2 / 3, "english": 1 / 2}  # of a row's tokens
+HAVE_LOSS = {"target": 2 / 3, "english": 1 / 2}  # of a row's tokens
 # A gather is kept whole rather than taken apart into a ring of steps that overlap with the product: the bytes
 # are the same, and it is easier to read and to compile.
 OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
@@ -200,9 +200,11 @@ def kept_activations(config, batch) -> int:
 def model_flops(config, length: int, rows: int) -> float:
     """FLOPs of a step of full rows, as `budget` counts them: without recomputation."""
     lengths = {"target": np.full(rows, length), "english": np.full(rows, length // ENGLISH)}
-    records = {f"{role}_lengths": each for role, each in lengths.items()}
-    records |= {f"{role}_weights": BEARS_LOSS[role] * each for role, each in lengths.items()}
-    records = types.SimpleNamespace(**records)
+    streams = {
+        stream: types.SimpleNamespace(lengths=each, weights=HAVE_LOSS[stream] * each)
+        for stream, each in lengths.items()
+    }
+    records = types.SimpleNamespace(streams=streams)
     return budget.training_flops(config, Objective(), PIVOT, records, np.arange(rows))
 
 

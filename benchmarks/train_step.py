@@ -119,20 +119,23 @@ def run(jobs: dict, sides: dict) -> tuple[dict, dict]:
 
 def texts(job: train.Job, step: int) -> dict[str, list]:
     """Token ids of an update's examples and whether each bears loss, by role."""
-    records = job.data.train.read(job.batches.places(step, "target")[0])
-    side = lambda role: [(record[f"{role}_tokens"], record[f"{role}_loss"]) for record in records]
-    return {role: [text for text in side(role) if len(text[0])] for role in job.batches.shapes}
+    records = job.data.train.read(job.batches.examples_of(step))
+
+    def of_stream(stream):
+        return [(record[f"{stream}_tokens"], record[f"{stream}_loss"]) for record in records]
+
+    return {stream: [text for text in of_stream(stream) if len(text[0])] for stream in job.batches.shapes}
 
 
 def work(job: train.Job, step: int) -> dict[str, float]:
     """What an update trains on, whoever computes it."""
-    records, examples = job.data.train, job.batches.places(step, "target")[0]
+    records, examples = job.data.train, job.batches.examples_of(step)
     flops = budget.training_flops(job.reader.config, job.objective, job.pivot_layer, records, examples)
-    bearing = sum(getattr(records, f"{role}_weights")[examples].sum() for role in job.batches.shapes)
+    loss_tokens = sum(records.streams[stream].weights[examples].sum() for stream in job.batches.shapes)
     return {
         "examples": len(examples),
         "tokens": job.batches.tokens(step),
-        "loss-bearing tokens": int(bearing),
+        "loss tokens": int(loss_tokens),
         "model GFLOPs": flops / 1e9,
     }
 
@@ -174,8 +177,9 @@ def about(jobs: dict) -> dict[str, str]:
         config = job.config
         backend, dtype = attention.resolve(config.attention), config.optimizer.dtype
         shapes = ", ".join(f"{rows} × {length} {role}" for role, (rows, length) in job.batches.shapes.items())
+        appended = f", {job.batches.appended} appended" * bool(job.batches.appended)
         told[name] = (
-            f"{config.method} in JAX; texts in rows ({shapes}{', behind' * job.batches.joined}) without "
+            f"{config.method} in JAX; texts in rows ({shapes}{appended}) without "
             f"seeing each other; shared prompts save {job.batches.saved:.0%} of the tokens; attention "
             f"{backend}; heads on loss-bearing tokens; AdamW in {dtype}"
         )

@@ -80,6 +80,9 @@ def default() -> ConfigDict:
     # Aligned sentences (keys 'en' and the language): as above, a .tmx, or 'english|target', each a text file
     # or a source with a column 'text'.
     c.data.translation = ()
+    # Further streams of instruction rows with the English template, for methods that have a term for them:
+    # 'name=source', such as 'replay=rows.jsonl'.
+    c.data.streams = ()
     # Language of the template and the translation requests around target text: 'english' or 'target'.
     c.data.prompts = "english"
     # Tokens a row; examples are packed into rows, and cut at this length.

@@ -49,7 +49,9 @@ def measure(config, workdir: Path, model: str, out: Path, methods: list[str], nu
     }
     mesh = sharding.make_mesh(**config.mesh)
     network, tokenizer = load(config, model, mesh, pivot="prom" in methods)
-    data = prepare(recipe(config, losses["prom"]), tokenizer, workdir / "records")
+    has_english = bool(config.data.english) or config.pivot.translation_source
+    objective = losses["prom" if has_english else "bactrian"]  # what has all streams that there are
+    data = prepare(recipe(config, objective), tokenizer, workdir / "records")
     shape = {"sequences": config.batch.sequences, "seq_len": config.data.seq_len}
     batches = Batches(data.train, **shape, seed=config.seed, epochs=1.0)
     steps = draw(batches, data.train, methods, number)

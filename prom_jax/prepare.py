@@ -19,6 +19,7 @@ from prom_jax import config as configuration
 from prom_jax.data import card, inspection, sources
 from prom_jax.data.templates import language_name
 from prom_jax.data.translation import engines, translate
+from prom_jax.reporting.card import write as write_card
 from prom_jax.training.setup import resolve
 from prom_jax.utils import cli
 from prom_jax.utils.console import console
@@ -32,7 +33,7 @@ CACHE = Path("~/.cache/prom_jax/translations.sqlite").expanduser()
 def prepare(config, workdir: Path, inspect: int = 0) -> dict:
     """Records, card and, for `inspect` packed rows, a look at them; returns the card."""
     experiment = resolve(config, workdir)
-    made = card.write(experiment)
+    made = write_card(experiment)
     console.print(card.as_markdown(made))
     if inspect:
         inspection.show(experiment.batches, experiment.data.train, experiment.tokenizer, inspect)

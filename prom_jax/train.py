@@ -32,6 +32,7 @@ from prom_jax.models import decoder as llama
 from prom_jax.parallel import multihost as distributed
 from prom_jax.parallel import sharding
 from prom_jax.parallel.multihost import REQUEUE
+from prom_jax.reporting.card import write as write_card
 from prom_jax.reporting.plots import learning_curves
 from prom_jax.training import budget
 from prom_jax.training.setup import Experiment, resolve
@@ -109,7 +110,7 @@ def plan(config, workdir: Path) -> Job:
         pivot_head=objective.has_pivot,
         param_dtype=config.optimizer.dtype,
     )
-    for line in card.lines(card.write(experiment)):
+    for line in card.lines(write_card(experiment)):
         console.print(f"data      {line}")
     console.print(
         f"steps     {batches.num_steps} ({batches.steps_per_epoch} an epoch), {experiment.flops:.3g} model "
@@ -250,7 +251,7 @@ def check_finite(job: Job, metrics: dict, step: int, checkpoints: Checkpoints):
 def feed(job: Job, start: int):
     """Batches on the mesh from step `start`, with their numbers of real tokens."""
     parts, shapes = job.config.batch.accumulation, job.batches.shapes
-    here = {side: sharding.local_rows(job.mesh, rows, parts) for side, (rows, _) in shapes.items()}
+    here = {stream: sharding.local_rows(job.mesh, rows, parts) for stream, (rows, _) in shapes.items()}
     batches = job.batches.iterate(start, here)
     for step in range(start, len(job.batches)):
         try:

@@ -26,7 +26,7 @@ import numpy as np
 
 from prom_jax.analysis.statistics import interval, resampled_means
 from prom_jax.data.loader import Batches
-from prom_jax.data.records import ROLES, Records
+from prom_jax.data.records import Records
 from prom_jax.models import decoder as llama
 from prom_jax.parallel.sharding import BATCH, constrain, constrain_params
 from prom_jax.training.objective import Objective, main_exit
@@ -74,7 +74,11 @@ def draw(batches: Batches, records: Records, methods, number: int) -> list[int]:
                 f"method {method!r} is measured on {' and '.join(t.name for t in COMPARED[method])}, and the "
                 f"data hold none of the {texts.name}: set {texts.source}, or leave {method} out of --methods"
             )
-    holds = lambda step, texts: _tokens(records, batches.places(step, texts.side)[0], texts) > 0
+
+    def holds(step, texts):
+        taken = batches.slots(step, texts.side)[0] if texts.side in batches.shapes else everything[:0]
+        return _tokens(records, taken, texts) > 0
+
     steps = [step for step in range(len(batches)) if all(holds(step, texts) for _, texts in compared)]
     if not 0 < number <= len(steps):
         raise UserError(
@@ -86,12 +90,14 @@ def draw(batches: Batches, records: Records, methods, number: int) -> list[int]:
 
 def _tokens(records: Records, examples: np.ndarray, texts: Texts) -> int:
     """Loss-bearing tokens of some texts in examples."""
-    weights = getattr(records, f"{texts.side}_weights")[examples]
+    if texts.side not in records.streams:
+        return 0
+    weights = records.streams[texts.side].weights[examples]
     return int(weights[_has_role(records, examples, texts)].sum())
 
 
 def _has_role(records: Records, examples: np.ndarray, texts: Texts) -> np.ndarray:
-    return np.isin(records.roles[examples], [ROLES.index(role) for role in texts.roles])
+    return np.isin(records.roles[examples], texts.roles)
 
 
 def only(batch: dict, batches: Batches, records: Records, step: int, texts: Texts) -> dict:
@@ -99,7 +105,7 @@ def only(batch: dict, batches: Batches, records: Records, step: int, texts: Text
 
     Args: batch: `batches[step]`. Returns: numpy arrays as in `data.loader`, [R, T].
     """
-    examples, rows, offsets, lengths = batches.places(step, texts.side)
+    examples, rows, offsets, lengths = batches.slots(step, texts.side)
     bears = np.zeros_like(batch[texts.side]["weights"])
     here = _has_role(records, examples, texts)
     for row, offset, length in zip(rows[here], offsets[here], lengths[here]):

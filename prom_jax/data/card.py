@@ -1,88 +1,94 @@
-"""The data card: what a run trains on, in numbers that a reader can check before paying for it."""
+"""The data card: what a run trains on, in numbers that a reader can check before paying for it.
 
-from prom_jax.data.records import COUNTS, ROLES
+It is written by `reporting.card`.
+"""
+
+from prom_jax.data.examples import ENGLISH
+from prom_jax.data.loader import Batches
+from prom_jax.data.records import COUNTS, Prepared, Records
 from prom_jax.data.translation.checks import script
-from prom_jax.reporting.plots import length_histogram
-from prom_jax.utils.process import is_main_process
-from prom_jax.utils.workdir import write_json, write_text
 
 # Scripts that put no space between words, so that "words" are not counted.
 SPACELESS = ("Thai", "Laoo", "Khmr", "Mymr", "Tibt", "Hans", "Hant", "Jpan")
+IN_LANGUAGE = ("target", "translation", "text")  # roles of texts in the target language
 NONE = dict.fromkeys(COUNTS, 0) | {"reasons": {}}
 
 
-def write(experiment) -> dict:
-    """Writes `data_card.json`, `data_card.md` and `lengths.png` into the work directory of an
-    `experiment.Experiment`, in process 0; returns the card (see `make`)."""
-    card = make(experiment)
-    if not is_main_process():
-        return card
-    write_json(experiment.workdir / "data_card.json", card)
-    write_text(experiment.workdir / "data_card.md", as_markdown(card))
-    train = experiment.data.train
-    lengths = {role: train.target_lengths[train.roles == ROLES.index(role)] for role in card["roles"]}
-    english = train.english_lengths[train.english_lengths > 0]
-    length_histogram(
-        lengths | {"english": english}, experiment.config.data.seq_len, experiment.workdir / "lengths.png"
-    )
-    return card
+def make(config, data: Prepared, batches: Batches, flops: float) -> dict:
+    """The card of a run.
 
-
-def make(experiment) -> dict:
-    """The card of an `experiment.Experiment`.
-
+    Args:
+      config: see `prom_jax.config`.
+      data, batches: the records, and the batches of the whole run.
+      flops: of the whole run.
     Returns: {"model", "language", "method", "records" (fingerprint), "sources", "unmatched" (instruction
       rows without a partner), "roles": {role: counts}, "holdout" and "text": the same of these splits,
       "packing", "steps", "steps_per_epoch", "epochs", "training_flops"}. `roles` always has english,
       target and translation. Counts are those of `records.Prepared` with "tokens_per_byte" and
-      "tokens_per_word" (of the text that bears loss, EOS apart; None where words have no spaces),
-      and "tokens_per_english_token" where examples have both sides.
+      "tokens_per_word" (of the text that has a loss, EOS apart; None where words have no spaces),
+      and "tokens_per_english_token" where examples have English too.
     """
-    config, data, batches = experiment.config, experiment.data, experiment.batches
     roles = dict.fromkeys(("english", "target", "translation"), NONE) | data.report["train"]
-    sources = ("english", "target", "translation")
+    sources = ("english", "target", "translation", "streams")
     return {
         "model": config.model,
         "language": config.language,
         "method": config.method,
         "records": data.fingerprint,
-        "sources": {role: list(config.data[role]) for role in sources} | {"text": list(config.eval.text)},
+        "sources": {key: list(config.data[key]) for key in sources} | {"text": list(config.eval.text)},
         "unmatched": data.report["unmatched"],
         "roles": _with_ratios(roles, config.language, data.train),
         "holdout": _with_ratios(data.report.get("holdout", {}), config.language, data.holdout),
         "text": _with_ratios(data.report.get("text", {}), config.language, data.text),
-        "packing": {
-            "sequences": config.batch.sequences,
-            "seq_len": config.data.seq_len,
-            "english_rows": batches.shapes.get("english", (0, 0))[0],
-            "english_length": batches.shapes.get("english", (0, 0))[1],
-            "target_fill": batches.fill["target"],
-            "english_fill": batches.fill.get("english", 0.0),
-            "joined": batches.joined,
-            "saved": batches.saved,
-        },
+        "packing": _packing(config, batches),
         "steps": batches.num_steps,
         "steps_per_epoch": batches.steps_per_epoch,
         "epochs": len(batches.examples) / len(data.train),
-        "training_flops": experiment.flops,
+        "training_flops": flops,
     }
 
 
-def _with_ratios(roles: dict, language: str, records) -> dict:
+def _packing(config, batches: Batches) -> dict:
+    """The rows of an update: the fields of target and English text, and all streams."""
+    rows, length = batches.shapes.get(ENGLISH, (0, 0))
+    return {
+        "sequences": config.batch.sequences,
+        "seq_len": config.data.seq_len,
+        "english_rows": rows,
+        "english_length": length,
+        "target_fill": batches.fill["target"],
+        "english_fill": batches.fill.get(ENGLISH, 0.0),
+        "joined": batches.appended is not None,
+        "appended": batches.appended,
+        "saved": batches.saved,
+        "streams": {
+            stream: {"rows": shape[0], "length": shape[1], "fill": batches.fill[stream]}
+            for stream, shape in batches.shapes.items()
+        },
+    }
+
+
+def _with_ratios(roles: dict, language: str, records: Records) -> dict:
     result = {}
     for role, counts in roles.items():
-        spaced = role in ("english", "translation_source") or script(language) not in SPACELESS
+        spaced = role not in IN_LANGUAGE or script(language) not in SPACELESS
         ratios = {
             "tokens_per_byte": _ratio(counts["text_tokens"], counts["bytes"]),
             "tokens_per_word": _ratio(counts["text_tokens"], counts["words"]) if spaced else None,
         }
         if role in ("target", "text"):
-            both = (records.english_lengths > 0) & (records.roles == ROLES.index(role))
-            ratios["tokens_per_english_token"] = _ratio(
-                int(records.target_weights[both].sum()), int(records.english_weights[both].sum())
-            )
+            ratios["tokens_per_english_token"] = _tokens_per_english_token(records, role)
         result[role] = counts | ratios
     return result
+
+
+def _tokens_per_english_token(records: Records, role: str) -> float | None:
+    """Of the examples of a role that have English, loss tokens for one of English."""
+    if ENGLISH not in records.streams:
+        return None
+    primary, english = records.streams[records.names[0]], records.streams[ENGLISH]
+    both = (english.lengths > 0) & (records.roles == role)
+    return _ratio(int(primary.weights[both].sum()), int(english.weights[both].sum()))
 
 
 def _ratio(number: int, of: int) -> float | None:
@@ -100,21 +106,20 @@ def lines(card: dict):
             cut = f", {counts['truncated']:,} cut" * bool(counts["truncated"])
             yield (
                 f"{name}, {role}: {counts['examples']:,} examples, {counts['tokens']:,} tokens, "
-                f"{counts['loss_tokens']:,} bear loss{cut}{dropped}"
+                f"{counts['loss_tokens']:,} loss tokens{cut}{dropped}"
             )
     if card["unmatched"]:
         yield f"{card['unmatched']:,} instruction rows without a partner of the same id are left out"
     packing = card["packing"]
-    english = (
-        f", english {packing['english_rows']} × {packing['english_length']}{' behind' * packing['joined']}, "
-        f"{packing['english_fill']:.0%} full"
+    primary = next(iter(packing["streams"]))
+    appended = {packing["appended"]: f" appended to {primary} rows"}
+    streams = (
+        f"{stream} {rows['rows']} × {rows['length']}{appended.get(stream, '')}, "
+        f"{rows['fill'] * 100:.0f} % filled"
+        for stream, rows in packing["streams"].items()
     )
-    saved = f"; shared prompts save {packing['saved']:.0%} of the tokens"
-    yield (
-        f"an update: target {packing['sequences']} × {packing['seq_len']}, {packing['target_fill']:.0%} full"
-        + english * bool(packing["english_rows"])
-        + saved * (packing["saved"] > 0)
-    )
+    saved = f"; shared prompts save {packing['saved'] * 100:.0f} % of the tokens"
+    yield f"an update: {', '.join(streams)}{saved * (packing['saved'] > 0)}"
 
 
 def as_markdown(card: dict) -> str:
@@ -130,19 +135,12 @@ def as_markdown(card: dict) -> str:
             if names
         ),
         "## Examples",
-        "Tokens per word and per byte are of the text that bears loss; *× English* is how many tokens it has "
+        "Tokens per word and per byte are of the text that has a loss; *× English* is how many tokens it has "
         "for one of its English counterpart.",
         _table(card),
         *_left_out(card),
         "## Packing",
-        f"An update takes {packing['sequences']} rows of {packing['seq_len']} target tokens, "
-        f"{packing['target_fill']:.1%} full over the run (an epoch's last update takes what is left)"
-        + (
-            f", and {packing['english_rows']} rows of {packing['english_length']} English tokens, "
-            f"{packing['english_fill']:.1%} full."
-            if packing["english_rows"]
-            else ". No English is trained on."
-        ),
+        _rows(packing),
         *_saved(packing),
         "![Examples by length](lengths.png)",
         f"Records `{card['records']}`.",
@@ -150,11 +148,28 @@ def as_markdown(card: dict) -> str:
     return "\n\n".join(text).replace("\n\n- ", "\n- ") + "\n"
 
 
+def _rows(packing: dict) -> str:
+    """What an update takes of each stream."""
+    labels = {ENGLISH: "English"}
+    first, *others = (
+        f"{rows['rows']} rows of {rows['length']} {labels.get(stream, stream)} tokens, "
+        f"{rows['fill'] * 100:.1f} % filled"
+        for stream, rows in packing["streams"].items()
+    )
+    without = "" if ENGLISH in packing["streams"] else " No English is trained on."
+    over = " over the run (an epoch's last update takes what is left)"
+    return f"An update takes {first}{over}{''.join(f', and {other}' for other in others)}.{without}"
+
+
 def _saved(packing: dict):
     if packing["saved"] > 0:
-        behind = "; English rows lie behind the target rows, whose prompts they continue" * packing["joined"]
-        saved = f"{packing['saved']:.1%} of the tokens"
-        yield f"Prompts that begin alike are computed once, which saves {saved}{behind}."
+        primary, label = next(iter(packing["streams"])), packing["appended"] or ""
+        label = "English" if label == ENGLISH else label
+        appended = f"; {label} rows are appended to the {primary} rows, whose prompts they continue" * bool(
+            label
+        )
+        saved = f"{packing['saved'] * 100:.1f} % of the tokens"
+        yield f"Prompt prefixes that texts share are computed once, which saves {saved}{appended}."
 
 
 def _table(card: dict) -> str:
@@ -162,7 +177,7 @@ def _table(card: dict) -> str:
         "role",
         "examples",
         "tokens",
-        "bear loss",
+        "loss tokens",
         "cut",
         "dropped",
         "tokens/word",
@@ -179,8 +194,11 @@ def _table(card: dict) -> str:
             rows.append([name, *(f"{number:,}" for number in numbers), *of_text])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    pad = lambda row: [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
-    return "\n".join(f"| {' | '.join(pad(row))} |" for row in rows)
+
+    def padded(row):
+        return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+
+    return "\n".join(f"| {' | '.join(padded(row))} |" for row in rows)
 
 
 def _left_out(card: dict):

@@ -1,9 +1,11 @@
 """From sources to examples: what is asked, what is answered, and in which words.
 
-An example has a *target* side and perhaps an *English* side (see `Recipe`).
+An example has texts by stream, of which it may lack any: instruction pairs and translations have a *target*
+and perhaps an *english* one, and rows of further streams one of their own (see `Recipe`).
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,21 +17,27 @@ from prom_jax.data.templates import Span, Wording
 from prom_jax.utils.errors import UserError
 
 LANGUAGES = ("english", "target")  # what a prompt may be worded in
+PRIMARY, ENGLISH = "target", "english"
+# What a text may be, besides one of a further stream, whose role has the stream's name.
+ROLES = ("target", "english", "translation", "translation_source", "text")
+STREAM = re.compile(r"[a-z][a-z0-9_]*")  # a name
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that determines the examples, but for what the sources hold.
 
-    Instruction pairs: the target side is the target-language example, the English side the
-    English one, its prompt in English or, with `english_prompt='target'`, the target's prompt
-    before the English response. Translations: the target side asks for the target sentence; with
-    `translation_source` the English side is the same text up to the end of the English sentence,
-    which bears the loss. Without `use_english` no English side is made. `prompts` is the language
-    of the template and the translation requests on the target side: 'english', as in Alpaca and
-    the published script, or 'target'.
+    `streams` are what the method trains on, the primary one, 'target', first. Instruction pairs: the target
+    text is the target-language example, the English one its counterpart, with a prompt in English or, with
+    `english_prompt='target'`, the target's prompt before the English response. Translations: the target text
+    asks for the target sentence; with `translation_source` the English text is the same up to the end of the
+    English sentence, which has the loss. `more` has (stream, sources) of further streams: instruction rows
+    with the English template, each an example of that stream alone. Only what `streams` name is made.
 
-    `holdout` pairs are taken off training; they have an English side, with an English prompt,
+    `prompts` is the language of the template and the translation requests in the target texts: 'english', as
+    in Alpaca and the published script, or 'target'.
+
+    `holdout` pairs are taken off training; they have an English text, with an English prompt,
     wherever the source has, so that forgetting can be measured. `text` names aligned sentences that are
     kept plain, for held-out perplexity. `seed` chooses the held-out pairs and the translation wordings.
     """
@@ -42,7 +50,8 @@ class Recipe:
     prompts: str = "english"
     english_prompt: str = "english"
     translation_source: bool = False
-    use_english: bool = True
+    streams: tuple[str, ...] = (PRIMARY, ENGLISH)
+    more: tuple[tuple[str, tuple[str, ...]], ...] = ()
     holdout: int = 0
     text: tuple[str, ...] = ()
     seed: int = 0
@@ -51,6 +60,8 @@ class Recipe:
         for name in ("prompts", "english_prompt"):
             if getattr(self, name) not in LANGUAGES:
                 raise UserError(f"{name} is '{getattr(self, name)}': expected 'english' or 'target'.")
+        if self.streams[:1] != (PRIMARY,) or len(set(self.streams)) < len(self.streams):
+            raise UserError(f"streams are {self.streams}: expected different ones, the first '{PRIMARY}'.")
         if self.english and not self.target:
             raise UserError(
                 f"English source '{self.english[0]}' has no target-language counterpart: set "
@@ -61,26 +72,67 @@ class Recipe:
 
     @property
     def words(self) -> Wording:
-        """Of the prompts on the target side."""
+        """Of the prompts in the target texts."""
         return prompts.wording(self.language if self.prompts == "target" else "en")
+
+    @property
+    def more_sources(self) -> dict[str, tuple[str, ...]]:
+        """Sources of the further streams that the method trains on."""
+        return {stream: names for stream, names in self.more if stream in self.streams}
+
+
+def further_streams(entries: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """`Recipe.more` from entries 'stream=source'; a stream may have several.
+
+    Raises:
+      UserError: an entry that is not so, or a stream that other keys make.
+    """
+    more: dict[str, tuple[str, ...]] = {}
+    for entry in entries:
+        stream, _, source = entry.partition("=")
+        if not (STREAM.fullmatch(stream) and source):
+            raise UserError(
+                f"data.streams has '{entry}': expected 'name=source', such as 'replay=rows.jsonl', with a "
+                "name of small letters, digits and underscores."
+            )
+        if stream in ROLES:
+            raise UserError(f"data.streams has '{entry}': '{stream}' is taken, give another name.")
+        more[stream] = (*more.get(stream, ()), source)
+    return tuple(more.items())
 
 
 @dataclass(frozen=True)
 class Example:
-    """An example before tokenisation; its sides are counted under their roles. `unusable` says why it is
-    dropped, if it is."""
+    """An example before tokenisation: its texts by stream. `unusable` says why it is dropped, if it is.
+
+    role: what it is: 'target' (an instruction pair), 'translation', 'text', or the name of a further stream.
+    """
 
     id: str
     role: str
-    target: list[Span]
-    english: list[Span] | None = None
-    english_role: str = "english"
+    texts: dict[str, list[Span]]
     unusable: str = ""
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """By stream, the role under which its text is counted."""
+        return {stream: role_in(stream, self.role) for stream in self.texts}
+
+
+def role_in(stream: str, role: str) -> str:
+    """The role under which a stream's text is counted of an example that is of a `role`."""
+    if stream == ENGLISH:
+        return "translation_source" if role == "translation" else "english"
+    return role
 
 
 def read_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], int]:
     """The examples of each split ('train'; 'holdout' and 'text' where asked for), and the number
-    of instruction rows that found no partner."""
+    of instruction rows that found no partner.
+
+    Raises:
+      UserError: a bad source (see `sources`); a stream that none of the training examples has.
+    """
     prompts.language_name(recipe.language)  # which refuses what is no language
     target = sources.read_instructions(recipe.target, recipe.language)
     english = sources.read_instructions(recipe.english, "en")
@@ -94,12 +146,37 @@ def read_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], int]:
     else:
         holdout = [_translation(i, sentences[i], recipe, held_out=True) for i in held]
         train = [_translation(i, sentences[i], recipe) for i in kept]
+    for stream, names in recipe.more_sources.items():
+        rows = enumerate(sources.read_instructions(names, "en"))
+        train += [_further(f"{stream}-{i}", stream, row) for i, row in rows]
+    check_streams(recipe, {stream for example in train for stream in example.texts})
     text = [
-        Example(f"text-{i}", "text", prompts.plain(s.target), prompts.plain(s.english))
+        Example(f"text-{i}", "text", _texts(prompts.plain(s.target), prompts.plain(s.english)))
         for i, s in enumerate(sources.read_parallel(recipe.text, recipe.language))
     ]
     splits = {"train": train, "holdout": holdout, "text": text}
     return {name: examples for name, examples in splits.items() if examples}, unmatched
+
+
+def check_streams(recipe: Recipe, found: set[str]) -> None:
+    """Raises UserError for a stream that the method trains on and that is not among those found."""
+    for stream in recipe.streams:
+        if stream not in found:
+            key = f"data.{stream}" if stream in ROLES else f"data.streams={stream}=FILE"
+            raise UserError(
+                f"The method trains on the stream '{stream}', and the data have none of it: set {key}, or "
+                "another method."
+            )
+
+
+def _texts(target: list[Span], english: list[Span] | None) -> dict[str, list[Span]]:
+    """By stream."""
+    return {PRIMARY: target} | ({ENGLISH: english} if english else {})
+
+
+def _further(name: str, stream: str, row: Row) -> Example:
+    """A row of a further stream."""
+    return Example(row.id or name, stream, {stream: prompts.conversation(row.turns, prompts.wording("en"))})
 
 
 def _split(number: int, recipe: Recipe) -> tuple[list[int], list[int]]:
@@ -115,16 +192,15 @@ def _split(number: int, recipe: Recipe) -> tuple[list[int], list[int]]:
 
 def _instruction(index: int, english: Row | None, target: Row, recipe: Recipe, held_out=False):
     name = target.id or f"instruction-{index}"
-    turns, words = None, prompts.wording("en")
-    if english and (recipe.use_english or held_out):
+    turns, words = (), prompts.wording("en")
+    if english and (ENGLISH in recipe.streams or held_out):
         turns = english.turns
         if recipe.english_prompt == "target" and not held_out:
             turns, words = _asked_in_target(name, turns, target.turns), recipe.words
     return Example(
         id=name,
         role="target",
-        target=prompts.conversation(target.turns, recipe.words),
-        english=turns and prompts.conversation(turns, words),
+        texts=_texts(prompts.conversation(target.turns, recipe.words), prompts.conversation(turns, words)),
     )
 
 
@@ -143,12 +219,11 @@ def _asked_in_target(name: str, english: tuple[Turn, ...], target: tuple[Turn, .
 def _translation(index: int, sentence: Sentence, recipe: Recipe, held_out=False) -> Example:
     name = sentence.id or f"translation-{index}"
     rendered = (sentence.english, sentence.target, recipe.language, f"{recipe.seed}:{name}", recipe.words)
-    source = recipe.translation_source and recipe.use_english
+    has_source = held_out or (recipe.translation_source and ENGLISH in recipe.streams)
+    source = prompts.translation_source(*rendered) if has_source else None
     return Example(
         id=name,
         role="translation",
-        target=prompts.translation(*rendered),
-        english=prompts.translation_source(*rendered) if source or held_out else None,
-        english_role="translation_source",
+        texts=_texts(prompts.translation(*rendered), source),
         unusable="" if sentence.english.strip() else "no source sentence",
     )

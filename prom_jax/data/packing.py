@@ -1,6 +1,8 @@
-"""Which examples an update takes, and where each side lies: a pure function of lengths, seed and epoch.
+"""Which examples an update takes, and which slots their texts get: a function of lengths, seed and epoch.
 
-Nothing here knows of hosts or of the mesh, so that a run continues exactly on any number of them.
+Texts come in named streams. The first is the primary one, whose rows are given; each of the others has rows
+of its own, of a number and length that are chosen here, or is appended to the primary rows. Nothing here
+knows of hosts or of the mesh, so that a run continues exactly on any number of them.
 """
 
 import bisect
@@ -15,34 +17,36 @@ import numpy as np
 
 from prom_jax.ops.attention import MOST_SEGMENTS
 
-WINDOW = 512  # examples besides an update's own that may fill its gaps
-OWN = 0.95  # share of an update's target places that its own examples, the next in order, take
-TRIAL = 8192  # examples on which shapes of the English rows are tried
-TOLERANCE = (
-    0.015,
-    0.05,
-)  # more places than needed, in all and on the English side, for rows that divide better
-MULTIPLE = 16  # of which the English rows' length is one
-SHARDS = 8  # devices among which English rows should divide; fewer where there are few target rows
+LOOKAHEAD = 512  # examples besides an update's own that may fill its gaps
+FILL_TARGET = 0.95  # share of an update's primary slots that its own examples, the next in order, fill
+SAMPLE_SIZE = 8192  # examples on which row shapes of the secondary streams are tried
+TOLERANCE = (0.015, 0.05)  # more slots than needed, in all and in the stream, for rows that divide better
+LENGTH_MULTIPLE = 16  # of which the length of secondary rows is one
+SHARDS = 8  # devices among which secondary rows should divide; fewer where there are few primary rows
 
 
 class Texts(NamedTuple):
-    """One side of examples, an int64 array each [examples].
+    """One stream's texts, an int64 array each [examples].
 
-    lengths: tokens; 0 where an example lacks the side.
-    kinds: texts of a kind begin alike, and a row has that beginning once; shared: its tokens, 0 where a text
-      shares nothing.
+    lengths: tokens; 0 where an example lacks the stream.
+    prefix_ids: texts with the same id begin with the same prefix, which a row has once.
+    shared: tokens of that prefix; 0 where a text shares none.
     """
 
     lengths: np.ndarray
-    kinds: np.ndarray
+    prefix_ids: np.ndarray
     shared: np.ndarray
 
     @classmethod
-    def alone(cls, lengths) -> "Texts":
-        """Texts that share nothing."""
+    def unshared(cls, lengths) -> "Texts":
+        """Texts that share no prefix."""
         lengths = np.asarray(lengths, np.int64)
         return cls(lengths, np.full_like(lengths, -1), np.zeros_like(lengths))
+
+    @property
+    def own(self) -> np.ndarray:
+        """Tokens that no other text has."""
+        return self.lengths - self.shared
 
     def take(self, examples) -> "Texts":
         """Those of some examples."""
@@ -50,21 +54,25 @@ class Texts(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The rows of every update of a run, as (number, length).
+    """The rows of every update of a run.
 
-    english: None without English.
-    joined: an English text lies behind the row that has its target text, and of its prompt has only what that
-      does not have.
+    shapes: (rows, length) by stream, the primary one first; a stream without any text is left out.
+    appended: the stream whose texts are appended to the rows that have the same examples' primary texts, and
+      have of their prompts only what these do not have; None without one.
     """
 
-    target: tuple[int, int]
-    english: tuple[int, int] | None
-    joined: bool = False
+    shapes: dict[str, tuple[int, int]]
+    appended: str | None = None
+
+    @property
+    def primary(self) -> str:
+        """The primary stream."""
+        return next(iter(self.shapes))
 
 
-class Places(NamedTuple):
-    """Where one side of each example lies: row, offset, and the tokens that take room there, its last ones; 0
-    for an example that lacks the side."""
+class Slots(NamedTuple):
+    """Which slots one stream's texts take: row, offset, and how many, for a text's last tokens; 0 for an
+    example that lacks the stream."""
 
     rows: np.ndarray
     offsets: np.ndarray
@@ -74,12 +82,11 @@ class Places(NamedTuple):
 @dataclass(frozen=True)
 class Plan:
     """Updates: number u takes the examples `slice(*ends[u:u + 2])` of the arrays, which have one
-    entry an example: its index in the records and the place of either side in the batch.
+    entry an example: its index in the records and its slots in each stream of the batch.
     """
 
     examples: np.ndarray
-    target: Places
-    english: Places
+    slots: dict[str, Slots]
     ends: np.ndarray  # [updates + 1], from 0
 
     @property
@@ -87,209 +94,255 @@ class Plan:
         return len(self.ends) - 1
 
 
-def plan_epoch(target: Texts, english: Texts, layout: Layout, *, seed: int | None, epoch: int) -> Plan:
-    """Pack every example once into updates with rows of the layout.
+def plan_epoch(texts: dict[str, Texts], layout: Layout, *, seed: int | None, epoch: int) -> Plan:
+    """Packs every example once into updates with rows of the layout.
 
-    The examples are shuffled (`seed` None: left in order), those with an English side spread evenly
-    among the others. An update takes the next ones, and fills its gaps from the WINDOW that follow;
-    of either the longest comes first, and each goes to the fullest row that has room on both sides,
-    of those with the beginning that it shares if it can.
-    The others wait, and are first in the next update. The last one may be partly filled.
+    The examples are shuffled (`seed` None: left in order), those with the same streams spread evenly among
+    the others. An update takes the next ones, and fills its gaps from the LOOKAHEAD that follow; each group
+    is placed longest-first, and each text goes to the fullest row that has capacity, of those with its prefix
+    if it can; an example waits where one of its streams has no such row. Those that wait are first in the
+    next update. The last one may be partly filled.
 
+    Args:
+      texts: by stream, of the same examples.
     Raises:
-      ValueError: an example longer than a row.
+      ValueError: a text longer than a row.
     """
-    for texts, shape in ((target, layout.target), (english, layout.english or (0, 0))):
-        if texts.lengths.max(initial=0) > shape[1]:
-            raise ValueError(
-                f"An example of {texts.lengths.max()} tokens is longer than a row of {shape[1]}."
-            )
-    order = np.arange(len(target.lengths))
+    for stream, of_stream in texts.items():
+        capacity, longest = layout.shapes.get(stream, (0, 0))[1], of_stream.lengths.max(initial=0)
+        if longest > capacity:
+            raise ValueError(f"An example of {longest} tokens is longer than a row of {capacity}.")
+    texts = [texts[stream] for stream in layout.shapes]
+    order = np.arange(len(texts[0].lengths))
     if seed is not None:
         order = np.random.default_rng([seed, epoch]).permutation(len(order))
-        order = _spread(order, english.lengths[order] > 0)
-    sides = (map(Text, *(column.tolist() for column in texts.take(order))) for texts in (target, english))
-    coming = map(Candidate, order.tolist(), *sides)
+        order = _spread(order, np.stack([of_stream.lengths[order] > 0 for of_stream in texts]))
+    ordered = [of_stream.take(order) for of_stream in texts]
+    columns = (map(Text, *(column.tolist() for column in (*each, each.own))) for each in ordered)
+    coming = map(Candidate, order.tolist(), zip(*columns), _sizes(ordered).tolist())
     waiting: list[Candidate] = []
-    placed: list[tuple[int, ...]] = []
+    placed: list[int] = []  # of each example its index, and row, offset and length in each stream
+    width = 1 + 3 * len(texts)
     ends = [0]
-    while len(placed) < len(order):
+    while ends[-1] < len(order):
         waiting = _fill_update(waiting, coming, layout, placed)
-        ends.append(len(placed))
-    examples, *places = np.array(placed, np.int64).reshape(-1, 7).T
-    return Plan(examples, Places(*places[:3]), Places(*places[3:]), np.array(ends))
+        ends.append(len(placed) // width)
+    examples, *columns = np.array(placed, np.int64).reshape(-1, width).T
+    slots = {stream: Slots(*columns[3 * i : 3 * i + 3]) for i, stream in enumerate(layout.shapes)}
+    return Plan(examples, slots, np.array(ends))
 
 
-def _spread(order: np.ndarray, english: np.ndarray) -> np.ndarray:
-    """Interleave the two kinds of examples evenly, each in its own order, so that updates need
-    about as much room for English as each other."""
-    rank = np.where(english, np.cumsum(english), np.cumsum(~english)) - 0.5
-    return order[np.argsort(rank / np.where(english, english.sum(), (~english).sum()), kind="stable")]
+def _spread(order: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Interleaves the examples with different streams evenly, each kind in its own order, so that updates
+    need about as much capacity in each stream as each other.
+
+    Args: present: bool [streams, examples].
+    """
+    kinds = 2 ** np.arange(len(present)) @ present
+    when = np.empty(len(order))
+    for kind in np.unique(kinds):
+        of_kind = kinds == kind
+        number = of_kind.sum()
+        when[of_kind] = (np.arange(1, number + 1) - 0.5) / number
+    return order[np.argsort(when, kind="stable")]
+
+
+def _sizes(texts: list[Texts]) -> np.ndarray:
+    """By which examples are placed longest-first, int64 [examples]: the primary text's own tokens, or those
+    of the longest text where there is none."""
+    longest = np.max([of_stream.own for of_stream in texts], axis=0)
+    return np.where(texts[0].lengths > 0, texts[0].own, longest)
 
 
 class Text(NamedTuple):
     """As `Texts`, of one example."""
 
     length: int
-    kind: int
+    prefix_id: int
     shared: int
-
-    @property
-    def own(self) -> int:
-        """Tokens that no other text has."""
-        return self.length - self.shared
+    own: int
 
 
 class Candidate(NamedTuple):
-    """An example by its index, and its sides."""
+    """An example by its index, its texts by stream, the primary one first, and its size."""
 
     example: int
-    target: Text
-    english: Text
+    texts: tuple[Text, ...]
+    size: int
 
 
 class Rows:
-    """The rows of one side of an update, and the room that is left in them."""
+    """The rows of one stream of an update: free capacity per row (best-fit bins)."""
 
     def __init__(self, shape: tuple[int, int]):
         number, self._length = shape
-        self.places = number * self._length
-        self._room = [self._length] * number
-        self._kinds: list[list[int]] = [[] for _ in range(number)]
+        self._capacity = [self._length] * number
+        self._prefixes: list[list[int]] = [[] for _ in range(number)]
         self._texts = [0] * number
-        # (room, row) in ascending order: of all rows, and of those with a kind's beginning
+        # (capacity, row) in ascending order: of all rows, and of those with a prefix
         self._free = [(self._length, row) for row in range(number)]
-        self._free_of_kind: dict[int, list] = defaultdict(list)
+        self._free_with_prefix: dict[int, list] = defaultdict(list)
 
-    def find(self, text: Text, also: Callable[[int], bool]) -> int | None:
-        """The fullest row that has room and for which `also` holds, of those with the text's beginning or
-        else of all; None where none has."""
-        for free, length in ((self._free_of_kind.get(text.kind, ()), text.own), (self._free, text.length)):
-            for slot in range(bisect.bisect_left(free, (length, 0)), len(free)):
-                if also(free[slot][1]):
-                    return free[slot][1]
+    def find(self, text: Text, suits: Callable[[int], bool] | None = None) -> int | None:
+        """The fullest row that has capacity and that suits, of those with the text's prefix or else of all;
+        None where none has."""
+        with_prefix = self._free_with_prefix.get(text.prefix_id, ())
+        for free, length in ((with_prefix, text.own), (self._free, text.length)):
+            first = bisect.bisect_left(free, (length, 0))
+            if suits is None:
+                if first < len(free):
+                    return free[first][1]
+                continue
+            for _, row in itertools.islice(free, first, None):
+                if suits(row):
+                    return row
         return None
 
-    def needs(self, text: Text, row: int) -> int:
-        """Places that a text takes in a row."""
-        return text.own if text.kind in self._kinds[row] else text.length
+    def needed(self, text: Text, row: int) -> int:
+        """Slots that a text takes in a row."""
+        return text.own if text.prefix_id in self._prefixes[row] else text.length
 
-    def has_room(self, text: Text, row: int) -> bool:
+    def fits(self, text: Text, row: int) -> bool:
         """Whether a text fits into a row."""
-        return self.needs(text, row) <= self._room[row] and self._texts[row] < MOST_SEGMENTS
+        return self.needed(text, row) <= self._capacity[row] and self._texts[row] < MOST_SEGMENTS
 
     def place(self, text: Text, row: int) -> tuple[int, int, int]:
-        """Takes the room; returns row, offset and length."""
-        length, room = self.needs(text, row), self._room[row]
-        if text.shared and text.kind not in self._kinds[row]:
-            self._kinds[row].append(text.kind)
-            bisect.insort(self._free_of_kind[text.kind], (room, row))
-        self._room[row] -= length
+        """Takes the capacity; returns row, offset and length."""
+        length, capacity = self.needed(text, row), self._capacity[row]
+        if text.shared and text.prefix_id not in self._prefixes[row]:
+            self._prefixes[row].append(text.prefix_id)
+            bisect.insort(self._free_with_prefix[text.prefix_id], (capacity, row))
+        self._capacity[row] -= length
         self._texts[row] += 1
-        for free in (self._free, *(self._free_of_kind[kind] for kind in self._kinds[row])):
-            free.pop(bisect.bisect_left(free, (room, row)))
+        for free in (self._free, *(self._free_with_prefix[prefix] for prefix in self._prefixes[row])):
+            free.pop(bisect.bisect_left(free, (capacity, row)))
             if self._texts[row] < MOST_SEGMENTS:
-                bisect.insort(free, (self._room[row], row))
-        return row, self._length - room, length
+                bisect.insort(free, (self._capacity[row], row))
+        return row, self._length - capacity, length
 
 
 def _fill_update(
-    waiting: list[Candidate], coming: Iterator[Candidate], layout: Layout, placed: list
+    waiting: list[Candidate], coming: Iterator[Candidate], layout: Layout, placed: list[int]
 ) -> list[Candidate]:
-    """Append to `placed` the examples of one update and their places; return those left waiting."""
-    target, english = Rows(layout.target), Rows(layout.english or (0, 0))
+    """Appends to `placed` the examples of one update and their slots; returns those left waiting."""
+    rows = [Rows(shape) for shape in layout.shapes.values()]
+    appended = list(layout.shapes).index(layout.appended) if layout.appended else None
+    enough = FILL_TARGET * math.prod(layout.shapes[layout.primary])
     own, tokens = [], 0
     following = itertools.chain(waiting, coming)
-    while tokens < OWN * target.places and (candidate := next(following, None)):
+    while tokens < enough and (candidate := next(following, None)):
         own.append(candidate)
-        tokens += candidate.target.own
-    others = list(itertools.islice(following, max(WINDOW, len(waiting) - len(own))))
+        tokens += candidate.texts[0].own
+    others = list(itertools.islice(following, max(LOOKAHEAD, len(waiting) - len(own))))
     taken = set()
     for candidates in (own, others):
-        for candidate in sorted(candidates, key=lambda c: -c.target.own):
-            rows = _find(candidate, target, english, layout.joined)
-            if rows is None:
+        for candidate in sorted(candidates, key=lambda candidate: -candidate.size):
+            found = _find_rows(candidate.texts, rows, appended)
+            if found is None:
                 continue
-            places = english.place(candidate.english, rows[1]) if candidate.english.length else (0, 0, 0)
-            placed.append((candidate.example, *target.place(candidate.target, rows[0]), *places))
+            placed.append(candidate.example)
+            for text, of_stream, row in zip(candidate.texts, rows, found):
+                placed += (0, 0, 0) if row is None else of_stream.place(text, row)
             taken.add(candidate.example)
     return [candidate for candidate in own + others if candidate.example not in taken]
 
 
-def _find(candidate: Candidate, target: Rows, english: Rows, joined: bool) -> tuple[int, int | None] | None:
-    """The rows of both sides of an example, or None where they have no room."""
-    anywhere = lambda row: True
-    if joined and candidate.english.length:
-        row = target.find(candidate.target, lambda row: english.has_room(candidate.english, row))
-        return None if row is None else (row, row)
-    beside = english.find(candidate.english, anywhere) if candidate.english.length else None
-    if candidate.english.length and beside is None:
-        return None
-    row = target.find(candidate.target, anywhere)
-    return None if row is None else (row, beside)
+def _find_rows(texts: tuple[Text, ...], rows: list[Rows], appended: int | None) -> list[int | None] | None:
+    """The row in each stream of an example, None in those that it lacks; None where one has no capacity.
+
+    Args: appended: the index of the stream whose texts go into the same row as the primary ones.
+    """
+    found: list[int | None] = []
+    joint = texts[appended] if appended else None
+    for i, text in enumerate(texts):
+        row = None
+        if joint and joint.length and i in (0, appended):
+            # An empty primary text has a row here too: it counts among the texts that are numbered.
+            row = found[0] if i else rows[0].find(text, lambda row: rows[appended].fits(joint, row))
+        elif text.length:
+            row = rows[i].find(text)
+        else:
+            found.append(None)
+            continue
+        if row is None:
+            return None
+        found.append(row)
+    return found
 
 
 def join(plans: list[Plan]) -> Plan:
     """The plans of successive epochs as one."""
     starts = np.cumsum([0] + [len(plan.examples) for plan in plans[:-1]])
     ends = [plan.ends[1:] + start for plan, start in zip(plans, starts, strict=True)]
-    side = lambda name: Places(*map(np.concatenate, zip(*(getattr(plan, name) for plan in plans))))
     return Plan(
         np.concatenate([plan.examples for plan in plans]),
-        side("target"),
-        side("english"),
+        {
+            stream: Slots(*map(np.concatenate, zip(*(plan.slots[stream] for plan in plans))))
+            for stream in plans[0].slots
+        },
         ends=np.concatenate([[0], *ends]),
     )
 
 
-def choose_layout(target: Texts, english: Texts, target_shape: tuple[int, int], prompts=None) -> Layout:
-    """That which takes fewest places: English in rows of its own, or behind those of the target text.
+def choose_layout(
+    texts: dict[str, Texts], primary_shape: tuple[int, int], prompts: dict[str, np.ndarray] | None = None
+) -> Layout:
+    """That which takes the fewest slots: each secondary stream in rows of its own, or one of them, the first
+    that gains by it, appended to the primary rows.
 
-    Args: prompts: int64 [examples], tokens of an example's prompt that both sides have: of the English text
-      they are left out where it is joined (`continuing`). None where sides are to be apart.
+    Args:
+      texts: by stream, the primary one first.
+      primary_shape: its rows and their length.
+      prompts: by secondary stream that may be appended, int64 [examples], tokens of an example's prompt that
+        the primary text has too: they are left out where the stream is appended (`without_prompts`).
     """
-    if not english.lengths.any():
-        return Layout(target_shape, None)
-    sample = np.random.default_rng(0).permutation(len(target.lengths))[:TRIAL]
-    apart = _Trial(target.take(sample), english.take(sample), target_shape)
-    layout, places = _choose_rows(apart, english.lengths.max())
-    if prompts is not None and prompts.any():
-        short = continuing(english, prompts)
-        trial = _Trial(target.take(sample), short.take(sample), target_shape, joined=True)
-        joined = _choose_length(trial, short.lengths.max())
-        if joined is not None and joined[1] < places:
-            layout = joined[0]
-    return layout
+    (primary, primary_texts), *others = texts.items()
+    shapes, appended = {primary: primary_shape}, None
+    sample = np.random.default_rng(0).permutation(len(primary_texts.lengths))[:SAMPLE_SIZE]
+    for stream, of_stream in others:
+        if not of_stream.lengths.any():
+            continue
+        trial = _Trial(primary_texts.take(sample), of_stream.take(sample), primary_shape)
+        shapes[stream], slots = _choose_rows(trial, of_stream.lengths.max())
+        of_prompts = (prompts or {}).get(stream)
+        if appended is None and of_prompts is not None and of_prompts.any():
+            rest = without_prompts(of_stream, of_prompts)
+            trial = _Trial(primary_texts.take(sample), rest.take(sample), primary_shape, append=True)
+            joint = _choose_length(trial, rest.lengths.max())
+            if joint is not None and joint[1] < slots:
+                shapes[stream], appended = joint[0], stream
+    return Layout(shapes, appended)
 
 
-def continuing(english: Texts, prompts: np.ndarray) -> Texts:
-    """English texts without what their target texts have too; those that have nothing in common stay."""
+def without_prompts(texts: Texts, prompts: np.ndarray) -> Texts:
+    """Texts without the prompts that the primary texts have too; those that have none in common stay."""
     apart = prompts == 0
-    return Texts(english.lengths - prompts, np.where(apart, english.kinds, -1), english.shared * apart)
+    return Texts(texts.lengths - prompts, np.where(apart, texts.prefix_ids, -1), texts.shared * apart)
 
 
 class _Trial:
-    """An epoch of a sample of the examples, packed with different layouts."""
+    """An epoch of a sample of the examples, in the primary and one other stream, packed with different
+    layouts."""
 
-    def __init__(self, target: Texts, english: Texts, target_shape: tuple[int, int], joined: bool = False):
-        self._texts, self.target_shape, self._joined = (target, english), target_shape, joined
-        self.fewest = self.updates((target_shape[0], int(english.lengths.sum())))  # English has room for all
-        self.average = (english.lengths - english.shared).sum() / self.fewest
-
-    def layout(self, shape: tuple[int, int]) -> Layout:
-        """That with such English rows."""
-        return Layout(self.target_shape, shape, self._joined)
+    def __init__(self, primary: Texts, other: Texts, primary_shape: tuple[int, int], append: bool = False):
+        some = primary.lengths + other.lengths > 0  # the others have further streams alone
+        self._texts = {"primary": primary.take(some), "other": other.take(some)}
+        self._append, self.primary_shape = append, primary_shape
+        # as if the other stream had capacity for all
+        self.fewest = self.updates((primary_shape[0], max(1, int(other.lengths.sum()))))
+        self.average = other.own.sum() / max(1, self.fewest)
 
     def updates(self, shape: tuple[int, int]) -> int:
-        """How many an epoch then has."""
-        return plan_epoch(*self._texts, self.layout(shape), seed=0, epoch=0).updates
+        """How many an epoch has with such rows of the other stream."""
+        layout = Layout({"primary": self.primary_shape, "other": shape}, "other" if self._append else None)
+        return plan_epoch(self._texts, layout, seed=0, epoch=0).updates
 
     def lengths(self, rows: int, longest: int, most: int) -> Iterator[tuple[int, int]]:
-        """Lengths of so many English rows from an average update's need on, and how many updates each makes;
-        the last makes fewest."""
+        """Lengths of so many rows of the other stream from an average update's need on, and how many updates
+        each makes; the last makes fewest."""
         length = max(longest, self.average / rows)
         while length <= most:
-            length = min(-int(-length // MULTIPLE) * MULTIPLE, most)
+            length = min(-int(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, most)
             number = self.updates((rows, length))
             yield length, number
             if number == self.fewest:
@@ -297,40 +350,41 @@ class _Trial:
             length = 1.02 * length + 1
 
 
-def _choose_rows(trial: _Trial, longest: int) -> tuple[Layout, int]:
-    """Rows for English alone, and the places that an epoch takes with them.
+def _choose_rows(trial: _Trial, longest: int) -> tuple[tuple[int, int], int]:
+    """The shape of rows of the other stream's own, and the slots that an epoch takes with them.
 
     Few long rows fill best, and a number that is often even divides among many devices. So powers of two
     and three times these are tried, and counted with the empty rows that SHARDS devices would add; of those
-    that take at most TOLERANCE more places than the best, the most often even number of rows wins.
+    that take at most TOLERANCE more slots than the best, the most often even number of rows wins.
     """
-    shards = math.gcd(SHARDS, max(1, trial.target_shape[0] // 4))  # English takes about a quarter of the rows
-    needs: dict[tuple[int, int], tuple[int, int]] = {}  # places in all, of English
+    # English takes about a quarter of the rows
+    shards = math.gcd(SHARDS, max(1, trial.primary_shape[0] // 4))
+    needs: dict[tuple[int, int], tuple[int, int]] = {}  # slots in all, of the other stream
     for rows in _row_numbers():
         if needs and rows * longest >= 2 * trial.average:
             break
-        for length, updates in trial.lengths(rows, longest, trial.target_shape[1]):
-            english = updates * (rows + -rows % shards) * length
-            needs[rows, length] = updates * math.prod(trial.target_shape) + english, english
+        for length, updates in trial.lengths(rows, longest, trial.primary_shape[1]):
+            other = updates * (rows + -rows % shards) * length
+            needs[rows, length] = updates * math.prod(trial.primary_shape) + other, other
     for kind, tolerance in enumerate(TOLERANCE):
         least = min(need[kind] for need in needs.values())
         needs = {shape: need for shape, need in needs.items() if need[kind] <= (1 + tolerance) * least}
     best = max(needs, key=lambda shape: (shape[0] & -shape[0], shape[0], -needs[shape][0]))
-    return trial.layout(best), needs[best][0]
+    return best, needs[best][0]
 
 
-def _choose_length(trial: _Trial, longest: int) -> tuple[Layout, int] | None:
-    """The length of what lies behind the target rows, and the places that an epoch then takes; None where
+def _choose_length(trial: _Trial, longest: int) -> tuple[tuple[int, int], int] | None:
+    """The shape of what is appended to the primary rows, and the slots that an epoch then takes; None where
     twice their length is too little."""
-    rows, length = trial.target_shape
+    rows, length = trial.primary_shape
     needs = {
-        behind: updates * rows * (length + behind)
-        for behind, updates in trial.lengths(rows, longest, 2 * length)
+        appended: updates * rows * (length + appended)
+        for appended, updates in trial.lengths(rows, longest, 2 * length)
     }
     if not needs:
         return None
     best = min(needs, key=needs.get)
-    return trial.layout((rows, best)), needs[best]
+    return (rows, best), needs[best]
 
 
 def _row_numbers() -> Iterator[int]:

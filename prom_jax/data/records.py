@@ -1,6 +1,6 @@
 """Tokenised examples on disk: TFDS ArrayRecord files in a folder named by what determines them.
 
-A side of an example (see `examples`) is its tokens and a mask of those that bear loss.
+An example's text in a stream (see `examples`) is its tokens and a mask of those that have a loss.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -27,46 +28,54 @@ from google.protobuf.json_format import MessageToDict
 
 from prom_jax.data import sources
 from prom_jax.data import templates as prompts
-from prom_jax.data.examples import Example, Recipe, read_examples
-from prom_jax.data.shared_prefixes import NONE, Beginnings, common_prompt
-from prom_jax.data.tokens import Side, encode
+from prom_jax.data.examples import Example, Recipe, check_streams, read_examples, role_in
+from prom_jax.data.shared_prefixes import NONE, PrefixIndex, common_prompt
+from prom_jax.data.tokens import EncodedText, encode
 from prom_jax.tokenization import folder as tokenizers
 from prom_jax.utils.console import track
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.workdir import make_directory
 
-VERSION = 3  # part of the fingerprint: raise it whenever the same recipe gives other records
+VERSION = 4  # part of the fingerprint: raise it whenever the same recipe gives other records
 CHUNK = 512  # examples tokenised at once
 SHARD = 4096  # examples a file, and a task of a worker
 PARALLEL = 16_384  # from so many examples on, workers are worth the seconds that they take to start
-ROLES = ("target", "english", "translation", "translation_source", "text")
 COUNTS = ("examples", "tokens", "loss_tokens", "text_tokens", "bytes", "words", "truncated", "dropped")
-_shared: tuple = ()  # of a worker: tokenizer, seq_len, features
-SIDES = ("target", "english")
-STATISTICS = (
-    "roles",
-    *(f"{side}_{what}" for side in SIDES for what in ("lengths", "weights", "bytes", "kinds")),
-    "common_prompts",
-)
+_shared: tuple = ()  # of a worker: tokenizer, seq_len, streams, features
 
 
 # Records --------------------------------------------------------------------------------------
 
 
+class Stream(NamedTuple):
+    """What is known of one stream's texts without reading them: int64 arrays [examples], but for the last.
+
+    lengths: tokens; 0 where an example lacks the stream.
+    weights: tokens that have a loss.
+    bytes: UTF-8 bytes under them, EOS not counted (for bits per byte).
+    prefix_ids: of the prefix that a text shares with others (see `shared_prefixes`); -1 where it shares none.
+    prefix_lengths: tokens of each prefix, none with a loss, int64 [prefixes].
+    """
+
+    lengths: np.ndarray
+    weights: np.ndarray
+    bytes: np.ndarray
+    prefix_ids: np.ndarray
+    prefix_lengths: np.ndarray
+
+
 class Records:
     """The examples of one split, read at random.
 
-    `records[i]` is {"id": str, "target_tokens": int32 [T], "target_loss": bool [T],
-    "english_tokens", "english_loss"}; the English arrays are empty where there is no English side.
+    `records[i]` is {"id": str, "<stream>_tokens": int32 [T], "<stream>_loss": bool [T]} with both arrays for
+    every stream; empty where the example lacks it.
 
-    Attributes (arrays, one entry an example; int64 but for the roles):
-      roles: indices into ROLES, of the target side.
-      target_lengths, english_lengths: tokens; 0 where there is no English side.
-      target_weights, english_weights: tokens that bear loss.
-      target_bytes, english_bytes: UTF-8 bytes under them, EOS not counted (for bits per byte).
-      target_kinds, english_kinds: kind of prompt, -1 where it is like no other; target_beginnings,
-        english_beginnings: tokens that all texts of a kind begin with, without loss [kinds].
-      common_prompts: tokens, without loss, with which both sides of an example begin.
+    Attributes:
+      names: of the streams, the primary one first.
+      streams: {stream: Stream}, in the order of the names.
+      roles: what each example is, str [examples] (see `examples.Example`).
+      common_prompts: by secondary stream, int64 [examples], tokens without loss with which an example's text
+        begins as its primary text does.
 
     Raises:
       UserError: the files are not as `prepare` made them.
@@ -74,11 +83,16 @@ class Records:
 
     def __init__(self, directory: Path, split: str):
         with _naming_damage(directory):
-            _check_metadata(directory)
-            self._source = tfds.builder_from_directory(str(directory)).as_data_source(split)
             with np.load(directory / f"{split}.npz") as statistics:
-                for name in (*STATISTICS, *(f"{side}_beginnings" for side in SIDES)):
-                    setattr(self, name, statistics[name])
+                self.names: tuple[str, ...] = tuple(statistics["names"].tolist())
+                self.streams = {
+                    name: Stream(*(statistics[f"{name}.{field}"] for field in Stream._fields))
+                    for name in self.names
+                }
+                self.roles = statistics["role_names"][statistics["roles"]]
+                self.common_prompts = {name: statistics[f"{name}.common_prompts"] for name in self.names[1:]}
+            _check_metadata(directory, self.names)
+            self._source = tfds.builder_from_directory(str(directory)).as_data_source(split)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -90,7 +104,7 @@ class Records:
         """Several examples at once, which is faster than one by one."""
         return [
             {
-                key: value.decode() if key == "id" else value.astype(bool) if "loss" in key else value
+                key: value.decode() if key == "id" else value.astype(bool) if key.endswith("_loss") else value
                 for key, value in example.items()
             }
             for example in self._source.__getitems__(list(map(int, indices)))
@@ -100,9 +114,10 @@ class Records:
 @dataclass(frozen=True)
 class Prepared:
     """What `prepare` made or found: training records, the held-out pairs and plain texts (None where not
-    asked for), and the report: {"unmatched": rows, split: {role: counts}}, the roles being ROLES and
-    the counts "examples", "tokens", "loss_tokens", "bytes" and "words" (of the text that bears loss),
-    "text_tokens" (those without EOS), "truncated", "dropped" and "reasons" ({why: dropped}).
+    asked for), and the report: {"unmatched": rows, split: {role: counts}}, the roles being those of
+    `examples.role_in` and the counts "examples", "tokens", "loss_tokens", "bytes" and "words" (of the text
+    that has a loss), "text_tokens" (loss tokens without EOS), "truncated", "dropped" and "reasons"
+    ({why: dropped}).
     """
 
     fingerprint: str
@@ -119,7 +134,7 @@ def prepare(recipe: Recipe, tokenizer, directory) -> Prepared:
 
     Raises:
       UserError: a bad source (see `sources`); a tokenizer without EOS or offsets; more held-out
-        pairs than pairs; nothing left to train on after truncation.
+        pairs than pairs; nothing left to train on after truncation, in all or of a stream.
     """
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(
@@ -159,7 +174,7 @@ def prepare(recipe: Recipe, tokenizer, directory) -> Prepared:
 def fingerprint(recipe: Recipe, tokenizer) -> str:
     """16 hexadecimal digits: recipe, contents of its sources, tokenizer, version of the code."""
     used = [(name, recipe.language) for name in recipe.target + recipe.translation + recipe.text]
-    used += [(name, "en") for name in recipe.english]
+    used += [(name, "en") for name in itertools.chain(recipe.english, *recipe.more_sources.values())]
     parts = {
         "versions": [VERSION, prompts.VERSION],
         "recipe": dataclasses.asdict(recipe),
@@ -172,42 +187,51 @@ def fingerprint(recipe: Recipe, tokenizer) -> str:
 
 def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
     splits, unmatched = read_examples(recipe)
+    found = {stream for examples in splits.values() for example in examples for stream in example.texts}
+    names = recipe.streams + tuple(sorted(found - set(recipe.streams)))
     report, infos = {"unmatched": unmatched}, []
-    with _workers(sum(map(len, splits.values())), tokenizer, recipe.seq_len) as each:
+    with _workers(sum(map(len, splits.values())), tokenizer, recipe.seq_len, names) as each:
         for split, examples in splits.items():
             parts = [examples[first : first + SHARD] for first in range(0, len(examples), SHARD)]
             tasks = [(directory / f"{split}-{number}.partial", part) for number, part in enumerate(parts)]
             shards = list(track(each(tasks), f"tokenising {split}", len(tasks)))
-            if not any(shard.statistics for shard in shards):
+            if not any(shard.roles for shard in shards):
                 raise UserError(
                     f"Nothing is left of the {len(examples)} examples for {split} when cut at "
                     f"data.seq_len = {recipe.seq_len}: raise it, or give examples that have a response."
                 )
-            for shard in (shard for shard in shards if not shard.statistics):
+            for shard in (shard for shard in shards if not shard.roles):
                 shard.path.unlink()
             report[split] = _summed(shard.counts for shard in shards)
-            shards = [shard for shard in shards if shard.statistics]
+            shards = [shard for shard in shards if shard.roles]
             infos.append(_name_shards(directory, split, shards))
-            np.savez(directory / f"{split}.npz", **_joined(shards))
-    _write_info(directory, infos)
+            statistics = _merge(shards, names)
+            if split == "train":
+                check_streams(recipe, {name for name in names if statistics[f"{name}.lengths"].any()})
+            np.savez(directory / f"{split}.npz", **statistics)
+    _write_info(directory, infos, names)
     (directory / "report.json").write_text(json.dumps(report, indent=2))
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file that was written: a row of statistics an example, what each side's texts begin with, and counts
-    by role."""
+    """A file that was written: the role of each example and its statistics by stream, rows in the order of
+    STATISTICS; the prefixes that texts share by stream; and counts by role."""
 
     path: Path
-    statistics: list[list[int]]
-    beginnings: dict[str, Beginnings]
+    roles: list[str]
+    statistics: dict[str, list[tuple[int, ...]]]
+    prefixes: dict[str, PrefixIndex]
     counts: dict[str, Counter]
 
 
+STATISTICS = ("lengths", "weights", "bytes", "prefix_ids", "common_prompts")
+
+
 @contextlib.contextmanager
-def _workers(examples: int, tokenizer, seq_len: int) -> Iterator[Callable]:
+def _workers(examples: int, tokenizer, seq_len: int, names: tuple[str, ...]) -> Iterator[Callable]:
     """Gives a map of `_write_shard` over tasks: in processes, or here when there is little to do."""
-    shared = tokenizer, seq_len, _features()
+    shared = tokenizer, seq_len, names, _features(names)
     number = min(len(os.sched_getaffinity(0)), -(-examples // SHARD))
     if examples < PARALLEL or number == 1:
         yield lambda tasks: map(functools.partial(_write_shard, shared), tasks)
@@ -215,7 +239,7 @@ def _workers(examples: int, tokenizer, seq_len: int) -> Iterator[Callable]:
     # Not forked: JAX has threads by now.
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(number, context, _begin, (tokenizer, seq_len)) as pool:
+        with ProcessPoolExecutor(number, context, _init_worker, (tokenizer, seq_len, names)) as pool:
             yield lambda tasks: pool.map(_write_in_worker, tasks)
     except BrokenProcessPool as error:
         raise UserError(
@@ -224,11 +248,11 @@ def _workers(examples: int, tokenizer, seq_len: int) -> Iterator[Callable]:
         ) from error
 
 
-def _begin(tokenizer, seq_len: int) -> None:
-    """What all tasks of a worker share."""
+def _init_worker(tokenizer, seq_len: int, names: tuple[str, ...]) -> None:
+    """Sets what all tasks of a worker share."""
     global _shared
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core a process
-    _shared = tokenizer, seq_len, _features()
+    _shared = tokenizer, seq_len, names, _features(names)
 
 
 def _write_in_worker(task: tuple[Path, list[Example]]) -> Shard:
@@ -236,35 +260,32 @@ def _write_in_worker(task: tuple[Path, list[Example]]) -> Shard:
 
 
 def _write_shard(shared: tuple, task: tuple[Path, list[Example]]) -> Shard:
-    """Tokenise examples and write those that keep something to learn."""
-    tokenizer, seq_len, features = shared
+    """Tokenises examples and writes those that keep something to learn."""
+    tokenizer, seq_len, names, features = shared
     path, examples = task
-    shard = Shard(path, [], {side: Beginnings() for side in SIDES}, {})
+    shard = Shard(path, [], {name: [] for name in names}, {name: PrefixIndex() for name in names}, {})
     chunks = [examples[first : first + CHUNK] for first in range(0, len(examples), CHUNK)]
-    tokenise = lambda chunk: list(_tokenise(chunk, tokenizer, seq_len, shard.counts))
+
+    def tokenise(chunk):
+        return list(_tokenise(chunk, tokenizer, seq_len, shard.counts))
+
     writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
         with ThreadPoolExecutor(1) as ahead:  # the tokenizer works while records are written
-            for example, target, english in itertools.chain.from_iterable(ahead.map(tokenise, chunks)):
-                writer.write(features.serialize_example(_record(example.id, target, english)))
-                shard.statistics.append(_statistics(example.role, target, english, shard.beginnings))
+            for example, texts in itertools.chain.from_iterable(ahead.map(tokenise, chunks)):
+                writer.write(features.serialize_example(_record(example.id, names, texts)))
+                _add_statistics(shard, example.role, names, texts)
     finally:
         writer.close()
     return shard
 
 
-def _features() -> tfds.features.FeaturesDict:
+def _features(names: tuple[str, ...]) -> tfds.features.FeaturesDict:
+    """Of a record with these streams."""
     tokens = tfds.features.Tensor(shape=(None,), dtype=np.int32)
     loss = tfds.features.Tensor(shape=(None,), dtype=np.uint8)
-    return tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "target_tokens": tokens,
-            "target_loss": loss,
-            "english_tokens": tokens,
-            "english_loss": loss,
-        }
-    )
+    streams = ({f"{name}_tokens": tokens, f"{name}_loss": loss} for name in names)
+    return tfds.features.FeaturesDict(functools.reduce(dict.__or__, streams, {"id": tfds.features.Text()}))
 
 
 @contextlib.contextmanager
@@ -278,12 +299,12 @@ def _naming_damage(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_metadata(directory: Path) -> None:
+def _check_metadata(directory: Path, names: tuple[str, ...]) -> None:
     """TFDS imports the Python modules and opens the files that its own files name."""
     features, info = (json.loads((directory / f"{n}.json").read_text()) for n in ("features", "dataset_info"))
     files = {(info["name"], s["name"].isalpha(), s["filepathTemplate"]) for s in info["splits"]}
     ours = {("prom", True, "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")}
-    if features != MessageToDict(_features().to_proto()) or files != ours:
+    if features != MessageToDict(_features(names).to_proto()) or files != ours:
         raise ValueError("its metadata is not ours")
 
 
@@ -294,12 +315,12 @@ def _name_shards(directory: Path, split: str, shards: list[Shard]) -> tfds.core.
     )
     for number, shard in enumerate(shards):
         os.rename(shard.path, template.sharded_filepath(shard_index=number, num_shards=len(shards)))
-    lengths = [len(shard.statistics) for shard in shards]
+    lengths = [len(shard.roles) for shard in shards]
     size = sum(path.stat().length for path in template.sharded_filepaths(num_shards=len(shards)))
     return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
 
 
-def _write_info(directory: Path, splits: list[tfds.core.SplitInfo]) -> None:
+def _write_info(directory: Path, splits: list[tfds.core.SplitInfo], names: tuple[str, ...]) -> None:
     """What makes the folder a data set that `tfds.builder_from_directory` opens."""
     identity = tfds.core.dataset_info.DatasetIdentity(
         name="prom",
@@ -307,7 +328,7 @@ def _write_info(directory: Path, splits: list[tfds.core.SplitInfo]) -> None:
         data_dir=str(directory),
         module_name=__name__,
     )
-    info = tfds.core.DatasetInfo(builder=identity, features=_features())
+    info = tfds.core.DatasetInfo(builder=identity, features=_features(names))
     info.set_file_format("array_record")
     info.set_splits(tfds.core.splits.SplitDict(splits))
     info.write_to_directory(str(directory))
@@ -315,40 +336,43 @@ def _write_info(directory: Path, splits: list[tfds.core.SplitInfo]) -> None:
 
 def _tokenise(
     examples: list[Example], tokenizer, seq_len: int, counts: dict[str, Counter]
-) -> Iterator[tuple[Example, Side, Side | None]]:
-    """(example, target side, English side or None) of those that keep something to learn."""
-    targets = encode(tokenizer, [example.target for example in examples], seq_len)
-    asked = [example.english for example in examples if example.english]
-    english = iter(encode(tokenizer, asked, seq_len) if asked else ())
-    for example, target in zip(examples, targets, strict=True):
-        other = next(english) if example.english else None
-        of_role = counts.setdefault(example.role, Counter())
+) -> Iterator[tuple[Example, dict[str, EncodedText]]]:
+    """(example, texts by stream) of those that keep something to learn."""
+    spans: dict[str, list] = {}
+    for example in examples:
+        for stream, of_stream in example.texts.items():
+            spans.setdefault(stream, []).append(of_stream)
+    encoded = {stream: iter(encode(tokenizer, texts, seq_len)) for stream, texts in spans.items()}
+    for example in examples:
+        texts = {stream: next(encoded[stream]) for stream in example.texts}
         if example.unusable:
-            of_role.update({"dropped": 1, ("reason", example.unusable): 1})
+            counts.setdefault(example.role, Counter()).update({"dropped": 1, ("reason", example.unusable): 1})
             continue
-        learns = _count(of_role, target)
-        if other:
-            of_role = counts.setdefault(example.english_role, Counter())
-            other = other if _count(of_role, other, with_target=learns) else None
-        if learns:
-            yield example, target, other
+        kept: dict[str, EncodedText] = {}
+        for number, (stream, text) in enumerate(texts.items()):
+            of_role = counts.setdefault(role_in(stream, example.role), Counter())
+            # The others go with the first, which is the target's where there is one.
+            if _count(of_role, text, with_target=number == 0 or bool(kept)):
+                kept[stream] = text
+        if kept:
+            yield example, kept
 
 
-def _count(counts: Counter, side: Side, with_target: bool = True) -> bool:
-    """Enter `side` in its role's counts; whether it is kept: it has text to learn, and its target too."""
-    kept = with_target and side.words > 0
+def _count(counts: Counter, text: EncodedText, with_target: bool = True) -> bool:
+    """Enters a text in its role's counts; whether it is kept: it has text to learn, and its target too."""
+    kept = with_target and text.words > 0
     if kept:
         counts.update(
             examples=1,
-            tokens=len(side.tokens),
-            loss_tokens=int(side.loss.sum()),
-            text_tokens=int(side.loss.sum()) - side.eos,
-            bytes=side.bytes,
-            words=side.words,
-            truncated=int(side.truncated),
+            tokens=len(text.tokens),
+            loss_tokens=int(text.loss.sum()),
+            text_tokens=int(text.loss.sum()) - text.eos,
+            bytes=text.bytes,
+            words=text.words,
+            truncated=int(text.truncated),
         )
     else:
-        reason = "nothing left after cutting" if side.truncated else "no response"
+        reason = "nothing left after cutting" if text.truncated else "no response"
         counts.update({"dropped": 1, ("reason", reason if with_target else "its target is dropped"): 1})
     return kept
 
@@ -366,38 +390,41 @@ def _summed(counts: Iterator[dict[str, Counter]]) -> dict[str, dict]:
     }
 
 
-def _statistics(
-    role: str, target: Side, english: Side | None, beginnings: dict[str, Beginnings]
-) -> list[int]:
-    """In the order of STATISTICS; kinds are the shard's own."""
-    numbers = [ROLES.index(role)]
-    for name, side in zip(SIDES, (target, english)):
-        numbers += (len(side.tokens), int(side.loss.sum()), side.bytes) if side else (0, 0, 0)
-        numbers.append(beginnings[name].add(side))
-    return [*numbers, common_prompt(target, english) if english else 0]
+def _add_statistics(shard: Shard, role: str, names: tuple[str, ...], texts: dict[str, EncodedText]) -> None:
+    """Enters an example; prefix ids are the shard's own."""
+    shard.roles.append(role)
+    primary = texts.get(names[0])
+    for name in names:
+        text = texts.get(name)
+        counts = (len(text.tokens), int(text.loss.sum()), text.bytes) if text else (0, 0, 0)
+        common = common_prompt(primary, text) if primary and text and name != names[0] else 0
+        shard.statistics[name].append((*counts, shard.prefixes[name].add(text), common))
 
 
-def _joined(shards: list[Shard]) -> dict[str, np.ndarray]:
-    """The statistics of all shards, with kinds of their own."""
-    statistics = dict(
-        zip(STATISTICS, np.concatenate([np.array(s.statistics, np.int64) for s in shards]).T, strict=True)
-    )
-    sizes = [len(shard.statistics) for shard in shards]
-    for side in SIDES:
-        every, kinds = Beginnings(), np.split(statistics[f"{side}_kinds"], np.cumsum(sizes)[:-1])
-        for shard, of_shard in zip(shards, kinds):
-            numbers = every.merge(shard.beginnings[side])
-            of_shard[of_shard != NONE] = numbers[of_shard[of_shard != NONE]]
-        statistics[f"{side}_kinds"], statistics[f"{side}_beginnings"] = np.concatenate(kinds), every.lengths()
-    return statistics
+def _merge(shards: list[Shard], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """What `Records` reads: the statistics of all shards, with prefix ids of their own."""
+    role_names, roles = np.unique([role for shard in shards for role in shard.roles], return_inverse=True)
+    merged = {"names": np.array(names), "role_names": role_names, "roles": roles}
+    for name in names:
+        every, columns = PrefixIndex(), []
+        for shard in shards:
+            of_shard = np.array(shard.statistics[name], np.int64).T
+            ids = of_shard[STATISTICS.index("prefix_ids")]
+            numbers = every.merge(shard.prefixes[name])
+            ids[ids != NONE] = numbers[ids[ids != NONE]]
+            columns.append(of_shard)
+        statistics = zip(STATISTICS, np.concatenate(columns, axis=1), strict=True)
+        merged |= {f"{name}.{field}": column for field, column in statistics}
+        merged[f"{name}.prefix_lengths"] = every.lengths()
+    return merged
 
 
-def _record(name: str, target: Side, english: Side | None) -> dict:
+def _record(example: str, names: tuple[str, ...], texts: dict[str, EncodedText]) -> dict:
+    """What is written of an example."""
     none = np.zeros(0, np.int32)
-    record = {
-        "id": name,
-        "target_tokens": target.tokens,
-        "english_tokens": english.tokens if english else none,
-    }
-    loss = {"target_loss": target.loss, "english_loss": english.loss if english else none}
-    return record | {key: bears.astype(np.uint8) for key, bears in loss.items()}
+    record = {"id": example}
+    for name in names:
+        text = texts.get(name)
+        record[f"{name}_tokens"] = text.tokens if text else none
+        record[f"{name}_loss"] = (text.loss if text else none).astype(np.uint8)
+    return record

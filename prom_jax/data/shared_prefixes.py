@@ -1,51 +1,53 @@
-"""What texts begin with alike: the words of a prompt that come before all that is an example's own.
+"""Prompt prefixes shared by many examples, computed once per row.
 
-Computed once for the texts of a row, they cost nothing more.
+A prefix is what comes in a prompt before all that is an example's own: the preamble of a template, a system
+prompt.
 """
 
 import numpy as np
 
-from prom_jax.data.tokens import Side, common_prefix
+from prom_jax.data.tokens import EncodedText, common_prefix
 
-SHORTEST = 16  # tokens in which texts must agree to be of a kind, and so the fewest that are shared
+SHORTEST = 16  # tokens in which texts must agree to share a prefix, and so the fewest that are shared
 NONE = -1
 
 
-class Beginnings:
-    """The kinds of one side's texts, by their first tokens, and what all of a kind begin with."""
+class PrefixIndex:
+    """The prefixes that texts of one stream share: found by their first tokens, as long as all agree."""
 
     def __init__(self):
-        self._kinds: dict[bytes, int] = {}
-        self._common: list[np.ndarray] = []
+        self._ids: dict[bytes, int] = {}
+        self._prefixes: list[np.ndarray] = []
 
-    def add(self, side: Side | None) -> int:
-        """Takes a text into account; returns the number of its kind, or NONE."""
-        return NONE if side is None else self._add(side.tokens[: prompt_length(side)])
+    def add(self, text: EncodedText | None) -> int:
+        """Takes a text into account; returns the id of its prefix, or NONE."""
+        return NONE if text is None else self._add(text.tokens[: prompt_length(text)])
 
-    def merge(self, others: "Beginnings") -> np.ndarray:
-        """Takes all texts of others into account; returns the number of each of their kinds here."""
-        return np.array([self._add(common) for common in others._common], np.int64)
+    def merge(self, other: "PrefixIndex") -> np.ndarray:
+        """Takes all texts of another index into account; returns the ids that its prefixes have here."""
+        return np.array([self._add(prefix) for prefix in other._prefixes], np.int64)
 
     def lengths(self) -> np.ndarray:
-        """Tokens that all texts of a kind begin with, int64 [kinds]."""
-        return np.array([len(common) for common in self._common], np.int64)
+        """Tokens of each prefix, int64 [prefixes]."""
+        return np.array([len(prefix) for prefix in self._prefixes], np.int64)
 
     def _add(self, tokens: np.ndarray) -> int:
         if len(tokens) < SHORTEST:
             return NONE
-        kind = self._kinds.setdefault(tokens[:SHORTEST].tobytes(), len(self._common))
-        if kind == len(self._common):
-            self._common.append(tokens.copy())
-        self._common[kind] = self._common[kind][: common_prefix(self._common[kind], tokens)]
-        return kind
+        number = self._ids.setdefault(tokens[:SHORTEST].tobytes(), len(self._prefixes))
+        if number == len(self._prefixes):
+            self._prefixes.append(tokens.copy())
+        prefix = self._prefixes[number]
+        self._prefixes[number] = prefix[: common_prefix(prefix, tokens)]
+        return number
 
 
-def prompt_length(side: Side) -> int:
-    """Leading tokens that neither bear loss nor predict one that does."""
-    return max(0, int(side.loss.argmax()) - 1) if side.loss.any() else len(side.tokens)
+def prompt_length(text: EncodedText) -> int:
+    """Leading tokens that neither bear a loss nor predict one that does."""
+    return max(0, int(text.loss.argmax()) - 1) if text.loss.any() else len(text.tokens)
 
 
-def common_prompt(target: Side, english: Side) -> int:
-    """Leading tokens of an example's prompt that both of its sides have."""
-    shared = common_prefix(target.tokens, english.tokens)
-    return min(shared, prompt_length(target), prompt_length(english))
+def common_prompt(primary: EncodedText, secondary: EncodedText) -> int:
+    """Leading tokens of an example's prompt that both of its texts have."""
+    shared = common_prefix(primary.tokens, secondary.tokens)
+    return min(shared, prompt_length(primary), prompt_length(secondary))

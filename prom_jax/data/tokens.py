@@ -1,4 +1,4 @@
-"""From spans of text to tokens, and which of them bear loss."""
+"""From spans of text to tokens, and which of them have a loss."""
 
 import itertools
 from bisect import bisect_left, bisect_right
@@ -11,9 +11,9 @@ from prom_jax.data.templates import Span
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of an example: int32 tokens [T], bool loss [T], and of its loss-bearing tokens how
-    many are EOS, and the UTF-8 bytes and words (white space between) under the others."""
+class EncodedText:
+    """One stream's text of an example: int32 tokens [T], bool loss [T], and of its loss tokens how many are
+    EOS, and the UTF-8 bytes and words (white space between) under the others."""
 
     tokens: np.ndarray
     loss: np.ndarray
@@ -23,10 +23,10 @@ class Side:
     truncated: bool
 
 
-def encode(tokenizer, texts: list[list[Span]], seq_len: int) -> list[Side]:
-    """Tokenise each list of spans into one side of at most `seq_len` tokens.
+def encode(tokenizer, texts: list[list[Span]], seq_len: int) -> list[EncodedText]:
+    """Tokenise each list of spans into one text of at most `seq_len` tokens.
 
-    A token bears loss if it covers a loss-bearing character, or is the EOS of a span; the first
+    A token has a loss if it covers a character that has one, or is the EOS of a span; the first
     token never does, as nothing predicts it. BOS comes as the tokenizer adds it, EOS by its id.
     Text that spells a special token stays text.
     """
@@ -41,12 +41,12 @@ def encode(tokenizer, texts: list[list[Span]], seq_len: int) -> list[Side]:
     )
     parts = zip(spans, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     bos, eos = _bos(tokenizer), tokenizer.eos_token_id
-    return [_side(list(itertools.islice(parts, len(text))), bos, eos, seq_len) for text in texts]
+    return [_encode_one(list(itertools.islice(parts, len(text))), bos, eos, seq_len) for text in texts]
 
 
-def _side(parts: list, bos: list[int], eos: int, seq_len: int) -> Side:
-    """One side of (span, ids, character offsets) parts. In lists, as these are faster than arrays for
-    texts of a few hundred tokens."""
+def _encode_one(parts: list, bos: list[int], eos: int, seq_len: int) -> EncodedText:
+    """A text of (span, ids, character offsets) parts. In lists, as these are faster than arrays for texts of
+    a few hundred tokens."""
     tokens, loss = list(bos), [False] * len(bos)
     eos_kept = size = words = 0
     for span, ids, offsets in parts:
@@ -65,7 +65,7 @@ def _side(parts: list, bos: list[int], eos: int, seq_len: int) -> Side:
             loss.append(True)
             eos_kept += len(tokens) <= seq_len
     loss[:1] = [False]
-    return Side(
+    return EncodedText(
         tokens=np.array(tokens[:seq_len], np.int32),
         loss=np.array(loss[:seq_len], bool),
         eos=eos_kept,

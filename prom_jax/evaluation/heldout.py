@@ -27,11 +27,8 @@ class HeldOut:
         share = attention.continues(model.compute.attention)
         self._batches = Batches.once(records, sequences=sequences, seq_len=seq_len, share_prompts=share)
         self._mesh, self._prefix = mesh, prefix
-        self._tokens = {
-            "target": int(records.target_weights.sum()),
-            "english": int(records.english_weights.sum()),
-        }
-        self._bytes = {"target": int(records.target_bytes.sum()), "english": int(records.english_bytes.sum())}
+        self._tokens = {stream: int(texts.weights.sum()) for stream, texts in records.streams.items()}
+        self._bytes = {stream: int(texts.bytes.sum()) for stream, texts in records.streams.items()}
 
         def sums(params, batch):
             whole = llama.with_params(model, params)
@@ -50,7 +47,7 @@ class HeldOut:
         bytes do not.
         """
         totals = {}
-        here = {side: local_rows(self._mesh, rows) for side, (rows, _) in self._batches.shapes.items()}
+        here = {stream: local_rows(self._mesh, rows) for stream, (rows, _) in self._batches.shapes.items()}
         for batch in track(self._batches.iterate(0, here), "evaluating", len(self._batches)):
             sums = jax.device_get(self._sums(params, place_rows(self._mesh, batch)))
             totals = {key: totals.get(key, 0.0) + float(value) for key, value in sums.items()}

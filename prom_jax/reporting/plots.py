@@ -1,5 +1,6 @@
 """Figures, drawn with matplotlib."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ LABELS = {
     "text_target": "target, plain text",
     "text_english": "English, plain text",
 }
-COLOURS = {"target": "tab:blue", "english": "tab:orange"}
+COLOURS = {"target": "tab:blue", "english": "tab:orange", "translation": "tab:green"}
+OTHER_COLOURS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")  # in this order
 ROLES = ("target", "english")
 FAINT, FLOOR = 0.05, 1e-20
 
@@ -47,9 +49,11 @@ def learning_curves(rows: list[dict], path: Path):
 
 
 def length_histogram(lengths: dict, seq_len: int, path: Path):
-    """Draws how many examples of each role have how many tokens, and where rows end.
+    """Draws how many texts of each role or stream have how many tokens, and where rows end.
 
-    Args: lengths: tokens of each example, by role; seq_len: tokens a row.
+    Args:
+      lengths: tokens of each text, by role or stream.
+      seq_len: tokens a row.
     """
     lengths = {role: values for role, values in lengths.items() if len(values)}
     figure = Figure(figsize=(6, 1 + 1.3 * len(lengths)), layout="constrained")
@@ -57,8 +61,10 @@ def length_histogram(lengths: dict, seq_len: int, path: Path):
     shortest = min(values.min() for values in lengths.values())
     bins = np.geomspace(max(1, shortest), longest + 1, 41)
     panels = figure.subplots(len(lengths), 1, sharex=True, squeeze=False).ravel()
+    others = [role for role in lengths if role not in COLOURS]
+    colours = COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS)))
     for axes, (role, values) in zip(panels, lengths.items()):
-        axes.hist(values, bins, color=COLOURS.get(role, "tab:green"))
+        axes.hist(values, bins, color=colours[role])
         axes.axvline(np.median(values), color="black", lw=1, label=f"median {np.median(values):,.0f}")
         axes.axvline(seq_len, color="black", lw=1, ls=":", label=f"row {seq_len:,}")
         axes.set(xscale="log", ylabel="examples", title=f"{LABELS.get(role, role)} ({len(values):,})")

@@ -19,11 +19,14 @@ def training_flops(config: LlamaConfig, objective: Objective, pivot_layer: int, 
     not counted, as they are not the model's.
     """
     layers = config.num_hidden_layers
-    total = _flops(config, layers, records.target_lengths[examples], records.target_weights[examples])
+    blocks = {"target": layers}
     if objective.uses_english:
-        layers = pivot_layer if objective.has_pivot else layers
-        total += _flops(config, layers, records.english_lengths[examples], records.english_weights[examples])
-    return 3 * total
+        blocks["english"] = pivot_layer if objective.has_pivot else layers
+    streams = {stream: records.streams[stream] for stream in blocks}
+    return 3 * sum(
+        _flops(config, blocks[stream], texts.lengths[examples], texts.weights[examples])
+        for stream, texts in streams.items()
+    )
 
 
 def _flops(config, layers, lengths, weights) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from prom_jax import config as configuration
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.data.examples import Recipe
+from prom_jax.data.examples import ENGLISH, PRIMARY, Recipe, further_streams
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Prepared, prepare
 from prom_jax.models import decoder as llama
@@ -16,7 +16,6 @@ from prom_jax.training import budget
 from prom_jax.training.objective import Objective
 from prom_jax.training.regulation import Regulation, decide
 from prom_jax.utils.console import console
-from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
 from prom_jax.utils.workdir import as_dict, check_owner, check_shared
 
@@ -114,12 +113,7 @@ def resolve(config, workdir: Path) -> Experiment:
         steps=config.steps,
         share_prompts=config.batch.share_prompts == "auto" and attention.continues(config.attention),
     )
-    objective = dataclasses.replace(objective, joined=batches.joined)
-    if objective.uses_english and "english" not in batches.shapes:
-        raise UserError(
-            f"method={config.method!r} trains on English, and there is none: set data.english, or use the "
-            "variant :bactrian"
-        )
+    objective = dataclasses.replace(objective, joined=batches.appended == ENGLISH)
     pivot_layer = layer if objective.has_pivot else 0
     flops = budget.training_flops(reader.config, objective, pivot_layer, data.train, batches.examples)
     experiment = Experiment(
@@ -140,6 +134,8 @@ def resolve(config, workdir: Path) -> Experiment:
 
 def recipe(config, objective: Objective) -> Recipe:
     """What the examples are made from."""
+    streams = (PRIMARY, ENGLISH) if objective.uses_english else (PRIMARY,)
+    more = further_streams(tuple(config.data.streams))
     return Recipe(
         language=config.language,
         english=tuple(config.data.english),
@@ -149,7 +145,8 @@ def recipe(config, objective: Objective) -> Recipe:
         prompts=config.data.prompts,
         english_prompt=config.pivot.english_prompt,
         translation_source=config.pivot.translation_source and objective.has_pivot,
-        use_english=objective.uses_english,
+        streams=streams,
+        more=tuple((stream, names) for stream, names in more if stream in streams),
         holdout=config.eval.holdout,
         text=tuple(config.eval.text),
         seed=config.seed,

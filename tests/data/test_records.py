@@ -6,10 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from transformers import PreTrainedTokenizerFast
 
 from prom_jax.data import records
-from prom_jax.data.examples import Recipe
+from prom_jax.data.examples import Recipe, further_streams
 from prom_jax.data.records import prepare
 from prom_jax.utils.errors import UserError
 
@@ -35,13 +36,13 @@ def recipe(jsonl):
     return make
 
 
-def decoded(tokenizer, record, side):
-    """The text of one side, and of its loss-bearing tokens."""
-    tokens, loss = record[f"{side}_tokens"], record[f"{side}_loss"]
+def decoded(tokenizer, record, stream):
+    """The text of one stream, and of its loss tokens."""
+    tokens, loss = record[f"{stream}_tokens"], record[f"{stream}_loss"]
     return tokenizer.decode(tokens), tokenizer.decode(tokens[loss])
 
 
-def test_sides_by_role(recipe, byte_level, tmp_path):
+def test_texts_by_role(recipe, byte_level, tmp_path):
     train = prepare(recipe(), byte_level, tmp_path / "r").train
     assert len(train) == 13
     pair, translation = train[1], train[10]
@@ -56,15 +57,17 @@ def test_sides_by_role(recipe, byte_level, tmp_path):
 
 def test_statistics_agree_with_the_records(recipe, byte_level, tmp_path):
     train = prepare(recipe(translation_source=True), byte_level, tmp_path / "r").train
+    assert train.names == tuple(train.streams) == ("target", "english")
+    assert train.roles.tolist() == ["target"] * 9 + ["translation"] * 4
     for i, record in enumerate(train.read(range(len(train)))):
-        for side in ("target", "english"):
-            assert getattr(train, f"{side}_lengths")[i] == len(record[f"{side}_tokens"])
-            assert getattr(train, f"{side}_weights")[i] == record[f"{side}_loss"].sum()
-            learnt = decoded(byte_level, record, side)[1].removesuffix("</s>")
-            assert getattr(train, f"{side}_bytes")[i] == len(learnt.encode())
+        for name, stream in train.streams.items():
+            assert stream.lengths[i] == len(record[f"{name}_tokens"])
+            assert stream.weights[i] == record[f"{name}_loss"].sum()
+            learnt = decoded(byte_level, record, name)[1].removesuffix("</s>")
+            assert stream.bytes[i] == len(learnt.encode())
 
 
-def test_variants_of_the_english_side(recipe, byte_level, tmp_path):
+def test_variants_of_the_english_text(recipe, byte_level, tmp_path):
     def english(**changes):
         train = prepare(recipe(**changes), byte_level, tmp_path / "r").train
         return [decoded(byte_level, train[i], "english") for i in (1, 10)]
@@ -73,35 +76,38 @@ def test_variants_of_the_english_side(recipe, byte_level, tmp_path):
     assert "Sema 1" in text and "Say 1" not in text and learnt == "I say 1.</s>"
     _, (text, learnt) = english(translation_source=True)
     assert text.endswith("Good morning 1") and learnt.strip() == "Good morning 1"
-    assert english(use_english=False, translation_source=True) == [("", ""), ("", "")]
+    changes = {"streams": ("target",), "translation_source": True}
+    assert prepare(recipe(**changes), byte_level, tmp_path / "r").train.names == ("target",)
+    assert english(**changes, holdout=1) == [("", ""), ("", "")]  # held-out examples have it
 
 
-@pytest.mark.parametrize("use_english", [True, False])
-def test_held_out_pairs_leave_training_and_keep_english(recipe, byte_level, tmp_path, use_english):
-    changes = {"holdout": 3, "use_english": use_english, "english_prompt": "target"}
+@pytest.mark.parametrize("streams", [("target", "english"), ("target",)])
+def test_held_out_pairs_leave_training_and_keep_english(recipe, byte_level, tmp_path, streams):
+    changes = {"holdout": 3, "streams": streams, "english_prompt": "target"}
     prepared = prepare(recipe(**changes), byte_level, tmp_path / "r")
     assert len(prepared.train) == 10 and len(prepared.holdout) == 3
     held = {prepared.holdout[i]["id"] for i in range(3)}
     assert not held & {prepared.train[i]["id"] for i in range(10)}
     text, learnt = decoded(byte_level, prepared.holdout[0], "english")
     assert "### Instruction:\nSay" in text and learnt.startswith("I say")
-    assert (prepared.train.english_lengths > 0).any() == use_english
+    assert prepared.train.streams["english"].lengths.any() == ("english" in streams)
     other = prepare(recipe(**changes, seed=1), byte_level, tmp_path / "r")
     assert {other.holdout[i]["id"] for i in range(3)} != held
 
 
 def test_translation_alone_and_plain_text(recipe, byte_level, tmp_path, jsonl):
-    only = recipe(english=(), target=(), holdout=1, text=(jsonl("t.jsonl", SENTENCES),))
+    only = recipe(english=(), target=(), streams=("target",), holdout=1, text=(jsonl("t.jsonl", SENTENCES),))
     prepared = prepare(only, byte_level, tmp_path / "r")
     assert (len(prepared.train), len(prepared.holdout), len(prepared.text)) == (3, 1, 4)
     assert decoded(byte_level, prepared.text[2], "english")[0] == "Good morning 2</s>"
-    assert prepared.text.target_weights[2] == prepared.text.target_lengths[2] - 1
+    target = prepared.text.streams["target"]
+    assert target.weights[2] == target.lengths[2] - 1
 
 
 def test_dropped_and_truncated_are_counted(recipe, byte_level, tmp_path, jsonl):
     english = [dict(row) for row in ENGLISH]
     target = [dict(row) for row in TARGET]
-    english[0]["output"] = ""  # the English side alone is lost
+    english[0]["output"] = ""  # the English text alone is lost
     target[1]["output"] = ""  # the pair is lost
     target[2]["output"] = "x" * 3000
     english[3]["instruction"] = "y" * 3000
@@ -120,8 +126,8 @@ def test_dropped_and_truncated_are_counted(recipe, byte_level, tmp_path, jsonl):
     assert report["translation"]["words"] == 2 * 4 and report["translation"]["bytes"] == 8 * 4
     assert report["translation"]["text_tokens"] == report["translation"]["loss_tokens"] - 4
     tokens = report["target"]["tokens"] + report["translation"]["tokens"]
-    assert tokens == prepared.train.target_lengths.sum()
-    assert report["english"]["loss_tokens"] == prepared.train.english_weights.sum()
+    assert tokens == prepared.train.streams["target"].lengths.sum()
+    assert report["english"]["loss_tokens"] == prepared.train.streams["english"].weights.sum()
 
 
 def test_folder_is_reused_until_something_changes(recipe, byte_level, metaspace, tmp_path, jsonl):
@@ -159,7 +165,10 @@ def test_a_translation_without_its_source_is_dropped(recipe, byte_level, tmp_pat
 
 def test_threads_do_not_mix_tokenizers(recipe, byte_level, metaspace, tmp_path):
     both, same = {"a": byte_level, "b": metaspace}, recipe(seq_len=300)
-    make = lambda name: prepare(same, both[name[0]], tmp_path / name).train.target_lengths.sum()
+
+    def make(name):
+        return prepare(same, both[name[0]], tmp_path / name).train.streams["target"].lengths.sum()
+
     alone = [make("a1"), make("b1")]
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(make, ["a2", "b2"])) == alone
@@ -191,8 +200,12 @@ def test_processes_write_the_same_records(recipe, byte_level, tmp_path, monkeypa
     assert len(list((tmp_path / "many").glob("*/prom-train.array_record-*-of-00003"))) == 3
     assert contents(many.train) == contents(one.train) and contents(many.holdout) == contents(one.holdout)
     assert many.report == one.report and many.fingerprint == one.fingerprint
-    for name in ("roles", *records.STATISTICS):
-        assert np.array_equal(getattr(many.train, name), getattr(one.train, name))
+    assert np.array_equal(many.train.roles, one.train.roles)
+    for stream, expected in one.train.streams.items():
+        for found, column in zip(many.train.streams[stream], expected, strict=True):
+            assert np.array_equal(found, column)
+    for stream, expected in one.train.common_prompts.items():
+        assert np.array_equal(many.train.common_prompts[stream], expected)
 
 
 class Deadly(PreTrainedTokenizerFast):
@@ -214,12 +227,12 @@ def test_a_killed_process_is_one_error(recipe, byte_level, tmp_path, monkeypatch
 SCRIPT = """
 import sys
 from transformers import PreTrainedTokenizerFast
-from prom_jax.data.examples import Recipe
+from prom_jax.data.examples import Recipe, further_streams
 from prom_jax.data.records import prepare
 tokenizer, rows, folder = sys.argv[1:]
 tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
 sys.stdin.read(1)
-prepared = prepare(Recipe("sw", target=(rows,), seq_len=512), tokenizer, folder)
+prepared = prepare(Recipe("sw", target=(rows,), streams=("target",), seq_len=512), tokenizer, folder)
 tokens = sum(prepared.train[i]["target_tokens"].sum() for i in range(9))
 print(prepared.fingerprint, len(prepared.train), tokens)
 """
@@ -243,6 +256,60 @@ def test_two_processes_at_once_and_one_killed(jsonl, byte_level, tmp_path):
     assert [path.name for path in whole] == [said[1].split()[0].decode()]
 
 
+def test_further_streams(recipe, byte_level, tmp_path, jsonl):
+    """Rows of a further stream are examples of it alone; what no method trains on is not made."""
+    rows = [{"id": f"r{i}", "instruction": f"Recall {i}", "output": f"Yes {i}"} for i in range(5)]
+    rows.append({"instruction": "Recall", "output": ""})
+    more = (("replay", (jsonl("replay.jsonl", rows),)), ("other", ("nowhere.jsonl",)))
+    changes = {"streams": ("target", "english", "replay"), "more": more, "holdout": 2}
+    prepared = prepare(recipe(**changes), byte_level, tmp_path / "r")
+    train = prepared.train
+    assert train.names == ("target", "english", "replay") == tuple(train.streams)
+    assert tuple(train.common_prompts) == ("english", "replay")
+    assert train.roles.tolist() == ["target"] * 7 + ["translation"] * 4 + ["replay"] * 5
+    alone = train.roles == "replay"
+    for stream in train.names:
+        has = train.streams[stream].lengths > 0
+        assert np.array_equal(has, alone if stream == "replay" else has & ~alone)
+        assert (train.streams[stream].prefix_ids[~has] == -1).all()
+    record = train[12]
+    assert record["id"] == "r1" and not len(record["target_tokens"]) and not len(record["english_tokens"])
+    text, learnt = decoded(byte_level, record, "replay")
+    assert "### Instruction:\nRecall 1" in text and learnt == "Yes 1</s>"
+    assert not train.common_prompts["replay"].any() and train.common_prompts["english"].any()
+    counts = prepared.report["train"]["replay"]
+    assert (counts["examples"], counts["reasons"]) == (5, {"no response": 1})
+    assert counts["loss_tokens"] == train.streams["replay"].weights.sum()
+    assert not prepared.holdout.streams["replay"].lengths.any()
+    assert prepare(recipe(**changes | {"more": more[:1]}), byte_level, tmp_path / "r").fingerprint != (
+        prepare(recipe(holdout=2), byte_level, tmp_path / "r").fingerprint
+    )
+    builder = tfds.builder_from_directory(str(tmp_path / "r" / prepared.fingerprint))
+    assert set(builder.info.features) == {
+        "id",
+        *(f"{n}_{w}" for n in train.names for w in ("tokens", "loss")),
+    }
+
+
+def test_a_stream_of_which_nothing_is_left(recipe, byte_level, tmp_path, jsonl):
+    more = (("replay", (jsonl("replay.jsonl", [{"instruction": "Recall", "output": ""}]),)),)
+    changes = {"streams": ("target", "replay"), "more": more}
+    with pytest.raises(UserError, match="trains on the stream 'replay', and the data have none of it"):
+        prepare(recipe(**changes), byte_level, tmp_path / "r")
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+def test_entries_of_further_streams():
+    entries = ("replay=a.jsonl", "code=owner/name?instruction=question", "replay=b=c.jsonl")
+    expected = (("replay", ("a.jsonl", "b=c.jsonl")), ("code", ("owner/name?instruction=question",)))
+    assert further_streams(entries) == expected and further_streams(()) == ()
+    for entry in ("replay", "=a.jsonl", "Re play=a.jsonl", "replay="):
+        with pytest.raises(UserError, match=f"data.streams has '{entry}': expected 'name=source'"):
+            further_streams((entry,))
+    with pytest.raises(UserError, match="'english' is taken"):
+        further_streams(("english=a.jsonl",))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -251,6 +318,9 @@ def test_two_processes_at_once_and_one_killed(jsonl, byte_level, tmp_path):
         ({"target": ()}, "has no target-language counterpart"),
         ({"target": (), "english": (), "translation": ()}, "nothing to train on"),
         ({"english_prompt": "thai"}, "english_prompt is 'thai'"),
+        ({"streams": ("english", "target")}, "expected different ones, the first 'target'"),
+        ({"english": ()}, "trains on the stream 'english', and the data have none of it: set data.english"),
+        ({"streams": ("target", "replay")}, "stream 'replay', .* none of it: set data.streams=replay=FILE"),
     ],
 )
 def test_bad_recipes(recipe, byte_level, tmp_path, changes, message):

@@ -31,9 +31,8 @@ def records_of(examples):
     """Lengths and numbers of loss-bearing tokens as the records of `prom_jax.data` have them."""
     lengths = np.array([len(tokens) for tokens, _ in examples])
     weights = np.array([weights.sum() for _, weights in examples])
-    return types.SimpleNamespace(
-        target_lengths=lengths, target_weights=weights, english_lengths=lengths, english_weights=weights
-    )
+    texts = types.SimpleNamespace(lengths=lengths, weights=weights)
+    return types.SimpleNamespace(streams={"target": texts, "english": texts})
 
 
 def step_flops(method):
@@ -72,7 +71,8 @@ def test_attention_is_counted_pair_by_pair(window):
     config = llama.LlamaConfig.from_hf(hf_model("mistral" if window else "llama2", **family).config.to_dict())
     lengths = np.array([3, 9, 30])
     pairs = sum(min(t + 1, window or t + 1) for length in lengths for t in range(length))
-    records = types.SimpleNamespace(target_lengths=lengths, target_weights=np.array([1.0, 4.0, 2.0]))
+    texts = types.SimpleNamespace(lengths=lengths, weights=np.array([1.0, 4.0, 2.0]))
+    records = types.SimpleNamespace(streams={"target": texts})
     block = 64 * 64 * 2 + 64 * 8 * config.num_key_value_heads * 2 + 3 * 64 * 96
     forward = 2 * (4 * (block * 42 + 2 * 64 * pairs) + 64 * 199 * 7)  # of four layers; seven tokens bear loss
     flops = budget.training_flops(config, Objective("bactrian"), 0, records, np.arange(3))
