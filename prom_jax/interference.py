@@ -5,11 +5,11 @@ layer, at one checkpoint (see `prom_jax.analysis.interference`). DIR gets interf
 interference.png. The records are those of the run, in --workdir, and are made if missing.
 """
 
+import argparse
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 from rich import box
 from rich.table import Table
 
@@ -139,19 +139,25 @@ def _with_interval(layer: dict) -> str:
     return f"{layer['mean']:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def main():
-    """The command."""
-    config = cli.config()
-    if not FLAGS.out:
-        raise UserError("--out is missing: a folder for the results")
-    measure(config, cli.workdir(), FLAGS.model or config.model, Path(FLAGS.out), FLAGS.methods, FLAGS.batches)
+def main(argv=None):
+    """Reads the command line and measures."""
+    arguments = parse(argv)
+    config, model = arguments.config, arguments.model or arguments.config.model
+    measure(config, arguments.workdir, model, Path(arguments.out), arguments.methods, arguments.batches)
+
+
+def parse(argv) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = cli.Parser("prom_jax.interference", __doc__)
+    parser.add_run()
+    add = parser.add_argument
+    add("--out", metavar="DIR", required=True, help="folder for the results")
+    add("--model", help="checkpoint to measure (default: that of the configuration)")
+    add("--batches", metavar="N", type=cli.at_least(1), default=8, help="how many batches")
+    methods = "which methods, with commas between"
+    add("--methods", metavar="NAMES", type=cli.names, default=list(COMPARED), help=methods)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    cli.define_run_flags()
-    flags.DEFINE_string("model", None, "Checkpoint to measure; default that of the configuration")
-    flags.DEFINE_string("out", None, "Folder for the results")
-    flags.DEFINE_integer("batches", 8, "How many batches")
-    flags.DEFINE_list("methods", list(COMPARED), "Which methods, with commas between")
-    cli.run(main)
+    cli.guard(main)

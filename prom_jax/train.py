@@ -5,6 +5,7 @@ checkpoints, metrics.jsonl, TensorBoard events, summary.json and the result, hf/
 to go on after a stop.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import signal
@@ -16,9 +17,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-from absl import flags
 from rich.table import Table
 
+from prom_jax.analysis import regulation
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.checkpoints import safetensors as weights
 from prom_jax.checkpoints.training import Checkpoints, Description, describe, placed
@@ -27,17 +28,17 @@ from prom_jax.data.chat import chat_template
 from prom_jax.evaluation import samples
 from prom_jax.evaluation.heldout import HeldOut
 from prom_jax.models import decoder as llama
+from prom_jax.parallel import flags, sharding
 from prom_jax.parallel import multihost as distributed
-from prom_jax.parallel import sharding
-from prom_jax.parallel.multihost import REQUEUE
 from prom_jax.reporting.plots import learning_curves
 from prom_jax.training import budget
-from prom_jax.training.setup import Experiment, resolve
+from prom_jax.training.setup import Experiment, open_base, resolve
 from prom_jax.training.step import abstract_state, make_optimizer, make_schedule, make_update
 from prom_jax.training.trackers import MetricsLog
 from prom_jax.utils import cli
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import REQUEUE
 from prom_jax.utils.workdir import CONFIG_FILE, write_json
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
@@ -46,8 +47,14 @@ BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
 def train(config, workdir, dry_run: bool = False) -> dict:
     """Runs a whole adaptation, or what is left of it.
 
-    Args: config: see `prom_jax.config`; workdir: where everything goes; dry_run: tell the cost and stop.
-    Returns: the content of `summary.json`; empty for a dry run.
+    Args:
+      config: see `prom_jax.config`.
+      workdir: where everything goes.
+      dry_run: tell the cost and stop.
+
+    Returns:
+      The content of `summary.json`; empty for a dry run.
+
     Raises:
       UserError: for input that cannot be used, or a loss that is not finite.
     """
@@ -59,21 +66,21 @@ def train(config, workdir, dry_run: bool = False) -> dict:
             compile_update(job)
             return {}
         checkpoints = open_checkpoints(job)
-        with ThreadPoolExecutor(1) as beside:  # weights are read while the update is compiled
-            base = None if checkpoints.latest() else beside.submit(load, job)
+        with ThreadPoolExecutor(1) as executor:  # weights are read while the update is compiled
+            base = None if checkpoints.latest() else executor.submit(load, job)
             update, abstract = compile_update(job)
         start, state = checkpoints.resume(params=abstract[0], opt_state=abstract[1])
         if state is None:
-            state = begin(job, checkpoints, base.result() if base else load(job), abstract)
+            state = init_state(job, checkpoints, base.result() if base else load(job), abstract)
         params, opt_state = state
         log = MetricsLog(workdir, start or BEFORE_BASE)
         write_json(workdir / CONFIG_FILE, job.identity)
         if not start:
             evaluate(job, params, log, 0)
-            respond(job, params, "base")
+            write_samples(job, params, "base")
         params = loop(job, update, params, opt_state, checkpoints, log, start)
         log.close()
-        respond(job, params, "adapted")
+        write_samples(job, params, "adapted")
         export(job, params)
         checkpoints.close()  # only now: a last save that failed must not keep the result back
         return report(job, log, time.time() - started)
@@ -94,13 +101,14 @@ def plan(config, workdir: Path) -> Job:
     """Mesh, model and data, with a line on each; writes nothing but records, card and regulation."""
     budget.keep_freed_memory()
     mesh = sharding.make_mesh(**config.mesh)
-    experiment = resolve(config, workdir)
+    base = open_base(config, workdir)
+    experiment = resolve(config, workdir, base, regulation.measured(config, base, workdir, mesh))
     objective, data, batches = experiment.objective, experiment.data, experiment.batches
     compute = llama.Compute(
         config.compute_dtype or models.default_compute_dtype(), config.remat, config.attention
     ).on_this_machine()
     model = llama.abstract(
-        experiment.reader.config,
+        base.config,
         compute=compute,
         pivot_layer=experiment.pivot_layer,
         pivot_head=objective.has_pivot,
@@ -173,7 +181,7 @@ def open_checkpoints(job: Job) -> Checkpoints:
 def load(job: Job) -> dict:
     """Parameters of the base model, in their places."""
     return weights.load_params(
-        job.reader,
+        job.base.reader,
         job.mesh,
         pivot_layer=job.pivot_layer,
         pivot_head=job.objective.has_pivot,
@@ -181,12 +189,12 @@ def load(job: Job) -> dict:
     )
 
 
-def begin(job: Job, checkpoints: Checkpoints, params: dict, abstract):
+def init_state(job: Job, checkpoints: Checkpoints, params: dict, abstract):
     """The parameters and a new optimizer state, in the places of the abstract ones; checkpoints to come are
     described."""
-    dtype = np.dtype(job.reader.dtype).name
-    description = Description(job.reader.config, job.pivot_layer, dtype, job.details)
-    describe(checkpoints.directory, description, job.tokenizer)
+    dtype = np.dtype(job.base.reader.dtype).name
+    description = Description(job.base.reader.config, job.pivot_layer, dtype, job.details)
+    describe(checkpoints.directory, description, job.base.tokenizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract[1])
     return params, jax.jit(job.optimizer.init, out_shardings=shardings)(params)
 
@@ -200,7 +208,7 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
     """
     config, num_steps = job.config, job.batches.num_steps
     due = lambda step, every: step == num_steps or (every and step % every == 0)
-    upcoming = feed(job, start)
+    upcoming = batch_iterator(job, start)
     batch, tokens = next(upcoming, (None, 0))
     with progress(num_steps, start) as show, caught_signals() as stopping:
         for step in range(start + 1, num_steps + 1):
@@ -244,7 +252,7 @@ def check_finite(job: Job, metrics: dict, step: int, checkpoints: Checkpoints):
         )
 
 
-def feed(job: Job, start: int):
+def batch_iterator(job: Job, start: int):
     """Batches on the mesh from step `start`, with their numbers of real tokens."""
     parts, shapes = job.config.batch.accumulation, job.batches.shapes
     here = {side: sharding.local_rows(job.mesh, rows, parts) for side, (rows, _) in shapes.items()}
@@ -289,11 +297,11 @@ def evaluate(job: Job, params, log: MetricsLog, step: int):
         console.print(f"step {step:>5}  held out: {', '.join(numbers)}")
 
 
-def respond(job: Job, params, name: str):
+def write_samples(job: Job, params, name: str):
     """Sample answers of the base or adapted model, into a file."""
     if job.config.eval.samples and job.data.holdout is not None:
         model = llama.with_params(job.model, params)
-        answers = samples.answer(model, job.tokenizer, job.data.holdout, job.config.eval.samples)
+        answers = samples.answer(model, job.base.tokenizer, job.data.holdout, job.config.eval.samples)
         write_json(job.workdir / f"samples_{name}.json", answers)
 
 
@@ -301,11 +309,11 @@ def export(job: Job, params):
     """The result as a Hugging Face directory."""
     models.save_hf(
         llama.with_params(job.model, params),
-        job.tokenizer,
+        job.base.tokenizer,
         job.workdir / "hf",
-        dtype=job.config.export.dtype or job.reader.dtype,
+        dtype=job.config.export.dtype or job.base.reader.dtype,
         card=job.details,
-        template=chat_template(job.tokenizer, job.prompt_language),
+        template=chat_template(job.base.tokenizer, job.prompt_language),
     )
 
 
@@ -348,14 +356,21 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
     return summary
 
 
-def main():
-    """The command."""
-    with cli.processes():
-        train(cli.config(), cli.workdir(), DRY_RUN.value)
+def main(argv=None):
+    """Reads the command line and trains."""
+    arguments = parse(argv)
+    with flags.processes(arguments):
+        train(arguments.config, arguments.workdir, arguments.dry_run)
+
+
+def parse(argv) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = cli.Parser("prom_jax.train", __doc__)
+    parser.add_run()
+    parser.add_argument("--dry_run", action="store_true", help="print steps, FLOPs and memory, then stop")
+    flags.add_processes(parser)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    cli.define_run_flags()
-    cli.define_process_flags()
-    DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print steps, FLOPs and memory, then stop")
-    cli.run(main)
+    cli.guard(main)

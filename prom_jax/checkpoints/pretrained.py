@@ -76,3 +76,25 @@ def save_hf(model: llama.Llama, model_tokenizer, directory, *, dtype=None, card=
         chat_template=chat_template(model_tokenizer) if template is None else template,
         card=card or {},
     )
+
+
+def open_config(source):
+    """The architecture and tokenizer of a model, without its weights, which need not be there.
+
+    Args:
+      source: as for `open_source`.
+
+    Returns:
+      Its configuration and its tokenizer. (Only the weights tell whether a head that a directory says is tied
+      differs from the embeddings.)
+
+    Raises:
+      UserError: if it cannot be reached or read, or is of a model that is not supported.
+    """
+    directory = checkpoints.find(source)
+    if directory:
+        directory = directory if (directory / checkpoints.DESCRIPTION).is_file() else directory.parent
+        return checkpoints.Description.read(directory).config, checkpoints.load_tokenizer(directory)
+    path = readers.local_path(source, weights=False)
+    config = readers.open_reader(path).config if path.is_file() else readers.read_config(path)[0]
+    return config, tokenizer.load(path)

@@ -76,8 +76,15 @@ def open_reader(source):
     return GGUFReader(path) if path.is_file() else SafetensorsReader(path)
 
 
-def local_path(source) -> Path:
+def local_path(source, weights: bool = True) -> Path:
     """Where a model lies on this machine: a directory or a `.gguf` file, downloaded if `source` is a hub id.
+
+    Args:
+      source: a path or a hub id.
+      weights: whether they are downloaded too.
+
+    Returns:
+      The path.
 
     Raises:
       UserError: if there is no such path, and no such model on the hub or no access to it.
@@ -98,7 +105,7 @@ def local_path(source) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
                 str(source),
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"],
+                allow_patterns=["*.json", "*.jinja", "tokenizer.model", *["*.safetensors"] * weights],
                 ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
             )
         )
@@ -135,14 +142,7 @@ class SafetensorsReader:
 
     def __init__(self, directory):
         self.source = Path(directory)
-        config = _read_json(self.source / "config.json")
-        self.details = config.pop(DETAILS_KEY, {})
-        if not isinstance(self.details, dict):
-            raise UserError(
-                f"{self.source / 'config.json'} sets {DETAILS_KEY}={self.details!r}: expected an object, as "
-                "in an export; remove the key"
-            )
-        self.config = LlamaConfig.from_hf(config)
+        self.config, self.details = read_config(self.source)
         self._files = {}  # tensor -> the open file it is in, and that file's path
         for path, names in self._shards():
             file = _open_safetensors(path)
@@ -237,6 +237,18 @@ class SafetensorsReader:
             )
         self._files[PIVOT_NAME] = (file, path)
         return int(layer)
+
+
+def read_config(directory: Path) -> tuple[LlamaConfig, dict]:
+    """The architecture in a Hugging Face directory, and how the model was made (see `details` above)."""
+    config = _read_json(directory / "config.json")
+    details = config.pop(DETAILS_KEY, {})
+    if not isinstance(details, dict):
+        raise UserError(
+            f"{directory / 'config.json'} sets {DETAILS_KEY}={details!r}: expected an object, as in an "
+            "export; remove the key"
+        )
+    return LlamaConfig.from_hf(config), details
 
 
 def _read_json(path: Path) -> dict:

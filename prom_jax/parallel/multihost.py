@@ -18,10 +18,7 @@ from jax._src import distributed as runtime  # the coordinator's key-value store
 
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
-
-MISTAKE = 2  # exit status: input that cannot be used, or a loss that is not finite
-LOST = 69  # EX_UNAVAILABLE: a process was lost, or nothing moves any more; run the same command again
-REQUEUE = 75  # EX_TEMPFAIL: saved on SIGTERM or SIGINT; run the same command again
+from prom_jax.utils.process import LOST, MISTAKE, is_first
 
 TICK = 2.0  # seconds between two signs of life
 SILENCE = 8  # so many ticks without one, and a process is lost
@@ -32,11 +29,6 @@ HEARTBEAT = 50
 _FAILURE, _ALIVE = "prom_jax/failure", "prom_jax/alive/"
 
 _watch: "_Watch | None" = None
-
-
-def is_first() -> bool:
-    """Whether this is process 0, which alone writes and prints."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def barrier(name: str):

@@ -17,7 +17,23 @@ from prom_jax.training.objective import Objective
 from prom_jax.training.regulation import Regulation, decide
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
-from prom_jax.utils.workdir import as_dict, check_owner, check_shared
+from prom_jax.utils.workdir import FORMAT, as_dict, check_same_config, check_shared
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """The model that a configuration adapts.
+
+    Attributes:
+      config: its architecture; tokenizer: a transformers tokenizer.
+      layer: n, the number of blocks that English goes through.
+      reader: of its weights (see `models.open_source`); None where they are not needed.
+    """
+
+    config: Any
+    tokenizer: Any
+    layer: int
+    reader: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +41,7 @@ class Experiment:
     """A configuration with what it names.
 
     Attributes:
-      reader, tokenizer: of the model (see `models.open_source`).
+      base: the model that is adapted.
       objective, pivot_layer: what is minimised, and n (0 without a pivot); regulation: why λ is what it is.
       data, batches: the records, and the batches of the whole run.
       flops: of the whole run, as `budget.training_flops` counts.
@@ -33,8 +49,7 @@ class Experiment:
 
     config: Any
     workdir: Path
-    reader: Any
-    tokenizer: Any
+    base: BaseModel
     objective: Objective
     regulation: Regulation
     pivot_layer: int
@@ -46,7 +61,8 @@ class Experiment:
     def identity(self) -> dict:
         """What a work directory remembers of its run: the configuration, and what its sources hold."""
         shared = self.batches.share_prompts  # with 'auto' it depends on `attention`, which may change
-        return as_dict(self.config) | {"records": self.data.fingerprint, "prompts_shared": shared}
+        kept = {"format": FORMAT, **as_dict(self.config)}
+        return kept | {"records": self.data.fingerprint, "prompts_shared": shared}
 
     @property
     def details(self) -> dict:
@@ -76,34 +92,63 @@ class Experiment:
         return self.config.language if self.config.data.prompts == "target" else "en"
 
 
-def resolve(config, workdir: Path) -> Experiment:
-    """Opens the model's files, decides λ (which loads and probes the model with pivot.regulate = 'auto',
-    once for a work directory), makes the records where they are missing, and plans the batches.
+def open_base(config, workdir: Path, weights: bool = True) -> BaseModel:
+    """Opens the model's files, once configuration and work directory are found to be usable.
+
+    Args:
+      config: see `prom_jax.config`.
+      workdir: the work directory; nothing is written.
+      weights: whether those are opened too, which then must be there.
+
+    Returns:
+      The model.
 
     Raises:
-      UserError: for a configuration, a model or data that cannot be used, or a work directory that holds
-        another run.
+      UserError: for a configuration or a model that cannot be used, or a work directory that holds another
+        run.
     """
     configuration.check(config)
-    check_owner(workdir, as_dict(config))
-    reader, tokenizer = models.open_source(config.model)
-    layers = reader.config.num_hidden_layers
-    layer = configuration.pivot_layer(config, layers)
-    llama.check_pivot_layer(layer, layers)
+    check_same_config(workdir, as_dict(config))
+    if weights:
+        reader, tokenizer = models.open_source(config.model)
+        model_config = reader.config
+    else:
+        reader, (model_config, tokenizer) = None, models.open_config(config.model)
+    layer = configuration.pivot_layer(config, model_config.num_hidden_layers)
+    llama.check_pivot_layer(layer, model_config.num_hidden_layers)
     console.print(f"model     {config.model}")
-    regulation = decide(config, reader, tokenizer, layer, workdir)
+    return BaseModel(model_config, tokenizer, layer, reader)
+
+
+def resolve(config, workdir: Path, base: BaseModel, measured: dict | None = None) -> Experiment:
+    """Decides λ, makes the records where they are missing, and plans the batches; reads no weights.
+
+    Args:
+      config: see `prom_jax.config`.
+      workdir: the work directory, which gets the records.
+      base: the model, as `open_base` gives it.
+      measured: what the probe found, where one decides λ; None: not yet.
+
+    Returns:
+      The experiment.
+
+    Raises:
+      UserError: for data that cannot be used, or a work directory that holds another run.
+    """
+    regulation = decide(config, base.config, measured)
     objective = Objective(config.method, regulation.weight, config.pivot.label_smoothing, config.pivot.norm)
-    pivot = f", n = {layer} of {layers}, {regulation.decision}" * (config.method == "prom")
+    exits = f", n = {base.layer} of {base.config.num_hidden_layers}, {regulation.decision}"
+    pivot = exits * (config.method == "prom")
     console.print("\nWARNING   ".join([f"method    {config.method}{pivot}", *regulation.warnings]))
-    if config.data.seq_len > reader.config.max_position_embeddings:
+    if config.data.seq_len > base.config.max_position_embeddings:
         console.print(
             f"WARNING   data.seq_len={config.data.seq_len} is more than the "
-            f"{reader.config.max_position_embeddings} positions that the model was made for"
+            f"{base.config.max_position_embeddings} positions that the model was made for"
         )
     with distributed.first_alone("records"):
         if not distributed.is_first():
             check_shared(workdir / "records")
-        data = prepare(recipe(config, objective), tokenizer, workdir / "records")
+        data = prepare(recipe(config, objective), base.tokenizer, workdir / "records")
     batches = Batches(
         data.train,
         sequences=config.batch.sequences,
@@ -119,13 +164,12 @@ def resolve(config, workdir: Path) -> Experiment:
             f"method={config.method!r} trains on English, and there is none: set data.english, or use the "
             "variant :bactrian"
         )
-    pivot_layer = layer if objective.has_pivot else 0
-    flops = budget.training_flops(reader.config, objective, pivot_layer, data.train, batches.examples)
+    pivot_layer = base.layer if objective.has_pivot else 0
+    flops = budget.training_flops(base.config, objective, pivot_layer, data.train, batches.examples)
     experiment = Experiment(
         config=config,
         workdir=workdir,
-        reader=reader,
-        tokenizer=tokenizer,
+        base=base,
         objective=objective,
         regulation=regulation,
         pivot_layer=pivot_layer,
@@ -133,7 +177,7 @@ def resolve(config, workdir: Path) -> Experiment:
         batches=batches,
         flops=flops,
     )
-    check_owner(workdir, experiment.identity)
+    check_same_config(workdir, experiment.identity)
     return experiment
 
 
