@@ -63,7 +63,7 @@ def parse(argv) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="whatever prom_jax loads")
     add("--tasks", metavar="NAMES", type=cli.names, required=True, help="such as xquad_th,mgsm_th")
-    add("--out", metavar="DIR", required=True, help="folder for the results")
+    add("--out", metavar="DIR", required=True, help="a folder for the results")
     add(
         "--data_dir",
         metavar="DIR",

@@ -151,7 +151,7 @@ def parse(argv) -> argparse.Namespace:
     parser = cli.Parser("prom_jax.interference", __doc__)
     parser.add_run()
     add = parser.add_argument
-    add("--out", metavar="DIR", required=True, help="folder for the results")
+    add("--out", metavar="DIR", required=True, help="a folder for the results")
     add("--model", help="checkpoint to measure (default: that of the configuration)")
     add("--batches", metavar="N", type=cli.at_least(1), default=8, help="how many batches")
     methods = "which methods, with commas between"

@@ -66,7 +66,7 @@ def parse(argv) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="whatever prom_jax loads")
     add("--languages", metavar="CODES", required=True, help="of the tables, such as th,el")
-    add("--out", metavar="DIR", required=True, help="folder for the results")
+    add("--out", metavar="DIR", required=True, help="a folder for the results")
     add("--scoring", choices=SCORINGS, default="word", help="what counts as a word: see docs/probe.md")
     add("--shots", metavar="N", type=cli.at_least(0), default=5, help="demonstrations in each prompt")
     kinds = "the same for all rows, or each row's own"

@@ -44,7 +44,7 @@ def parse(argv) -> argparse.Namespace:
     parser = cli.Parser("prom_jax.report", __doc__)
     runs = "folder with evaluations anywhere below it"
     parser.add_argument("--runs", metavar="DIR", required=True, help=runs)
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the report")
+    parser.add_argument("--out", metavar="DIR", required=True, help="a folder for the report")
     return parser.parse_args(argv)
 
 

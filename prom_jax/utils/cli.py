@@ -92,7 +92,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Raises UserError, in place of printing usage and ending the process."""
-        message = message.replace("the following arguments are required:", "missing, and needed:")
+        missing = message.partition("the following arguments are required: ")[2]
+        if missing:
+            about = {name: action.help for action in self._actions for name in _names(action)}
+            raise UserError("; ".join(f"{name} is missing: {about[name]}" for name in missing.split(", ")))
         message = message.removeprefix("argument ").replace(": =", "=", 1)  # of a type's own: --flag=value
         raise UserError(f"{message} (--help lists all flags)")
 
@@ -209,6 +212,10 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
             overrides.append(f"{argument}={pending}")
             pending = next(remaining, None)
     return rest, overrides
+
+
+def _names(action: argparse.Action) -> tuple[str, ...]:
+    return tuple(action.option_strings) or (action.metavar or action.dest,)
 
 
 def _default_workdir(config: str) -> Path:

@@ -16,7 +16,7 @@ from tests import faults
 # What each process does between joining and leaving; signs of life come quickly here.
 SCRIPT = """
 import os, sys, time
-from prom_jax import distributed
+from prom_jax.parallel import multihost as distributed
 from prom_jax.utils.errors import UserError
 distributed.TICK = 0.1
 process, address, work = int(sys.argv[1]), f"localhost:{sys.argv[2]}", sys.argv[3]
