@@ -5,6 +5,8 @@ to_hf writes a Hugging Face directory; from_hf an Orbax checkpoint. SOURCE is wh
 Hugging Face directory or hub id, a .gguf file, an Orbax checkpoint or a work directory.
 """
 
+import argparse
+
 import numpy as np
 
 from prom_jax.checkpoints import orbax, safetensors, storage
@@ -18,16 +20,23 @@ from prom_jax.utils.errors import UserError
 
 def main(argv=None):
     """Reads the command line and converts."""
-    parser = cli.parser("convert", __doc__)
-    parser.add_argument("direction", choices=("to_hf", "from_hf"))
-    parser.add_argument("source")
-    parser.add_argument("destination")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the source's")
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv)
     convert = to_hf if arguments.direction == "to_hf" else from_hf
     print(f"{arguments.source} -> {arguments.destination}", flush=True)
     convert(arguments.source, arguments.destination, arguments.dtype)
     print(f"wrote {arguments.destination}")
+
+
+def parse(argv) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = cli.Parser("prom_jax.convert", __doc__)
+    add = parser.add_argument
+    add("direction", choices=("to_hf", "from_hf"), help="what is written")
+    add("source", help="what is read")
+    add("destination", help="a new folder; from_hf: also gs://bucket/…")
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, help="of the tensors (default: the source's)")
+    return parser.parse_args(argv)
 
 
 def to_hf(source, destination, dtype=None):
@@ -55,10 +64,10 @@ def from_hf(source, destination, dtype=None):
         if destination.exists() and any(destination.iterdir()):
             raise UserError(f"{destination} is not empty: give a new place")
     reader, tokenizer = models.open_source(source)
-    layer, dtype = reader.pivot_layer, np.dtype(dtype or reader.dtype)
-    params = lazy_params(reader, pivot_layer=layer, pivot_head=layer > 0, dtype=dtype)
+    dtype = np.dtype(dtype or reader.dtype)
+    params = lazy_params(reader, heads=reader.heads, dtype=dtype)
     details = reader.details or {"base_model": str(source)}
-    description = Description(reader.config, layer, dtype.name, details)
+    description = Description(reader.config, reader.heads, dtype.name, details)
     orbax.write(destination, description, tokenizer, params)
 
 

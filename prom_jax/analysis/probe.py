@@ -313,7 +313,7 @@ def _answer(model, questions: list[_Question], batch: int, what: str) -> list[np
 def _rows(questions: list[_Question], number: int, prefix: int) -> dict[str, np.ndarray]:
     """The arrays of a batch of `number` rows, without the `prefix` tokens that they share.
 
-    tokens, positions, branches: [B, T]; columns: [B, M], the different columns that are read; at, ids: [B, Q],
+    tokens, positions, branches: [B, T]; columns: [B, M], the different ones that are read; at, ids: [B, Q],
     which of these, and the token.
     """
     columns, at = zip(*(np.unique(question.columns - prefix, return_inverse=True) for question in questions))
@@ -339,7 +339,7 @@ def _pad(parts, number: int, bucket: int) -> np.ndarray:
 
 @jax.jit
 def _run_prefix(model, tokens_1P, prefix):
-    """Keys and values of the first `prefix` tokens, with which all rows begin; what is after them is padding."""
+    """Keys and values of the first `prefix` tokens, with which all rows begin; the others are padding."""
     length = tokens_1P.shape[1]
     segments = jnp.where(jnp.arange(length) < prefix, SHARED_PREFIX, 0)[None]
     cache = model.empty_cache(1, length)

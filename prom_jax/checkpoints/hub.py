@@ -20,7 +20,7 @@ CONVERTED = "A language model converted by prom_jax."
 _CARD_TAG = "- prom_jax"  # in its model card marks a folder as an export, which the next may replace
 
 
-def local_path(source) -> Path:
+def local_path(source, weights: bool = True) -> Path:
     """Where a model lies on this machine: a directory or a `.gguf` file, downloaded if `source` is a hub id.
 
     Raises:
@@ -42,7 +42,7 @@ def local_path(source) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
                 str(source),
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"],
+                allow_patterns=["*.json", "*.jinja", "tokenizer.model", *["*.safetensors"] * weights],
                 ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
             )
         )

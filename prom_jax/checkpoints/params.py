@@ -112,8 +112,8 @@ def fingerprint(reader: Reader) -> str:
 
 
 def hf_tensors(config: DecoderConfig, exits=()) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """Each Hugging Face tensor of a model cut into stacks at `exits`: its name, the path of our parameter, and
-    the index of its layer in there. Further heads are not among them (`head_tensor`)."""
+    """Each Hugging Face tensor of a model cut into stacks at `exits`: its name, the path of our parameter,
+    and the index of its layer in there. Further heads are not among them (`head_tensor`)."""
     table = decoder.tensors(config)
     for row in (row for row in table if not row.in_layers):
         yield row.hf, (row.name,), ()

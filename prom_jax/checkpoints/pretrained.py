@@ -3,7 +3,7 @@
 import jax
 
 from prom_jax.checkpoints import gguf, params, safetensors
-from prom_jax.checkpoints.description import find, read_tokenizer
+from prom_jax.checkpoints.description import DESCRIPTION, Description, find, read_tokenizer
 from prom_jax.checkpoints.hub import local_path
 from prom_jax.checkpoints.orbax import CheckpointReader
 from prom_jax.checkpoints.reader import Reader
@@ -107,3 +107,25 @@ def save_hf(model: decoder.Decoder, model_tokenizer, directory, *, dtype=None, c
         chat_template=chat_template(model_tokenizer) if template is None else template,
         card=card or {},
     )
+
+
+def open_config(source):
+    """The architecture and tokenizer of a model, without its weights, which need not be there.
+
+    Args:
+      source: as for `open_source`.
+
+    Returns:
+      Its configuration and its tokenizer. (Only the weights tell whether a head that a directory says is tied
+      differs from the embeddings.)
+
+    Raises:
+      UserError: if it cannot be reached or read, or is of a model that is not supported.
+    """
+    directory = find(source)
+    if directory:
+        directory = directory if (directory / DESCRIPTION).is_file() else directory.parent
+        return Description.read(directory).config, read_tokenizer(directory)
+    path = local_path(source, weights=False)
+    config = gguf.GGUFReader(path).config if path.is_file() else safetensors.read_config(path)[0]
+    return config, load_tokenizer(path)

@@ -37,14 +37,7 @@ class SafetensorsReader:
 
     def __init__(self, directory):
         self.source = Path(directory)
-        config = _read_json(self.source / "config.json")
-        self.details = config.pop(DETAILS_KEY, {})
-        if not isinstance(self.details, dict):
-            raise UserError(
-                f"{self.source / 'config.json'} sets {DETAILS_KEY}={self.details!r}: expected an object, as "
-                "in an export; remove the key"
-            )
-        self.config = config_from_hf(config)
+        self.config, self.details = read_config(self.source)
         self._files = {}  # tensor -> the open file it is in, and that file's path
         for path, names in self._shards():
             file = _open_safetensors(path)
@@ -139,6 +132,22 @@ class SafetensorsReader:
                 )
             self._files[name] = (file, path)
             yield head, int(layer)
+
+
+def read_config(directory: Path) -> tuple[DecoderConfig, dict]:
+    """The architecture in a Hugging Face directory, and how the model was made (`Reader.details`).
+
+    Raises:
+      UserError: if there is none, or it is not supported.
+    """
+    config = _read_json(directory / "config.json")
+    details = config.pop(DETAILS_KEY, {})
+    if not isinstance(details, dict):
+        raise UserError(
+            f"{directory / 'config.json'} sets {DETAILS_KEY}={details!r}: expected an object, as in an "
+            "export; remove the key"
+        )
+    return config_from_hf(config), details
 
 
 def _read_json(path: Path) -> dict:

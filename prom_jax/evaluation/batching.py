@@ -1,4 +1,4 @@
-"""Which texts are computed together: those that share a prefix in a row, rows of similar length in a batch."""
+"""Which texts are computed together: those with a prefix in common in a row, rows of like length in a batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,14 @@ STEP_COST, STEP_COST_OF_ACCELERATOR, KEYS_PER_TOKEN, PAIRS_PER_TOKEN = 32, 256, 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of up to R texts each, which continue what they have in common; padding is on the left.
+    """Rows of up to R texts each, which continue a shared prefix; padding is on the left.
 
-    tokens, positions, segments: int32 [B, T]; what a row's texts share is segment SHARED_PREFIX, which the r-th
-      text's own part, `own_segment(r)`, continues; padding is 0.
-    texts: int [B, R], the number of each text, -1 where there is none.
-    ends: int32 [B, R], the place of its last token; lengths: int32 [B, R], its number of tokens.
+    Attributes:
+      tokens, positions, segments: int32 [B, T]; the prefix of a row's texts is segment SHARED_PREFIX, which
+        the r-th text's own part, `own_segment(r)`, continues; padding is 0.
+      texts: int [B, R], the number of each text, -1 where there is none.
+      ends: int32 [B, R], the column of its last token.
+      lengths: int32 [B, R], its number of tokens.
     """
 
     tokens: np.ndarray

@@ -18,11 +18,7 @@ from jax._src import distributed as runtime  # the coordinator's key-value store
 
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
-from prom_jax.utils.process import is_main_process
-
-MISTAKE = 2  # exit status: input that cannot be used, or a loss that is not finite
-LOST = 69  # EX_UNAVAILABLE: a process was lost, or nothing moves any more; run the same command again
-REQUEUE = 75  # EX_TEMPFAIL: saved on SIGTERM or SIGINT; run the same command again
+from prom_jax.utils.process import LOST, MISTAKE, is_main_process
 
 HEARTBEAT_SECONDS = 2.0  # between two signs of life
 MAX_MISSED = 8  # heartbeats; after so many without a sign, a process is lost

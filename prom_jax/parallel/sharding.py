@@ -61,7 +61,12 @@ def constrain(x, *axes):
 
 
 def constrain_params(params: dict, axes: Mapping[str, Axes]) -> dict:
-    """Asks for a tree like the parameters to be sharded as they are; `axes` as in `param_sharding`, by name."""
+    """Asks for a tree like the parameters to be sharded as they are.
+
+    Args:
+      params: nested dict of arrays.
+      axes: of each parameter by its name, as in `param_sharding`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return params

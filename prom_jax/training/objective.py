@@ -38,7 +38,7 @@ class Term(Protocol):
         """Float32 scalars by name, each a sum over the batch."""
 
     def divisors(self, batch) -> dict[str, jax.Array]:
-        """Float32 scalars by the same names: the term is the sum of all its sums over that of its divisors."""
+        """Float32 scalars by the same names: the term is all its sums over all its divisors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +164,11 @@ class Method:
       name: in configurations; that of its file.
       label, colour: in tables and pictures.
       compared: the texts whose gradients `interference` compares.
+      regulated: whether its weight λ is for regulation to decide.
       loss: the terms.
     """
 
+    regulated: ClassVar[bool] = False
     name: ClassVar[str]
     label: ClassVar[str]
     colour: ClassVar[str]

@@ -63,8 +63,8 @@ def make_update(
 
 
 def _differentiate(losses, combine):
-    """From losses {name: …} and sums to gradients and sums: the gradients of the losses' total, or, where they
-    are to be combined otherwise, those of each, by name."""
+    """From losses {name: …} and sums to gradients and sums: the gradients of the losses' total, or, where
+    they are to be combined otherwise, those of each, by name."""
 
     def total(trained, part):
         each, sums = losses(trained, part)

@@ -59,7 +59,7 @@ def write(config) -> dict:
 
 
 def gguf_keys(settings, tensors) -> dict:
-    """Keys of `config.json` from GGUF; with a sliding window it is a Mistral, which files call 'llama' too."""
+    """Keys of `config.json` from GGUF, whose 'llama' is a Mistral where it has a sliding window."""
     if window := settings.get("attention.sliding_window"):
         return {"model_type": "mistral", "sliding_window": window}
     biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}

@@ -30,6 +30,7 @@ class PROM(Method):
     name = "prom"
     label = "PROM"
     colour = "tab:blue"
+    regulated = True
     compared = (
         Texts("English", "english", ("target", "translation"), "data.english"),
         Texts("target", "target", ("target", "translation"), "data.target"),
