@@ -1,4 +1,4 @@
-"""Which texts are computed together: those with a prefix in common in a row, rows of like length in a batch."""
+"""Which texts are computed together: those with a common prefix in a row, rows of like length in a batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -11,6 +11,7 @@ from prom_jax.data.loader import Batches
 from prom_jax.data.records import Prepared, prepare
 from prom_jax.models.config import DecoderConfig
 from prom_jax.models.decoder import check_exit
+from prom_jax.ops.attention import supports_shared_prefixes
 from prom_jax.parallel.multihost import main_process_first
 from prom_jax.training import budget
 from prom_jax.training.methods import find_method
@@ -154,8 +155,7 @@ def resolve(config, workdir: Path, base: BaseModel, measured: dict | None = None
         seed=config.seed,
         epochs=config.optimizer.epochs,
         steps=config.steps,
-        share_prompts=config.batch.share_prompts == "auto"
-        and attention.supports_shared_prefixes(config.attention),
+        share_prompts=config.batch.share_prompts == "auto" and supports_shared_prefixes(config.attention),
     )
     flops = budget.training_flops(base.config, method, data.train, batches.examples)
     experiment = Experiment(
