@@ -27,11 +27,11 @@ def test_the_card_counts_what_the_records_hold(prepared):
     card, workdir = prepared
     assert json.loads((workdir / "data_card.json").read_text()) == card
     train = Records(workdir / "records" / card["records"], "train")
-    role = lambda name: train.roles == ("target", "english", "translation").index(name)
+    target, english = (train.streams[stream] for stream in ("target", "english"))
     expected = {
-        "target": (train.target_lengths[role("target")], train.target_weights[role("target")]),
-        "translation": (train.target_lengths[role("translation")], train.target_weights[role("translation")]),
-        "english": (train.english_lengths[role("target")], train.english_weights[role("target")]),
+        "target": (target.lengths[train.roles == "target"], target.weights[train.roles == "target"]),
+        "translation": tuple(c[train.roles == "translation"] for c in (target.lengths, target.weights)),
+        "english": (english.lengths[train.roles == "target"], english.weights[train.roles == "target"]),
     }
     for name, (lengths, weights) in expected.items():
         counts = card["roles"][name]

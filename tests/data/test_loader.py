@@ -243,7 +243,7 @@ def test_a_third_stream_is_appended_or_beside_an_appended_one():
     lengths = [(40, 24, 0)] * 30 + [(0, 0, 30)] * 10
     run = Batches(Lengths(lengths, 16), sequences=4, seq_len=64, seed=0, epochs=1.0, share_prompts=True)
     assert run.appended == "english" and run.shapes["english"] == (4, 16) and "replay" in run.shapes
-    lengths = [(40, 0, 24)] * 30 + [(0, 0, 9)] * 10
+    lengths = [(32, 0, 24)] * 30 + [(0, 0, 9)] * 10
     run = Batches(Lengths(lengths, 16), sequences=4, seq_len=64, seed=0, epochs=1.0, share_prompts=True)
     assert run.appended == "replay" and set(run.shapes) == {"target", "replay"}
     records = Lengths(lengths, 16)
