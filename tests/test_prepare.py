@@ -11,7 +11,8 @@ from prom_jax import prepare as door
 from prom_jax.data import inspection
 from prom_jax.data.records import Records
 from prom_jax.data.translation import translate
-from prom_jax.training.setup import resolve
+from prom_jax.training.objective import Objective
+from prom_jax.training.setup import recipe, resolve
 from prom_jax.utils.errors import UserError
 from tests.data.translation.test_translate import Toy, spell_thai
 from tests.tiny import tiny_config
@@ -96,6 +97,17 @@ def test_inspection_shows_rows_as_they_are_trained_on(prepared, tiny, monkeypatc
             learnt = rows["labels"][here][rows["weights"][here] > 0]
             assert f"⟦{experiment.tokenizer.decode(learnt)}⟧" in text
     assert "[target " in text and "[english " in text and "[translation " in text
+
+
+def test_further_streams_are_those_of_the_method(tiny):
+    config = tiny_config(tiny)
+    config.data.streams = ("replay=nowhere.jsonl",)
+    for method, streams in (("prom", ("target", "english")), ("bactrian", ("target",))):
+        made = recipe(config, Objective(method))
+        assert (made.streams, made.more) == (streams, ())  # no term of theirs takes it
+    config.data.streams = ("nowhere.jsonl",)
+    with pytest.raises(UserError, match=r"data.streams has 'nowhere\.jsonl': expected 'name=source'"):
+        recipe(config, Objective())
 
 
 def read(path):

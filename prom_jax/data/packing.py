@@ -99,9 +99,9 @@ def plan_epoch(texts: dict[str, Texts], layout: Layout, *, seed: int | None, epo
 
     The examples are shuffled (`seed` None: left in order), those with the same streams spread evenly among
     the others. An update takes the next ones, and fills the gaps in its primary rows from the LOOKAHEAD that
-    follow; each group is placed longest-first, and each text goes to the fullest row that has capacity, of those with its prefix
-    if it can; an example waits where one of its streams has no such row. Those that wait are first in the
-    next update. The last one may be partly filled.
+    follow. Each group is placed longest-first; each text goes to the fullest row that has capacity, of those
+    with its prefix if it can, and an example waits where one of its streams has no such row. Those that wait
+    are first in the next update. The last one may be partly filled.
 
     Args:
       texts: by stream, of the same examples.
