@@ -44,7 +44,10 @@ def main(argv=None):
 def preparation(tokenizer, source: str, folder: Path, repetitions: int) -> list[dict]:
     """Read, tokenise with the response's mask, write; both sides cut at SEQ_LEN, nothing is cached."""
     recipe = Recipe("en", target=(source,), streams=("target",), seq_len=SEQ_LEN)
-    fresh = lambda: tempfile.mkdtemp(dir=folder)
+
+    def fresh():
+        return tempfile.mkdtemp(dir=folder)
+
     cores = len(os.sched_getaffinity(0))
     sides = {
         "ours": lambda: prepare(recipe, tokenizer, fresh()),
@@ -86,7 +89,7 @@ def peer(tokenizer, source: str, folder: str, processes: int | None) -> None:
 
 
 def loading(tokenizer, source: str, folder: Path, arguments) -> list[dict]:
-    """Real tokens a second of assembled batches, English and target side alike."""
+    """Real tokens a second of assembled batches, English and target texts alike."""
     recipe = Recipe("en", target=(source,), english=(source,), seq_len=SEQ_LEN)
     records = prepare(recipe, tokenizer, folder / "records").train
     batches = Batches(records, sequences=32, seq_len=SEQ_LEN, seed=0, epochs=1.0)

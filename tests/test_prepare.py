@@ -11,7 +11,8 @@ from prom_jax import prepare as door
 from prom_jax.data import inspection
 from prom_jax.data.records import Records
 from prom_jax.data.translation import translate
-from prom_jax.training.setup import open_base, resolve
+from prom_jax.training.methods import find_method
+from prom_jax.training.setup import open_base, recipe, resolve
 from prom_jax.utils.errors import UserError
 from tests.data.translation.test_translate import Toy, spell_thai
 from tests.tiny import tiny_config
@@ -27,11 +28,11 @@ def test_the_card_counts_what_the_records_hold(prepared):
     card, workdir = prepared
     assert json.loads((workdir / "data_card.json").read_text()) == card
     train = Records(workdir / "records" / card["records"], "train")
-    role = lambda name: train.roles == ("target", "english", "translation").index(name)
+    target, english = (train.streams[stream] for stream in ("target", "english"))
     expected = {
-        "target": (train.target_lengths[role("target")], train.target_weights[role("target")]),
-        "translation": (train.target_lengths[role("translation")], train.target_weights[role("translation")]),
-        "english": (train.english_lengths[role("target")], train.english_weights[role("target")]),
+        "target": (target.lengths[train.roles == "target"], target.weights[train.roles == "target"]),
+        "translation": tuple(c[train.roles == "translation"] for c in (target.lengths, target.weights)),
+        "english": (english.lengths[train.roles == "target"], english.weights[train.roles == "target"]),
     }
     for name, (lengths, weights) in expected.items():
         counts = card["roles"][name]
@@ -96,6 +97,17 @@ def test_inspection_shows_rows_as_they_are_trained_on(prepared, tiny, monkeypatc
             learnt = rows["labels"][here][rows["weights"][here] > 0]
             assert f"⟦{experiment.base.tokenizer.decode(learnt)}⟧" in text
     assert "[target " in text and "[english " in text and "[translation " in text
+
+
+def test_further_streams_are_those_of_the_method(tiny):
+    config = tiny_config(tiny)
+    config.data.streams = ("replay=nowhere.jsonl",)
+    for method, streams in (("prom", ("target", "english")), ("bactrian", ("target",))):
+        made = recipe(config, Objective(method))
+        assert (made.streams, made.more) == (streams, ())  # no term of theirs takes it
+    config.data.streams = ("nowhere.jsonl",)
+    with pytest.raises(UserError, match=r"data.streams has 'nowhere\.jsonl': expected 'name=source'"):
+        recipe(config, Objective())
 
 
 def read(path):

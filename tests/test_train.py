@@ -247,7 +247,10 @@ def another_architecture(c, tmp):
         (set_("data.seq_len", 8), "seq_len"),
         (set_("pivot.layer", 4), "pivot.layer=4: expected 1 to 3"),
         (set_("mesh.tensor", 3), "mesh.tensor=3 does not match the 8 devices"),
-        (set_("data.english", ()), "trains on the stream 'english', and the data have none of it: set data.english"),
+        (
+            set_("data.english", ()),
+            "trains on the stream 'english', and the data have none of it: set data.english",
+        ),
         (set_("pivot.weight", math.nan), "pivot.weight=nan"),
         (set_("optimizer.learning_rate", math.nan), "optimizer.learning_rate=nan"),
         (set_("attention", "cudnn"), "attention='cudnn' needs .* a GPU"),

@@ -162,10 +162,10 @@ def check_streams(recipe: Recipe, found: set[str]) -> None:
     """Raises UserError for a stream that the method trains on and that is not among those found."""
     for stream in recipe.streams:
         if stream not in found:
-            key = f"data.{stream}" if stream in ROLES else f"data.streams={stream}=FILE"
+            known = {PRIMARY: "data.target", ENGLISH: "data.english, or use the variant :bactrian"}
+            remedy = known.get(stream, f"data.streams={stream}=FILE")
             raise UserError(
-                f"The method trains on the stream '{stream}', and the data have none of it: set {key}, or "
-                "another method."
+                f"The method trains on the stream '{stream}', and the data have none of it: set {remedy}."
             )
 
 

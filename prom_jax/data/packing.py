@@ -17,7 +17,7 @@ import numpy as np
 
 from prom_jax.ops.attention import MAX_SEGMENTS
 
-LOOKAHEAD = 512  # examples besides an update's own that may fill its gaps
+LOOKAHEAD = 512  # examples besides an update's own that may fill gaps in its primary rows
 FILL_TARGET = 0.95  # share of an update's primary slots that its own examples, the next in order, fill
 SAMPLE_SIZE = 8192  # examples on which row shapes of the secondary streams are tried
 TOLERANCE = (0.015, 0.05)  # more slots than needed, in all and in the stream, for rows that divide better
@@ -98,10 +98,10 @@ def plan_epoch(texts: dict[str, Texts], layout: Layout, *, seed: int | None, epo
     """Packs every example once into updates with rows of the layout.
 
     The examples are shuffled (`seed` None: left in order), those with the same streams spread evenly among
-    the others. An update takes the next ones, and fills its gaps from the LOOKAHEAD that follow; each group
-    is placed longest-first, and each text goes to the fullest row that has capacity, of those with its prefix
-    if it can; an example waits where one of its streams has no such row. Those that wait are first in the
-    next update. The last one may be partly filled.
+    the others. An update takes the next ones, and fills the gaps in its primary rows from the LOOKAHEAD that
+    follow. Each group is placed longest-first; each text goes to the fullest row that has capacity, of those
+    with its prefix if it can, and an example waits where one of its streams has no such row. Those that wait
+    are first in the next update. The last one may be partly filled.
 
     Args:
       texts: by stream, of the same examples.
@@ -234,8 +234,9 @@ def _fill_update(
         own.append(candidate)
         tokens += candidate.texts[0].own
     others = list(itertools.islice(following, max(LOOKAHEAD, len(waiting) - len(own))))
+    fillers = [candidate for candidate in others if candidate.texts[0].length]  # the rest keeps its turn
     taken = set()
-    for candidates in (own, others):
+    for candidates in (own, fillers):
         for candidate in sorted(candidates, key=lambda candidate: -candidate.size):
             found = _find_rows(candidate.texts, rows, appended)
             if found is None:

@@ -241,7 +241,7 @@ def _parsed(text: str, where):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}): mend the file.") from None
+        raise UserError(f"{where} is not valid JSON ({error}): fix the file.") from None
 
 
 def _read_csv(path: Path, **dialect) -> Iterator[dict]:
@@ -337,7 +337,7 @@ def _readable(rows: Iterable, source: str) -> Iterator:
         yield from rows
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise UserError(
-            f"Source '{source}' cannot be read ({error}): mend it, or save it as UTF-8."
+            f"Source '{source}' cannot be read ({error}): fix it, or save it as UTF-8."
         ) from error
 
 
@@ -393,8 +393,8 @@ def _side(source: str) -> list[str]:
     """The texts of one side: the lines of a file, or a column."""
     name = _name(source)
     if _on_hub(name) or Path(name).suffix.lower() in READERS:
-        where = lambda number: f"{name}, row {number}"
-        return [_strings(raw, ("text",), where(n))[0].strip() for n, raw in _rows(source, ("text",), "")]
+        rows = _rows(source, ("text",), "")
+        return [_strings(raw, ("text",), f"{name}, row {number}")[0].strip() for number, raw in rows]
     (text,) = _readable((path.read_text("utf-8-sig") for path in [_existing(name)]), name)
     if not text:
         raise UserError(f"Source '{name}' is empty: give a source with at least one line.")
@@ -445,7 +445,7 @@ def _strings(raw: dict, keys: tuple[str, ...], where: str) -> list[str]:
         if not isinstance(raw.get(key), str):
             raise UserError(f"{where} has no text under '{key}' (keys found: {_names(raw)}): add it.")
         if any("\ud800" <= character <= "\udfff" for character in raw[key]):
-            raise UserError(f"{where} has half a character (a surrogate) under '{key}': mend the text.")
+            raise UserError(f"{where} has half a character (a surrogate) under '{key}': fix the text.")
     return [raw[key] for key in keys]
 
 

@@ -89,8 +89,8 @@ def language_name(language: str) -> str:
 
 @dataclass(frozen=True)
 class Span:
-    """Text to be tokenised at once. The tokens that cover `text[start:stop]` bear loss and what
-    follows `stop` is cut off; `eos` appends the end-of-sequence token, which bears loss too."""
+    """Text to be tokenised at once. The tokens that cover `text[start:stop]` have a loss and what
+    follows `stop` is cut off; `eos` appends the end-of-sequence token, which has one too."""
 
     text: str
     start: int
@@ -99,7 +99,7 @@ class Span:
 
 
 def conversation(turns: tuple[Turn, ...], words: Wording) -> list[Span]:
-    """A prompt and an answer a turn; only the answers bear loss."""
+    """A prompt and an answer a turn; only the answers have a loss."""
     spans = []
     for number, turn in enumerate(turns):
         asked = words.prompt(turn.instruction, turn.input, first=number == 0)
@@ -117,7 +117,7 @@ def translation(english: str, target: str, language: str, variant: str, words: W
 
 
 def translation_source(english: str, target: str, language: str, variant: str, words: Wording) -> list[Span]:
-    """The text of `translation` up to the end of the English sentence, which bears the loss."""
+    """The text of `translation` up to the end of the English sentence, which has the loss."""
     (span,) = translation(english, target, language, variant, words)
     stop = span.start - len(words.before_response)
     return [Span(span.text, stop - len(english), stop, eos=False)]

@@ -174,10 +174,10 @@ def test_drawn_batches_hold_everything(folder, byte_level):
     ("changes", "method", "missing"),
     [
         ({"translation": ()}, "bactrian", "none of the translations: set data.translation"),
-        ({"english": ()}, "xllama2", "none of the English: set data.english"),
+        ({"english": (), "streams": ("target",)}, "xllama2", "none of the English: set data.english"),
     ],
 )
-def test_data_without_one_side_are_refused(folder, byte_level, changes, method, missing):
+def test_data_without_what_is_compared_are_refused(folder, byte_level, changes, method, missing):
     data = prepared(folder, byte_level, **changes)
     with pytest.raises(UserError, match=f"method '{method}' .* {missing}, or leave {method} out"):
         draw(batches_of(data), data.train, [method], 1)

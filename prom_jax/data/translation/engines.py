@@ -41,7 +41,7 @@ class Engine(Protocol):
         """The translation of each text.
 
         Raises:
-          UserError: what trying again cannot mend.
+          UserError: what trying again cannot fix.
         """
         ...
 

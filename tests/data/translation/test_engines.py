@@ -162,7 +162,7 @@ def test_patience_ends(service, google, monkeypatch):
         (401, "Invalid credentials", "gcloud auth application-default login"),
     ],
 )
-def test_what_retrying_cannot_mend(service, google, code, message, expected):
+def test_what_retrying_cannot_fix(service, google, code, message, expected):
     service.script = [(code, message)]
     with pytest.raises(UserError, match=expected) as error:
         google.translate(["One."])
