@@ -23,7 +23,6 @@ from collections import Counter
 from pathlib import Path
 
 import jax
-from absl import flags
 from jax.profiler import ProfileData, ProfileOptions
 from matplotlib.figure import Figure
 
@@ -63,14 +62,20 @@ MOVES = {
 }  # fmt: skip
 
 
-def main():
+def main(argv=None):
     """Reads the command line, measures and reports."""
-    config = measure.configuration(2 * FLAGS.repetitions + 1)
+    parser = cli.Parser("benchmarks.breakdown", __doc__)
+    parser.add_run()
+    repetitions = "updates of which the fastest is told"
+    parser.add_argument("--repetitions", metavar="N", type=cli.at_least(1), default=3, help=repetitions)
+    parser.add_argument("--out", metavar="FILE", help="where the table goes as JSON")
+    arguments = parser.parse_args(argv)
+    config = measure.configuration(arguments.config, 2 * arguments.repetitions + 1)
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(config, folder)
         console.quiet = False
         ours.step()
-        pairs = [(seconds(ours.step), traced(ours.step)) for _ in range(FLAGS.repetitions)]
+        pairs = [(seconds(ours.step), traced(ours.step)) for _ in range(arguments.repetitions)]
     unprofiled, profiles = zip(*pairs)
     wall, data = min(profiles, key=lambda profile: profile[0])
     kind, spent = kinds(ours.update.as_text()), Counter()
@@ -80,7 +85,7 @@ def main():
     rows = [{"what": what, "seconds": spent[what], "share": spent[what] / wall} for what in COLOURS]
     title = f"An update of {config.batch.sequences} rows of {config.data.seq_len}, {wall:.3g} s"
     notes = f"without the profiler {min(unprofiled):.3g} s", f"{lanes(data)} threads (or devices) at once"
-    measure.report(title, rows, FLAGS.out, notes)
+    measure.report(title, rows, arguments.out, notes)
 
 
 def seconds(function) -> float:
@@ -263,11 +268,5 @@ def stacked_bars(bars: dict[str, list[dict]], path: Path):
 
 
 if __name__ == "__main__":
-    if any(argument.startswith("--draw") for argument in sys.argv):
-        cli.guard(draw)
-    else:
-        flags.DEFINE_integer("repetitions", 3, "Updates of which the fastest is told")
-        flags.DEFINE_string("out", None, "Where the table goes as JSON")
-        FLAGS = flags.FLAGS
-        cli.define_run_flags()
-        cli.run(main)
+    draws = any(argument.startswith("--draw") for argument in sys.argv)
+    cli.guard(draw if draws else main)

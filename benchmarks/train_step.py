@@ -12,6 +12,7 @@ Each side is a process of its own, and they take turns; a first update of each i
 configured, whatever a probe would say. Needs requirements-dev.txt.
 """
 
+import argparse
 import copy
 import math
 import os
@@ -21,7 +22,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 
 from benchmarks import measure
 from prom_jax import train
@@ -42,28 +42,42 @@ LAYOUTS = {
 }
 
 
-def main():
+def main(argv=None):
     """Reads the command line and measures."""
+    arguments = parse(argv)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # processes share a GPU
-    config = measure.configuration(FLAGS.repetitions + 1)
+    config = measure.configuration(arguments.config, arguments.repetitions + 1)
     with tempfile.TemporaryDirectory() as folder:
         ours = train.plan(config, Path(folder, "ours"))
         sides = {"ours": measure.Worker(Ours, config, f"{folder}/ours")}
-        if FLAGS.peer == "xllama2":
+        if arguments.peer == "xllama2":
             baseline = copy.deepcopy(config)
             baseline.method = "xllama2"
             theirs = train.plan(baseline, Path(folder, "peer"))
             sides["peer"] = measure.Worker(Ours, baseline, f"{folder}/peer")
         else:
             theirs = ours
-            sides["peer"] = torch_side(ours, folder)
+            sides["peer"] = torch_side(ours, folder, arguments)
         jobs = {"ours": ours, "peer": theirs}
-        results, seconds = run(jobs, sides)
+        results, seconds = run(jobs, sides, arguments)
         peaks = {name: side.call("peak") for name, side in sides.items()}
-    report(jobs, results, seconds, peaks)
+    report(jobs, results, seconds, peaks, arguments)
 
 
-def torch_side(job: train.Job, folder: str) -> measure.Worker:
+def parse(argv) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = cli.Parser("benchmarks.train_step", __doc__)
+    parser.add_run()
+    peers = ("published", "padded", "xllama2")
+    parser.add_argument("--peer", choices=peers, default="published", help="what stands beside PROM")
+    repetitions = "updates of each side that count"
+    parser.add_argument("--repetitions", metavar="N", type=cli.at_least(1), default=5, help=repetitions)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the peer")
+    parser.add_argument("--out", metavar="FILE", help="where the table goes as JSON")
+    return parser.parse_args(argv)
+
+
+def torch_side(job: train.Job, folder: str, arguments: argparse.Namespace) -> measure.Worker:
     """The peer in torch, with the weights that `job` starts from."""
     from benchmarks.peers import Peer
 
@@ -73,7 +87,8 @@ def torch_side(job: train.Job, folder: str) -> measure.Worker:
     if source.endswith(".gguf"):
         source = f"{folder}/hf"
         models.save_hf(*models.load(job.config.model), source, dtype="float32")
-    return measure.Worker(Peer, source, FLAGS.peer, job.objective, job.pivot_layer, job.config, FLAGS.compile)
+    about = job.objective, job.pivot_layer, job.config
+    return measure.Worker(Peer, source, arguments.peer, *about, arguments.compile)
 
 
 class Ours:
@@ -85,8 +100,8 @@ class Ours:
         jax.set_mesh(self.job.mesh)
         self.update, abstract = train.compile_update(self.job)
         checkpoints = train.open_checkpoints(self.job)
-        self.state = train.begin(self.job, checkpoints, train.load(self.job), abstract)
-        self.upcoming = train.feed(self.job, 0)
+        self.state = train.init_state(self.job, checkpoints, train.load(self.job), abstract)
+        self.upcoming = train.batch_iterator(self.job, 0)
         self.stops = sharding.by_process(self.job.mesh, False)
 
     def step(self) -> tuple[float, int]:
@@ -102,18 +117,18 @@ class Ours:
         return statistics.get("peak_bytes_in_use", of_process)
 
 
-def run(jobs: dict, sides: dict) -> tuple[dict, dict]:
+def run(jobs: dict, sides: dict, arguments: argparse.Namespace) -> tuple[dict, dict]:
     """(loss, places) of each side's updates, and seconds of those that count."""
     results = {name: [] for name in sides}
 
     def update(name):
         job, number = jobs[name], len(results[name])
-        in_torch = name == "peer" and FLAGS.peer in LAYOUTS
+        in_torch = name == "peer" and arguments.peer in LAYOUTS
         given = (texts(job, number), float(job.schedule(number))) if in_torch else ()
         results[name].append(sides[name].call("step", *given))
 
     turns = {name: lambda name=name: update(name) for name in sides}
-    seconds = measure.interleaved(turns, FLAGS.repetitions)
+    seconds = measure.interleaved(turns, arguments.repetitions)
     return results, seconds
 
 
@@ -130,7 +145,7 @@ def texts(job: train.Job, step: int) -> dict[str, list]:
 def work(job: train.Job, step: int) -> dict[str, float]:
     """What an update trains on, whoever computes it."""
     records, examples = job.data.train, job.batches.examples_of(step)
-    flops = budget.training_flops(job.reader.config, job.objective, job.pivot_layer, records, examples)
+    flops = budget.training_flops(job.base.config, job.method, records, examples)
     loss_tokens = sum(records.streams[stream].weights[examples].sum() for stream in job.batches.shapes)
     return {
         "examples": len(examples),
@@ -140,7 +155,7 @@ def work(job: train.Job, step: int) -> dict[str, float]:
     }
 
 
-def report(jobs: dict, results: dict, seconds: dict, peaks: dict) -> None:
+def report(jobs: dict, results: dict, seconds: dict, peaks: dict, arguments: argparse.Namespace) -> None:
     """Medians over updates as a table, and what each side does."""
     config, mesh = jobs["ours"].config, jobs["ours"].mesh
     steps = range(1, len(seconds["ours"]) + 1)
@@ -154,7 +169,7 @@ def report(jobs: dict, results: dict, seconds: dict, peaks: dict) -> None:
     for peak in (peak for beginning, peak in PEAKS.items() if device.startswith(beginning)):
         # What a side shares it does not compute; that is about as many FLOPs as tokens.
         done = {name: 1 - job.batches.saved for name, job in jobs.items()}
-        done |= {"peer": 1.0} if FLAGS.peer in LAYOUTS else {}
+        done |= {"peer": 1.0} if arguments.peer in LAYOUTS else {}
         mfu = {name: done[name] * each * 1e9 / (peak * mesh.size) for name, each in rate.items()}
         rows.append(measure.compared("MFU", mfu))
     losses, places = ({name: [step[i] for step in results[name]] for name in jobs} for i in (0, 1))
@@ -162,15 +177,15 @@ def report(jobs: dict, results: dict, seconds: dict, peaks: dict) -> None:
     rows.append(measure.compared("places computed an update", places))
     rows.append(measure.compared("peak memory (GiB)", {name: [peak / 2**30] for name, peak in peaks.items()}))
     apart = np.abs(np.divide(losses["peer"], losses["ours"]) - 1).max()
-    notes = [f"{name}: {told}" for name, told in about(jobs).items()]
+    notes = [f"{name}: {told}" for name, told in about(jobs, arguments.peer).items()]
     notes += [f"losses: the peer's differ from ours by {apart:.1e} of these at most"]
     title = f"Updates of {config.batch.sequences} rows of {config.data.seq_len} on {mesh.size} × {device}"
-    measure.report(title, rows, FLAGS.out, notes)
-    if FLAGS.peer == "padded" and config.compute_dtype == "float32" and not apart < TOLERANCE:
+    measure.report(title, rows, arguments.out, notes)
+    if arguments.peer == "padded" and config.compute_dtype == "float32" and not apart < TOLERANCE:
         raise SystemExit("the two sides do not compute the same")
 
 
-def about(jobs: dict) -> dict[str, str]:
+def about(jobs: dict, peer: str) -> dict[str, str]:
     """What each side does, in a line."""
     told = {}
     for name, job in jobs.items():
@@ -183,9 +198,9 @@ def about(jobs: dict) -> dict[str, str]:
             f"seeing each other; shared prompts save {job.batches.saved:.0%} of the tokens; attention "
             f"{backend}; heads on loss-bearing tokens; AdamW in {dtype}"
         )
-    if FLAGS.peer in LAYOUTS:
+    if peer in LAYOUTS:
         told["peer"] = (
-            f"prom in torch; {LAYOUTS[FLAGS.peer]}; English through all blocks; attention SDPA, causal; "
+            f"prom in torch; {LAYOUTS[peer]}; English through all blocks; attention SDPA, causal; "
             "heads on all tokens; AdamW fused, in float32"
         )
     both = f"{config.compute_dtype}, remat {config.remat}, clip {config.optimizer.clip}"
@@ -193,10 +208,4 @@ def about(jobs: dict) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("peer", "published", ["published", "padded", "xllama2"], "What stands beside PROM")
-    flags.DEFINE_integer("repetitions", 5, "Updates of each side that count")
-    flags.DEFINE_bool("compile", False, "torch.compile the peer")
-    flags.DEFINE_string("out", None, "Where the table goes as JSON")
-    FLAGS = flags.FLAGS
-    cli.define_run_flags()
-    cli.run(main)
+    cli.guard(main)

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from absl import flags
 
 from benchmarks import measure, peers, train_step
 from prom_jax import train
@@ -27,9 +26,15 @@ from prom_jax.utils import cli
 from prom_jax.utils.errors import UserError
 
 
-def main():
+def main(argv=None):
     """Reads the command line, measures and reports."""
-    config = measure.configuration(FLAGS.repetitions + 1)
+    parser = cli.Parser("benchmarks.trainer", __doc__)
+    parser.add_run()
+    repetitions = "updates of each side that count"
+    parser.add_argument("--repetitions", metavar="N", type=cli.at_least(1), default=5, help=repetitions)
+    parser.add_argument("--out", metavar="FILE", help="where the table goes as JSON")
+    arguments = parser.parse_args(argv)
+    config = measure.configuration(arguments.config, arguments.repetitions + 1)
     with tempfile.TemporaryDirectory() as folder:
         job = train.plan(config, Path(folder, "run"))
         source = f"{folder}/hf"
@@ -47,7 +52,7 @@ def main():
             losses[name].append(loss), processors[name].append(used)
 
         turns = {name: lambda name=name: update(name) for name in sides}
-        seconds = measure.interleaved(turns, FLAGS.repetitions)
+        seconds = measure.interleaved(turns, arguments.repetitions)
     processors = {name: each[1:] for name, each in processors.items()}
     rows = [
         measure.compared("seconds an update", seconds),
@@ -58,7 +63,7 @@ def main():
         f"losses differ by {apart:.1e} of these at most",
         f"{config.compute_dtype}, remat {config.remat}",
     )
-    measure.report("The torch peer beside transformers' Trainer", rows, FLAGS.out, notes)
+    measure.report("The torch peer beside transformers' Trainer", rows, arguments.out, notes)
     if config.compute_dtype == "float32" and not apart < train_step.TOLERANCE:
         raise UserError(f"the two sides differ in their losses by {apart:.1e}: they do not compute the same")
 
@@ -170,8 +175,4 @@ class InOrder(torch.utils.data.IterableDataset):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("repetitions", 5, "Updates of each side that count")
-    flags.DEFINE_string("out", None, "Where the table goes as JSON")
-    FLAGS = flags.FLAGS
-    cli.define_run_flags()
-    cli.run(main)
+    cli.guard(main)

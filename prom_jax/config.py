@@ -6,20 +6,20 @@ type, so that each can be overridden on the command line: `--config.pivot.weight
 
 import functools
 import math
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from prom_jax.utils.errors import UserError
 
 REGULATE = ("auto", "paper", "never")
+METHODS = sorted(path.stem for path in (Path(__file__).parent / "training" / "methods").glob("[!_]*.py"))
 
 # Differences from the default, by name of the variant.
 VARIANTS = {
     "": {},
-    # Target-language instructions and translations alone, in one loss: Bactrian+(t).
-    "bactrian": {"method": "bactrian"},
-    # English and target language in one loss at the last layer: xLLaMA2(t+e).
-    "xllama2": {"method": "xllama2"},
+    # Every method, by the name of its file.
+    **{name: {"method": name} for name in METHODS},
     # PROM without regulation: λ is kept whatever a probe says.
     "unregulated": {"pivot.regulate": "never"},
     # The script that the paper's authors published, where it differs from the paper's text.
@@ -42,7 +42,8 @@ def default() -> ConfigDict:
     c.model = "meta-llama/Llama-2-7b-hf"
     # ISO 639-1 code of the target language; names it in translation prompts.
     c.language = ""
-    # prom: English at the pivot head, target at the main one. bactrian: target alone. xllama2: both at main.
+    # One of prom_jax/training/methods: 'prom' (English at the pivot head, target at the main one), 'bactrian'
+    # (target alone), 'xllama2' (both at the main head).
     c.method = "prom"
 
     c.pivot = ConfigDict()
@@ -91,7 +92,7 @@ def default() -> ConfigDict:
     c.batch = ConfigDict()
     # Rows of target tokens an update; English takes the few rows that it needs.
     c.batch.sequences = 32
-    # Whether prompts that begin alike are computed once: 'auto' (unless attention is 'splash') or 'never'.
+    # Whether prompt prefixes are computed once: 'auto' (unless attention is 'splash') or 'never'.
     c.batch.share_prompts = "auto"
     # Into how many parts an update is split to fit memory. Never changes the result.
     c.batch.accumulation = 1
@@ -106,8 +107,8 @@ def default() -> ConfigDict:
     # Largest gradient norm; 0 for no clipping.
     c.optimizer.clip = 1.0
     c.optimizer.epochs = 3.0
-    # Of parameters and AdamW's moments: 'float32', or in half the memory 'bfloat16', rounded at random so
-    # that small updates count.
+    # Of parameters and AdamW's moments: 'float32', or in half the memory 'bfloat16', with stochastic rounding
+    # so that small updates count.
     c.optimizer.dtype = "float32"
     # Number of updates; 0: as many as the epochs have.
     c.steps = 0
@@ -170,7 +171,7 @@ def apply_variant(config: ConfigDict, variant: str, variants: dict | None = None
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for values that no run could use; the rooms check what is theirs."""
+    """Raises UserError for values that no run could use; each module validates its own keys."""
     at_least = {
         "data.seq_len": 2, "batch.sequences": 1, "batch.accumulation": 1, "steps": 0, "pivot.layer": 0,
         "optimizer.learning_rate": 0, "optimizer.warmup_ratio": 0, "optimizer.weight_decay": 0,

@@ -1,4 +1,4 @@
-"""python -m prom_jax.evaluate --model=MODEL --tasks=xquad_th,mgsm_th --out=DIR [--data-dir=DATA] [--limit=N]
+"""python -m prom_jax.evaluate --model=MODEL --tasks=xquad_th,mgsm_th --out=DIR [--data_dir=DATA] [--limit=N]
 
 Evaluates a model zero-shot through lm-evaluation-harness, on one device or a mesh. DIR gets results.json,
 samples.jsonl (every prompt, answer and score) and answers.jsonl, from which a killed evaluation goes on when
@@ -14,35 +14,35 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
 from prom_jax.evaluation import harness
 from prom_jax.evaluation.answers import Answers
-from prom_jax.evaluation.decode import PLACES
+from prom_jax.evaluation.decode import SLOTS
 from prom_jax.evaluation.lm import HarnessModel
-from prom_jax.parallel.multihost import first_alone
+from prom_jax.parallel import flags
+from prom_jax.parallel.multihost import main_process_first
 from prom_jax.parallel.sharding import describe
-from prom_jax.tokenization import auto as tokenizer
+from prom_jax.tokenization import folder as tokenizer
 from prom_jax.utils import cli
 from prom_jax.utils.console import console
-from prom_jax.utils.errors import UserError
 from prom_jax.utils.workdir import check_shared, make_directory, write_json, write_text
 
 
 def main(argv=None):
     """Reads the command line and evaluates."""
     arguments = parse(argv)
-    with cli.processes(arguments):
+    with flags.processes(arguments):
         evaluate(arguments)
 
 
 def evaluate(arguments: argparse.Namespace):
     """Answers all tasks and writes what came out; several processes go through this in step."""
     out = Path(arguments.out)
-    with first_alone("out"):
+    with main_process_first("out"):
         make_directory(out)
         check_shared(out)
-    tasks = harness.load_tasks(arguments.tasks.split(","), arguments.data_dir)  # before any weights
+    tasks = harness.load_tasks(arguments.tasks, arguments.data_dir)  # before any weights
     lm, header = load_model(arguments)
     depends_on = header["settings"] | {"model": header["model"]["fingerprint"]}
     lm.answers = Answers(out / "answers.jsonl", depends_on)
@@ -59,34 +59,44 @@ def evaluate(arguments: argparse.Namespace):
 
 def parse(argv) -> argparse.Namespace:
     """The command line's arguments."""
-    parser = cli.parser("evaluate", __doc__)
+    parser = cli.Parser("prom_jax.evaluate", __doc__)
     add = parser.add_argument
-    add("--model", required=True)
-    add("--tasks", required=True, help="such as xquad_th,mgsm_th")
-    add("--out", required=True, help="folder for the results")
-    add("--data-dir", help="folder with the official files, anywhere below it; default: the hub")
-    add("--limit", type=int, help="only the first so many documents of each task")
+    add("--model", required=True, help="whatever prom_jax loads")
+    add("--tasks", metavar="NAMES", type=cli.names, required=True, help="such as xquad_th,mgsm_th")
+    add("--out", metavar="DIR", required=True, help="a folder for the results")
+    add(
+        "--data_dir",
+        metavar="DIR",
+        help="folder with the official files below it (default: the hub)",
+    )
+    number = cli.at_least(1)
+    add(
+        "--limit",
+        metavar="N",
+        type=number,
+        help="only so many documents of each task (default: all)",
+    )
     add("--bos", action="store_true", help="texts begin with the BOS token; the paper's do not")
-    add("--max_length", type=int, help="tokens of a prompt and its answer; default: the model's context")
-    add("--places", type=int, default=PLACES, help=f"tokens in memory at a time; default {PLACES}")
-    cli.add_compute(parser, data=-1, fsdp=1)  # whole weights on every device: the fastest where they fit
-    cli.add_processes(parser)
-    arguments = parser.parse_args(argv)
-    for name in ("limit", "max_length", "places"):
-        given = getattr(arguments, name)
-        if given is not None and given < 1:
-            raise UserError(f"--{name}={given}: expected 1 or more")
-    return arguments
+    add(
+        "--max_length",
+        metavar="N",
+        type=number,
+        help="tokens of a prompt and its answer (default: the model's context)",
+    )
+    add("--places", metavar="N", type=number, default=SLOTS, help="tokens in memory at a time")
+    flags.add_compute(parser, data=-1, fsdp=1)  # whole weights on every device: the fastest where they fit
+    flags.add_processes(parser)
+    return parser.parse_args(argv)
 
 
 def load_model(arguments: argparse.Namespace):
     """The model as the harness sees it; and what results are to say of it: the model and the settings that
     answers depend on."""
-    mesh = cli.mesh(arguments)
+    mesh = flags.mesh(arguments)
     reader, model_tokenizer = models.open_source(arguments.model)
     compute_dtype = arguments.compute_dtype or models.default_compute_dtype()
     model = models.build(reader, mesh, compute_dtype, param_dtype=compute_dtype)
-    limits = {"max_length": arguments.max_length, "places": arguments.places}
+    limits = {"max_length": arguments.max_length, "slots": arguments.places}
     lm = HarnessModel(model, model_tokenizer, bos=arguments.bos, **limits)
     console.print(
         f"model     {arguments.model}: {model.config.num_hidden_layers} layers, computed in {compute_dtype}\n"

@@ -10,6 +10,7 @@ import argparse
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.data.chat import chat_template
 from prom_jax.evaluation.decode import decode
+from prom_jax.parallel import flags
 from prom_jax.utils import cli
 from prom_jax.utils.errors import UserError
 
@@ -18,7 +19,11 @@ CHUNK = 4  # new tokens between two looks
 
 def main(argv=None):
     """Reads the command line and answers."""
-    arguments = parse(argv)
+    answer(parse(argv))
+
+
+def answer(arguments: argparse.Namespace):
+    """Prints the answer to a prompt as it comes."""
     reader, tokenizer = models.open_source(arguments.model)
     if arguments.raw:
         prompt = tokenizer(arguments.prompt)["input_ids"]
@@ -36,28 +41,26 @@ def main(argv=None):
             f"{arguments.max_new_tokens} of the model's context for the answer (--max_new_tokens)"
         )
     compute_dtype = arguments.compute_dtype or models.default_compute_dtype()
-    model = models.build(reader, cli.mesh(arguments), compute_dtype, param_dtype=compute_dtype)
+    model = models.build(reader, flags.mesh(arguments), compute_dtype, param_dtype=compute_dtype)
     show = Stream(tokenizer)
-    for _, answer in decode(
+    for _, tokens in decode(
         model, [prompt], arguments.max_new_tokens, [tokenizer.eos_token_id], watch=show, chunk=CHUNK
     ):
-        show(0, answer)
+        show(0, tokens)
     print()
 
 
 def parse(argv) -> argparse.Namespace:
     """The command line's arguments."""
-    parser = cli.parser("generate", __doc__)
+    parser = cli.Parser("prom_jax.generate", __doc__)
     add = parser.add_argument
-    add("prompt")
-    add("--model", required=True)
+    add("prompt", help="the instruction, or with --raw the text to continue")
+    add("--model", required=True, help="whatever prom_jax loads")
     add("--raw", action="store_true", help="continue the prompt as it is, without template")
-    add("--max_new_tokens", type=int, default=256)
-    cli.add_compute(parser, data=-1, fsdp=1)
-    arguments = parser.parse_args(argv)
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens={arguments.max_new_tokens}: expected 1 or more")
-    return arguments
+    new = cli.at_least(1)
+    add("--max_new_tokens", metavar="N", type=new, default=256, help="of the answer at most")
+    flags.add_compute(parser, data=-1, fsdp=1)
+    return parser.parse_args(argv)
 
 
 class Stream:

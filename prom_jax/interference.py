@@ -5,25 +5,26 @@ layer, at one checkpoint (see `prom_jax.analysis.interference`). DIR gets interf
 interference.png. The records are those of the run, in --workdir, and are made if missing.
 """
 
+import argparse
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 from rich import box
 from rich.table import Table
 
 from prom_jax import config as configuration
-from prom_jax.analysis.interference import COMPARED, cosines, draw, inner_products, only, summary
+from prom_jax.analysis.interference import cosines, draw, inner_products, only, summary
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Records, prepare
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
 from prom_jax.parallel import sharding
-from prom_jax.reporting.plots import METHOD_LABELS, interference_by_layer
+from prom_jax.reporting.plots import interference_by_layer
 from prom_jax.training import budget
-from prom_jax.training.objective import Objective
+from prom_jax.training.methods import find_method, known_methods
+from prom_jax.training.objective import Method
 from prom_jax.training.setup import recipe
 from prom_jax.utils import cli
 from prom_jax.utils.console import console, track
@@ -34,27 +35,34 @@ from prom_jax.utils.workdir import as_dict, make_directory, write_json
 def measure(config, workdir: Path, model: str, out: Path, methods: list[str], number: int) -> dict:
     """Runs the measurement and writes what it gives; returns the content of interference.json.
 
-    Args: config: see `prom_jax.config`; workdir: of the run, whose records are used; model: whatever
-      `models.open_source` takes; methods: of COMPARED; number: of batches.
+    Args:
+      config: see `prom_jax.config`.
+      workdir: of the run, whose records are used.
+      model: whatever `pretrained.open_source` takes.
+      out: a folder for the results.
+      methods: names of methods.
+      number: of batches.
     Raises:
       UserError: for input that cannot be used.
     """
     configuration.check(config)
-    if not methods or not set(methods) <= COMPARED.keys():
-        raise UserError(f"--methods={','.join(methods)}: expected some of {','.join(COMPARED)}")
+    if not methods or not set(methods) <= known_methods().keys():
+        raise UserError(f"--methods={','.join(methods)}: expected some of {','.join(known_methods())}")
     make_directory(out)
-    # λ scales a gradient without turning it: any but 0 will do, whatever regulation says.
-    losses = {
-        method: Objective(method, 1.0, config.pivot.label_smoothing, config.pivot.norm) for method in COMPARED
-    }
     mesh = sharding.make_mesh(**config.mesh)
-    network, tokenizer = load(config, model, mesh, pivot="prom" in methods)
+    reader, tokenizer = models.open_source(model)
+    layer = configuration.pivot_layer(config, reader.config.num_hidden_layers)
+    if reader.heads and not config.pivot.layer:
+        layer = next(iter(reader.heads.values()))
+    # λ scales a gradient without turning it: any but 0 will do, whatever regulation says.
+    measured = {name: find_method(name).from_config(config, layer, 1.0) for name in methods}
+    network = load(config, reader, mesh, measured.values())
     has_english = bool(config.data.english) or config.pivot.translation_source
-    objective = losses["prom" if has_english else "bactrian"]  # what has all streams that there are
-    data = prepare(recipe(config, objective), tokenizer, workdir / "records")
+    everything = find_method("prom" if has_english else "bactrian").from_config(config, layer, 1.0)
+    data = prepare(recipe(config, everything), tokenizer, workdir / "records")
     shape = {"sequences": config.batch.sequences, "seq_len": config.data.seq_len}
     batches = Batches(data.train, **shape, seed=config.seed, epochs=1.0)
-    steps = draw(batches, data.train, methods, number)
+    steps = draw(batches, data.train, measured.values(), number)
     layers = network.config.num_hidden_layers
     console.print(
         f"model     {model}: {layers} layers, computed in {network.compute.dtype}\n"
@@ -63,13 +71,13 @@ def measure(config, workdir: Path, model: str, out: Path, methods: list[str], nu
     )
     with jax.set_mesh(mesh):
         values = {
-            method: measure_method(network, mesh, losses[method], batches, data.train, steps)
-            for method in methods
+            name: measure_method(network, mesh, method, batches, data.train, steps)
+            for name, method in measured.items()
         }
-    results = {method: summary(method, values[method], layers, config.seed) for method in methods}
+    results = {name: summary(method, values[name], layers, config.seed) for name, method in measured.items()}
     settings = {
         "model": model,
-        "pivot_layer": network.pivot_layer,
+        "pivot_layer": network.heads.get("pivot_head", 0),
         "batches": number,
         "config": as_dict(config),
         "records": data.fingerprint,
@@ -82,41 +90,39 @@ def measure(config, workdir: Path, model: str, out: Path, methods: list[str], nu
     return results | {"settings": settings}
 
 
-def load(config, source: str, mesh, pivot: bool):
-    """The model as its training begins or goes on, and its tokenizer; a `pivot` head that the source has
-    is used, and otherwise made from the main one."""
-    reader, tokenizer = models.open_source(source)
-    layer = configuration.pivot_layer(config, reader.config.num_hidden_layers)
-    if reader.pivot_layer and not config.pivot.layer:
-        layer = reader.pivot_layer
-    split = {"pivot_layer": layer if pivot else 0, "pivot_head": pivot}
+def load(config, reader, mesh, methods) -> decoder.Decoder:
+    """The model as the training of these methods begins or goes on; a further head that the source has is
+    used, and otherwise made from the main one."""
+    split = {
+        "heads": {head: layer for method in methods for head, layer in method.heads.items()},
+        "exits": {layer for method in methods for layer in method.exits},
+    }
     # Blocks are gone through one by one, so that nothing inside them is worth keeping.
-    dtype = config.compute_dtype or models.default_compute_dtype()
-    compute = llama.Compute(dtype, "full", config.attention).on_this_machine()
-    model = llama.abstract(reader.config, compute=compute, **split)
-    return llama.with_params(model, weights.load_params(reader, mesh, dtype="float32", **split)), tokenizer
+    compute = decoder.Compute(
+        config.compute_dtype or models.default_compute_dtype(), "full", config.attention
+    )
+    compute.check_platform()
+    model = decoder.abstract(reader.config, compute=compute, **split)
+    return decoder.with_params(model, weights.load_params(reader, mesh, dtype="float32", **split))
 
 
 def measure_method(
-    model: llama.Llama, mesh, objective: Objective, batches: Batches, records: Records, steps: list[int]
+    model: decoder.Decoder, mesh, method: Method, batches: Batches, records: Records, steps: list[int]
 ) -> np.ndarray:
     """Cosines of the batches at `steps`, float64 [batches, L]; says what memory they take."""
-    compared = COMPARED[objective.method]
 
     def rows(step):
         batch = batches[step]
-        return sharding.place_rows(
-            mesh, tuple(only(batch, batches, records, step, texts) for texts in compared)
-        )
+        parts = tuple(only(batch, batches, records, step, texts) for texts in method.compared)
+        return sharding.place_rows(mesh, parts)
 
-    sides = tuple(texts.side for texts in compared)
-    compiled = inner_products.lower(model, rows(steps[0]), objective=objective, sides=sides).compile()
+    compiled = inner_products.lower(model, rows(steps[0]), method=method).compile()
     needed = {name: size / 2**30 for name, size in budget.device_bytes(compiled).items()}
     console.print(
-        f"memory    {objective.method}: {sum(needed.values()):.2f} GiB a device (parameters and batches "
+        f"memory    {method.name}: {sum(needed.values()):.2f} GiB a device (parameters and batches "
         f"{needed['state']:.2f}, temporary {needed['temporary']:.2f})"
     )
-    steps = track(steps, f"measuring {objective.method}", len(steps))
+    steps = track(steps, f"measuring {method.name}", len(steps))
     return np.stack([cosines(compiled(model, rows(step))) for step in steps])
 
 
@@ -127,7 +133,7 @@ def table(results: dict) -> Table:
     rows = Table("method", "gradients of", *columns, box=box.SIMPLE)
     for method, entry in results.items():
         rows.add_row(
-            METHOD_LABELS[method],
+            find_method(method).label,
             " · ".join(entry["compared"]),
             *(_with_interval(entry["layers"][layer - 1]) for layer in last),
         )
@@ -141,19 +147,25 @@ def _with_interval(layer: dict) -> str:
     return f"{layer['mean']:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def main():
-    """The command."""
-    config = cli.config()
-    if not FLAGS.out:
-        raise UserError("--out is missing: a folder for the results")
-    measure(config, cli.workdir(), FLAGS.model or config.model, Path(FLAGS.out), FLAGS.methods, FLAGS.batches)
+def main(argv=None):
+    """Reads the command line and measures."""
+    arguments = parse(argv)
+    config, model = arguments.config, arguments.model or arguments.config.model
+    measure(config, arguments.workdir, model, Path(arguments.out), arguments.methods, arguments.batches)
+
+
+def parse(argv) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = cli.Parser("prom_jax.interference", __doc__)
+    parser.add_run()
+    add = parser.add_argument
+    add("--out", metavar="DIR", required=True, help="a folder for the results")
+    add("--model", help="checkpoint to measure (default: that of the configuration)")
+    add("--batches", metavar="N", type=cli.at_least(1), default=8, help="how many batches")
+    methods = "which methods, with commas between"
+    add("--methods", metavar="NAMES", type=cli.names, default=list(known_methods()), help=methods)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    cli.define_run_flags()
-    flags.DEFINE_string("model", None, "Checkpoint to measure; default that of the configuration")
-    flags.DEFINE_string("out", None, "Folder for the results")
-    flags.DEFINE_integer("batches", 8, "How many batches")
-    flags.DEFINE_list("methods", list(COMPARED), "Which methods, with commas between")
-    cli.run(main)
+    cli.guard(main)

@@ -5,22 +5,24 @@ lengths.png in the work directory. With --translate it first writes data.target,
 data.english; with --dry_run it tells what that would cost, and stops.
 """
 
+import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 from datetime import timedelta
 from pathlib import Path
 
-from absl import flags
 from rich.prompt import Confirm
 
 from prom_jax import config as configuration
+from prom_jax.analysis import regulation
 from prom_jax.data import card, inspection, sources
 from prom_jax.data.templates import language_name
 from prom_jax.data.translation import engines, translate
 from prom_jax.reporting.card import write as write_card
-from prom_jax.training.setup import resolve
+from prom_jax.training.setup import open_base, resolve
 from prom_jax.utils import cli
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
@@ -30,13 +32,33 @@ ENGINES = ("google", "nllb")
 CACHE = Path("~/.cache/prom_jax/translations.sqlite").expanduser()
 
 
-def prepare(config, workdir: Path, inspect: int = 0) -> dict:
-    """Records, card and, for `inspect` packed rows, a look at them; returns the card."""
-    experiment = resolve(config, workdir)
+def prepare(config, workdir: Path, inspect: int = 0, run: str = "") -> dict:
+    """Makes records and card without reading weights.
+
+    Args:
+      config: see `prom_jax.config`.
+      workdir: where they go.
+      inspect: so many packed rows are shown.
+      run: the flags of a command for the same configuration and work directory.
+
+    Returns:
+      The content of the card.
+
+    Raises:
+      UserError: for input that cannot be used.
+    """
+    base = open_base(config, workdir, weights=False)
+    experiment = resolve(config, workdir, base, regulation.recorded(config, base, workdir))
+    if experiment.regulation.open:
+        run = run or f"--config=… --workdir={workdir}"
+        console.print(
+            "regulate  λ is not decided yet, so both streams are prepared; this decides, or else training "
+            f"does: python -m prom_jax.regulate {run}"
+        )
     made = write_card(experiment)
     console.print(card.as_markdown(made))
     if inspect:
-        inspection.show(experiment.batches, experiment.data.train, experiment.tokenizer, inspect)
+        inspection.show(experiment.batches, experiment.data.train, experiment.base.tokenizer, inspect)
     console.print(f"card: {workdir}/data_card.md")
     return made
 
@@ -110,51 +132,64 @@ def _line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _engine(language: str) -> engines.Engine:
-    if FLAGS.translate == "nllb":
-        if not FLAGS.nllb:
+def _engine(arguments: argparse.Namespace) -> engines.Engine:
+    """The translator that the command line asks for."""
+    language = arguments.config.language
+    if arguments.translate == "nllb":
+        if not arguments.nllb:
             raise UserError("--nllb is missing: the folder of an NLLB-200 model converted by CTranslate2.")
-        return engines.NLLB(language, FLAGS.nllb, device=FLAGS.device)
+        return engines.NLLB(language, arguments.nllb, device=arguments.device)
     return engines.Google(
         language,
-        project=FLAGS.project,
-        endpoint=FLAGS.endpoint,
-        characters_per_minute=FLAGS.characters_per_minute,
+        project=arguments.project,
+        endpoint=arguments.endpoint,
+        characters_per_minute=arguments.characters_per_minute,
     )
 
 
-def _agreed() -> bool:
-    if FLAGS.yes:
+def _agrees(yes: bool) -> bool:
+    """Whether the user agrees to the cost: by --yes, or asked now."""
+    if yes:
         return True
     if not console.is_terminal:
         raise UserError("This would cost money: add --yes to agree, or --dry_run to stop here.")
     return Confirm.ask("Send it?", console=console)
 
 
-def main():
-    """The command."""
-    config, workdir = cli.config(), cli.workdir()
-    if FLAGS.translate:
-        with contextlib.closing(translate.Cache(FLAGS.cache)) as cache:
-            if not translate_sources(config, _engine(config.language), cache, _agreed, FLAGS.dry_run):
+def main(argv=None):
+    """Reads the command line, translates where asked, and prepares."""
+    arguments = parse(argv)
+    config, dry_run = arguments.config, arguments.dry_run
+    if arguments.translate:
+        agreed = functools.partial(_agrees, arguments.yes)
+        with contextlib.closing(translate.Cache(arguments.cache)) as cache:
+            if not translate_sources(config, _engine(arguments), cache, agreed, dry_run):
                 return
-    elif FLAGS.dry_run:
+    elif dry_run:
         raise UserError("--dry_run tells the cost of a translation: add --translate, or use train --dry_run.")
-    prepare(config, workdir, FLAGS.inspect)
+    prepare(config, arguments.workdir, arguments.inspect, arguments.run)
+
+
+def parse(argv) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = cli.Parser("prom_jax.prepare", __doc__)
+    parser.add_run()
+    inspect = "show so many packed rows"
+    parser.add_argument("--inspect", metavar="K", type=cli.at_least(0), default=0, help=inspect)
+    add = parser.add_argument_group("translation").add_argument
+    add("--translate", choices=ENGINES, help="translate data.english into data.target with this engine")
+    add("--dry_run", action="store_true", help="tell what the translation would cost, and stop")
+    add("--yes", action="store_true", help="agree to the cost of the translation")
+    add("--cache", metavar="FILE", default=str(CACHE), help="SQLite file of the translations made so far")
+    add("--nllb", metavar="DIR", help="folder of an NLLB-200 model converted by CTranslate2")
+    add("--device", choices=("cpu", "cuda", "auto"), default="auto", help="of NLLB")
+    add("--project", metavar="NAME", help="Google Cloud project (default: that of the credentials)")
+    add("--endpoint", metavar="HOST", help="of the service, such as translate-eu.googleapis.com")
+    number, quota = cli.at_least(1), engines.CHARACTERS_PER_MINUTE
+    about = "the quota of the Google Cloud project"
+    add("--characters_per_minute", metavar="N", type=number, default=quota, help=about)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    cli.define_run_flags()
-    flags.DEFINE_enum("translate", None, ENGINES, "Translate data.english into data.target with this engine")
-    flags.DEFINE_integer("inspect", 0, "Show so many packed rows", lower_bound=0)
-    flags.DEFINE_bool("dry_run", False, "Tell what the translation would cost, and stop")
-    flags.DEFINE_bool("yes", False, "Agree to the cost of the translation")
-    flags.DEFINE_string("cache", str(CACHE), "SQLite file of the translations made so far")
-    flags.DEFINE_string("nllb", None, "Folder of an NLLB-200 model converted by CTranslate2")
-    flags.DEFINE_string("device", "auto", "Of NLLB: cpu, cuda or auto")
-    flags.DEFINE_string("project", None, "Google Cloud project; default that of the credentials")
-    flags.DEFINE_string("endpoint", None, "Host of the service, such as translate-eu.googleapis.com")
-    quota = engines.CHARACTERS_PER_MINUTE
-    flags.DEFINE_integer("characters_per_minute", quota, "The project's quota", lower_bound=1)
-    cli.run(main)
+    cli.guard(main)

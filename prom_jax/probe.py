@@ -15,6 +15,7 @@ from rich.table import Table
 from prom_jax.analysis.cloze import DEMONSTRATIONS, prompts, read_table
 from prom_jax.analysis.probe import SCORINGS, NoRows, Probe, probe
 from prom_jax.checkpoints import pretrained as models
+from prom_jax.parallel import flags
 from prom_jax.parallel.sharding import describe as describe_mesh
 from prom_jax.reporting.plots import probe_curves
 from prom_jax.utils import cli
@@ -28,7 +29,11 @@ SETTINGS = ("scoring", "shots", "demonstrations", "seed", "table")
 
 def main(argv=None):
     """Reads the command line and probes."""
-    arguments = parse(argv)
+    run(parse(argv))
+
+
+def run(arguments: argparse.Namespace):
+    """Probes each language and writes, draws and prints what was found."""
     settings = {name: getattr(arguments, name) for name in SETTINGS if name != "table"}
     tables = read_tables(arguments, settings)
     shared = settings | {"model": arguments.model, "versions": cli.versions()}
@@ -36,7 +41,7 @@ def main(argv=None):
     before = earlier(arguments.compare, headers) if arguments.compare else {}
     out = Path(arguments.out)
     make_directory(out)
-    mesh = cli.mesh(arguments)
+    mesh = flags.mesh(arguments)
     model, tokenizer = models.load(arguments.model, mesh, arguments.compute_dtype)
     console.print(
         f"model     {arguments.model}: {model.config.num_hidden_layers} layers, computed in "
@@ -57,22 +62,22 @@ def main(argv=None):
 
 def parse(argv) -> argparse.Namespace:
     """The command line's arguments."""
-    parser = cli.parser("probe", __doc__)
+    parser = cli.Parser("prom_jax.probe", __doc__)
     add = parser.add_argument
-    add("--model", required=True)
-    add("--languages", required=True, help="of the tables, such as th,el")
-    add("--out", required=True, help="folder for the results")
+    add("--model", required=True, help="whatever prom_jax loads")
+    add("--languages", metavar="CODES", required=True, help="of the tables, such as th,el")
+    add("--out", metavar="DIR", required=True, help="a folder for the results")
     add("--scoring", choices=SCORINGS, default="word", help="what counts as a word: see docs/probe.md")
-    add("--shots", type=int, default=5, help="demonstrations in each prompt")
-    add(
-        "--demonstrations", choices=DEMONSTRATIONS, default="shared", help="the same for all, or for each row"
-    )
-    add("--seed", type=int, default=0, help="of demonstrations and intervals")
-    add("--tables", help="folder with <language>/clean.csv; default: the project's own tables")
-    add("--batch", type=int, default=16, help="rows at a time")
-    cli.add_compute(parser)
-    add("--compare", metavar="BEFORE", help="folder of an earlier probe, to draw the change")
-    add("--suggest-layer", action="store_true", help="tell where English leads most")
+    add("--shots", metavar="N", type=cli.at_least(0), default=5, help="demonstrations in each prompt")
+    kinds = "the same for all rows, or each row's own"
+    add("--demonstrations", choices=DEMONSTRATIONS, default="shared", help=kinds)
+    add("--seed", metavar="N", type=cli.integer, default=0, help="of demonstrations and intervals")
+    tables = "folder with <language>/clean.csv (default: the project's own tables)"
+    add("--tables", metavar="DIR", help=tables)
+    add("--batch", metavar="N", type=cli.at_least(1), default=16, help="rows at a time")
+    add("--compare", metavar="DIR", help="folder of an earlier probe, to draw the change")
+    add("--suggest_layer", action="store_true", help="tell where English leads most")
+    flags.add_compute(parser)
     return parser.parse_args(argv)
 
 

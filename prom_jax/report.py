@@ -20,7 +20,11 @@ PAPER = Path(__file__).parent / "resources" / "paper.json"
 def main(argv=None):
     """Reads the command line and reports."""
     arguments = parse(argv)
-    root, out = Path(arguments.runs), Path(arguments.out)
+    report(Path(arguments.runs), Path(arguments.out))
+
+
+def report(root: Path, out: Path):
+    """Finds the evaluations below `root` and writes what the module promises into `out`."""
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
     runs, notes = evaluations.find(root)
     sections, left_out = tables.sections(runs, paper)
@@ -37,9 +41,10 @@ def main(argv=None):
 
 def parse(argv) -> argparse.Namespace:
     """The command line's arguments."""
-    parser = cli.parser("report", __doc__)
-    parser.add_argument("--runs", required=True, help="folder with evaluations anywhere below it")
-    parser.add_argument("--out", required=True, help="folder for the report")
+    parser = cli.Parser("prom_jax.report", __doc__)
+    runs = "folder with evaluations anywhere below it"
+    parser.add_argument("--runs", metavar="DIR", required=True, help=runs)
+    parser.add_argument("--out", metavar="DIR", required=True, help="a folder for the report")
     return parser.parse_args(argv)
 
 

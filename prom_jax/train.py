@@ -5,6 +5,7 @@ checkpoints, metrics.jsonl, TensorBoard events, summary.json and the result, hf/
 to go on after a stop.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import signal
@@ -16,29 +17,31 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-from absl import flags
 from rich.table import Table
 
+from prom_jax.analysis import regulation
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
-from prom_jax.checkpoints.training import Checkpoints, Description, describe, placed
+from prom_jax.checkpoints.description import Description, describe
+from prom_jax.checkpoints.training import Checkpoints
 from prom_jax.data import card
 from prom_jax.data.chat import chat_template
 from prom_jax.evaluation import samples
 from prom_jax.evaluation.heldout import HeldOut
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
+from prom_jax.parallel import flags, sharding
 from prom_jax.parallel import multihost as distributed
-from prom_jax.parallel import sharding
-from prom_jax.parallel.multihost import REQUEUE
 from prom_jax.reporting.card import write as write_card
 from prom_jax.reporting.plots import learning_curves
 from prom_jax.training import budget
-from prom_jax.training.setup import Experiment, resolve
-from prom_jax.training.step import abstract_state, make_optimizer, make_schedule, make_update
+from prom_jax.training.optimizer import abstract_state, make_optimizer, make_schedule
+from prom_jax.training.setup import Experiment, open_base, resolve
+from prom_jax.training.step import make_update, trained_params
 from prom_jax.training.trackers import MetricsLog
 from prom_jax.utils import cli
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import REQUEUE, is_main_process
 from prom_jax.utils.workdir import CONFIG_FILE, write_json
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
@@ -47,8 +50,14 @@ BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
 def train(config, workdir, dry_run: bool = False) -> dict:
     """Runs a whole adaptation, or what is left of it.
 
-    Args: config: see `prom_jax.config`; workdir: where everything goes; dry_run: tell the cost and stop.
-    Returns: the content of `summary.json`; empty for a dry run.
+    Args:
+      config: see `prom_jax.config`.
+      workdir: where everything goes.
+      dry_run: tell the cost and stop.
+
+    Returns:
+      The content of `summary.json`; empty for a dry run.
+
     Raises:
       UserError: for input that cannot be used, or a loss that is not finite.
     """
@@ -60,21 +69,21 @@ def train(config, workdir, dry_run: bool = False) -> dict:
             compile_update(job)
             return {}
         checkpoints = open_checkpoints(job)
-        with ThreadPoolExecutor(1) as beside:  # weights are read while the update is compiled
-            base = None if checkpoints.latest() else beside.submit(load, job)
+        with ThreadPoolExecutor(1) as executor:  # weights are read while the update is compiled
+            base = None if checkpoints.latest() else executor.submit(load, job)
             update, abstract = compile_update(job)
         start, state = checkpoints.resume(params=abstract[0], opt_state=abstract[1])
         if state is None:
-            state = begin(job, checkpoints, base.result() if base else load(job), abstract)
+            state = init_state(job, checkpoints, base.result() if base else load(job), abstract)
         params, opt_state = state
         log = MetricsLog(workdir, start or BEFORE_BASE)
         write_json(workdir / CONFIG_FILE, job.identity)
         if not start:
             evaluate(job, params, log, 0)
-            respond(job, params, "base")
+            write_samples(job, params, "base")
         params = loop(job, update, params, opt_state, checkpoints, log, start)
         log.close()
-        respond(job, params, "adapted")
+        write_samples(job, params, "adapted")
         export(job, params)
         checkpoints.close()  # only now: a last save that failed must not keep the result back
         return report(job, log, time.time() - started)
@@ -85,7 +94,7 @@ class Job(Experiment):
     """An experiment on a mesh, before its weights are loaded to train on."""
 
     mesh: jax.sharding.Mesh
-    model: llama.Llama  # shapes alone
+    model: decoder.Decoder  # shapes alone
     held_out: list[HeldOut]
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
@@ -95,16 +104,18 @@ def plan(config, workdir: Path) -> Job:
     """Mesh, model and data, with a line on each; writes nothing but records, card and regulation."""
     budget.keep_freed_memory()
     mesh = sharding.make_mesh(**config.mesh)
-    experiment = resolve(config, workdir)
-    objective, data, batches = experiment.objective, experiment.data, experiment.batches
-    compute = llama.Compute(
+    base = open_base(config, workdir)
+    experiment = resolve(config, workdir, base, regulation.measured(config, base, workdir, mesh))
+    method, data, batches = experiment.method, experiment.data, experiment.batches
+    compute = decoder.Compute(
         config.compute_dtype or models.default_compute_dtype(), config.remat, config.attention
-    ).on_this_machine()
-    model = llama.abstract(
-        experiment.reader.config,
+    )
+    compute.check_platform()
+    model = decoder.abstract(
+        base.config,
         compute=compute,
-        pivot_layer=experiment.pivot_layer,
-        pivot_head=objective.has_pivot,
+        heads=method.heads,
+        exits=method.exits,
         param_dtype=config.optimizer.dtype,
     )
     for line in card.lines(write_card(experiment)):
@@ -115,12 +126,12 @@ def plan(config, workdir: Path) -> Job:
     )
     console.print(
         f"mesh      {sharding.describe(mesh)}: "
-        f"{llama.num_parameters(model):,} parameters{' with the pivot head' * objective.has_pivot}, computed "
-        f"in {compute.dtype}"
+        f"{decoder.num_parameters(model):,} parameters{' with the pivot head' * bool(method.heads)}, "
+        f"computed in {compute.dtype}"
     )
     rows = config.batch.sequences // config.batch.accumulation  # what fits in training fits in evaluation
     held_out = [
-        HeldOut(model, objective, mesh, records, sequences=rows, seq_len=config.data.seq_len, prefix=prefix)
+        HeldOut(model, method, mesh, records, sequences=rows, seq_len=config.data.seq_len, prefix=prefix)
         for prefix, records in (("", data.holdout), ("text_", data.text))
         if records is not None
     ]
@@ -144,15 +155,15 @@ def plan(config, workdir: Path) -> Job:
 
 
 def compile_update(job: Job):
-    """The compiled update and the state it takes, in shapes with their places; says what memory it needs.
+    """The compiled update and the state it takes, in shapes with their shardings; says what memory it needs.
 
-    Beside `make_update`'s arguments it takes whether to stop, from each process, and its metrics have `stop`:
-    whether any of them asked. So a signal that reaches one process stops all after the same step.
+    Besides `make_update`'s arguments it takes whether to stop, from each process, and its metrics have
+    `stop`: whether any of them asked. So a signal that reaches one process stops all after the same step.
     """
     parts = job.config.batch.accumulation
-    params = placed(llama.to_params(job.model), job.mesh)
-    opt_state = abstract_state(job.optimizer, params, job.mesh)
-    step = make_update(job.model, job.objective, job.optimizer, parts)
+    params = weights.abstract_params(job.model, job.mesh)
+    opt_state = abstract_state(job.optimizer, trained_params(params, job.method), job.mesh)
+    step = make_update(job.model, job.method, job.optimizer, parts, job.batches.appended)
 
     def update(params, opt_state, batch, stops):
         params, opt_state, metrics = step(params, opt_state, batch)
@@ -172,24 +183,26 @@ def open_checkpoints(job: Job) -> Checkpoints:
 
 
 def load(job: Job) -> dict:
-    """Parameters of the base model, in their places."""
+    """Parameters of the base model, sharded."""
+    method = job.method
     return weights.load_params(
-        job.reader,
+        job.base.reader,
         job.mesh,
-        pivot_layer=job.pivot_layer,
-        pivot_head=job.objective.has_pivot,
+        heads=method.heads,
+        exits=method.exits,
         dtype=job.config.optimizer.dtype,
     )
 
 
-def begin(job: Job, checkpoints: Checkpoints, params: dict, abstract):
-    """The parameters and a new optimizer state, in the places of the abstract ones; checkpoints to come are
+def init_state(job: Job, checkpoints: Checkpoints, params: dict, abstract):
+    """The parameters and a new optimizer state, sharded as the abstract ones; checkpoints to come are
     described."""
-    dtype = np.dtype(job.reader.dtype).name
-    description = Description(job.reader.config, job.pivot_layer, dtype, job.details)
-    describe(checkpoints.directory, description, job.tokenizer)
+    dtype = np.dtype(job.base.reader.dtype).name
+    description = Description(job.base.reader.config, job.method.heads, dtype, job.details)
+    describe(checkpoints.directory, description, job.base.tokenizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract[1])
-    return params, jax.jit(job.optimizer.init, out_shardings=shardings)(params)
+    init = jax.jit(job.optimizer.init, out_shardings=shardings)
+    return params, init(trained_params(params, job.method))
 
 
 def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: MetricsLog, start: int):
@@ -200,8 +213,11 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
       SystemExit: with REQUEUE, after a save, on SIGTERM, SIGINT or SIGUSR1.
     """
     config, num_steps = job.config, job.batches.num_steps
-    due = lambda step, every: step == num_steps or (every and step % every == 0)
-    upcoming = feed(job, start)
+
+    def due(step, every):
+        return step == num_steps or (every and step % every == 0)
+
+    upcoming = batch_iterator(job, start)
     batch, tokens = next(upcoming, (None, 0))
     with progress(num_steps, start) as show, caught_signals() as stopping:
         for step in range(start + 1, num_steps + 1):
@@ -215,6 +231,7 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
             stop = metrics.pop("stop") and step < num_steps
             seconds = time.perf_counter() - begun
             check_finite(job, metrics, step, checkpoints)
+            metrics = present(metrics)
             metrics["learning_rate"] = job.schedule(step - 1)
             metrics["tokens_per_second"] = done / seconds
             metrics["model_flops_per_second"] = job.flops / num_steps / seconds
@@ -233,6 +250,16 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
     return params
 
 
+def present(metrics: dict) -> dict:
+    """The metrics without those of streams that an update has none of."""
+    absent = [
+        key.removeprefix("weight_")
+        for key, value in metrics.items()
+        if key.startswith("weight_") and not value
+    ]
+    return {key: value for key, value in metrics.items() if key.partition("_")[2] not in absent}
+
+
 def check_finite(job: Job, metrics: dict, step: int, checkpoints: Checkpoints):
     """Raises UserError if the step went wrong, before it reaches a record or a checkpoint."""
     norms = {name: float(metrics[name]) for name in ("loss", "grad_norm", "param_norm")}
@@ -245,7 +272,7 @@ def check_finite(job: Job, metrics: dict, step: int, checkpoints: Checkpoints):
         )
 
 
-def feed(job: Job, start: int):
+def batch_iterator(job: Job, start: int):
     """Batches on the mesh from step `start`, with their numbers of real tokens."""
     parts, shapes = job.config.batch.accumulation, job.batches.shapes
     here = {stream: sharding.local_rows(job.mesh, rows, parts) for stream, (rows, _) in shapes.items()}
@@ -255,7 +282,7 @@ def feed(job: Job, start: int):
             batch = next(batches)
         except Exception as error:  # of whatever reads and decodes
             raise UserError(
-                f"the data of step {step + 1} cannot be read ({type(error).__name__}: {error}): mend or "
+                f"the data of step {step + 1} cannot be read ({type(error).__name__}: {error}): fix or "
                 f"remove {job.workdir}/records, and run the same command to go on"
             ) from error
         yield sharding.place_rows(job.mesh, batch, parts), job.batches.tokens(step)
@@ -290,23 +317,23 @@ def evaluate(job: Job, params, log: MetricsLog, step: int):
         console.print(f"step {step:>5}  held out: {', '.join(numbers)}")
 
 
-def respond(job: Job, params, name: str):
+def write_samples(job: Job, params, name: str):
     """Sample answers of the base or adapted model, into a file."""
     if job.config.eval.samples and job.data.holdout is not None:
-        model = llama.with_params(job.model, params)
-        answers = samples.answer(model, job.tokenizer, job.data.holdout, job.config.eval.samples)
+        model = decoder.with_params(job.model, params)
+        answers = samples.answer(model, job.base.tokenizer, job.data.holdout, job.config.eval.samples)
         write_json(job.workdir / f"samples_{name}.json", answers)
 
 
 def export(job: Job, params):
     """The result as a Hugging Face directory."""
     models.save_hf(
-        llama.with_params(job.model, params),
-        job.tokenizer,
+        decoder.with_params(job.model, params),
+        job.base.tokenizer,
         job.workdir / "hf",
-        dtype=job.config.export.dtype or job.reader.dtype,
+        dtype=job.config.export.dtype or job.base.reader.dtype,
         card=job.details,
-        template=chat_template(job.tokenizer, job.prompt_language),
+        template=chat_template(job.base.tokenizer, job.prompt_language),
     )
 
 
@@ -315,7 +342,10 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
     summary."""
     num_steps = job.batches.num_steps
     steps = [row for row in log.rows if "loss" in row]
-    median = lambda key: statistics.median(row[key] for row in steps)
+
+    def median(key):
+        return statistics.median(row[key] for row in steps)
+
     base, final = log.evaluation(0), log.evaluation(num_steps)
     summary = job.details | {
         "regulation_probe": job.regulation.measured,
@@ -327,7 +357,7 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
         "seconds": seconds,
         "export": str(job.workdir / "hf"),
     }
-    if not distributed.is_first():
+    if not is_main_process():
         return summary
     write_json(job.workdir / "summary.json", summary)
     learning_curves(log.rows, job.workdir / "curves.png")
@@ -349,14 +379,21 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
     return summary
 
 
-def main():
-    """The command."""
-    with cli.processes():
-        train(cli.config(), cli.workdir(), DRY_RUN.value)
+def main(argv=None):
+    """Reads the command line and trains."""
+    arguments = parse(argv)
+    with flags.processes(arguments):
+        train(arguments.config, arguments.workdir, arguments.dry_run)
+
+
+def parse(argv) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = cli.Parser("prom_jax.train", __doc__)
+    parser.add_run()
+    parser.add_argument("--dry_run", action="store_true", help="print steps, FLOPs and memory, then stop")
+    flags.add_processes(parser)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    cli.define_run_flags()
-    cli.define_process_flags()
-    DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print steps, FLOPs and memory, then stop")
-    cli.run(main)
+    cli.guard(main)

@@ -2,15 +2,14 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from prom_jax import config as configuration
 from prom_jax.models.config import LlamaConfig
+from prom_jax.utils.config_file import load as config_file
+from prom_jax.utils.config_file import override
 from prom_jax.utils.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -75,10 +74,8 @@ def test_thai_has_the_rows_of_table_4():
     }
 
 
-def test_every_key_can_be_overridden_and_keeps_its_type(monkeypatch):
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-    given, expected = ["test", "--config=configs/demo.py"], {}
+def test_every_key_can_be_overridden_and_keeps_its_type():
+    overrides, expected = [], {}
 
     def collect(node, prefix):
         for key, value in node.items():
@@ -86,13 +83,11 @@ def test_every_key_can_be_overridden_and_keeps_its_type(monkeypatch):
                 collect(value, f"{prefix}.{key}")
             else:
                 other = {str: "other", float: 0.25, int: 7, bool: not value}.get(type(value), "a.jsonl")
-                given.append(f"{prefix}.{key}={other}")
+                overrides.append(f"{prefix}.{key}={other}")
                 expected[f"{prefix}.{key}"] = [other] if isinstance(value, list) else other
 
     collect(json.loads(load(Path("configs/demo.py")).to_json()), "--config")
-    monkeypatch.setattr(sys, "argv", given)  # ml_collections looks for overrides there
-    values(given)
-    result = json.loads(holder.value.to_json())
+    result = json.loads(override(config_file("configs/demo.py"), overrides).to_json())
     for path, value in expected.items():
         node = result
         for key in path.split(".")[1:]:

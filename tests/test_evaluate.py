@@ -164,7 +164,8 @@ PathFinder.find_spec = staticmethod(hide)
 def test_without_torch(tiny, data, whole, tmp_path):
     _, results, _ = whole
     flags = [f"--model={tiny / 'model'}", "--tasks=mgsm_sw", f"--data-dir={data}", f"--out={tmp_path}"]
-    code = f"{NO_TORCH}\nfrom prom_jax import cli, evaluate\ncli.guard(lambda: evaluate.main({flags}))"
+    imports = "from prom_jax import evaluate\nfrom prom_jax.utils import cli"
+    code = f"{NO_TORCH}\n{imports}\ncli.guard(lambda: evaluate.main({flags}))"
     subprocess.run([sys.executable, "-c", code], check=True)
     again = json.loads((tmp_path / "results.json").read_text())
     assert again["tasks"]["mgsm_sw"] == results["tasks"]["mgsm_sw"]

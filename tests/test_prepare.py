@@ -11,8 +11,8 @@ from prom_jax import prepare as door
 from prom_jax.data import inspection
 from prom_jax.data.records import Records
 from prom_jax.data.translation import translate
-from prom_jax.training.objective import Objective
-from prom_jax.training.setup import recipe, resolve
+from prom_jax.training.methods import find_method
+from prom_jax.training.setup import open_base, recipe, resolve
 from prom_jax.utils.errors import UserError
 from tests.data.translation.test_translate import Toy, spell_thai
 from tests.tiny import tiny_config
@@ -83,10 +83,10 @@ def test_inspection_shows_rows_as_they_are_trained_on(prepared, tiny, monkeypatc
     _, workdir = prepared
     config = tiny_config(tiny)
     config.data.seq_len = 256  # so that a row has several texts
-    experiment = resolve(config, workdir)
+    experiment = resolve(config, workdir, open_base(config, workdir, weights=False))
     printed = io.StringIO()
     monkeypatch.setattr(inspection, "console", Console(file=printed, markup=False, soft_wrap=True, width=200))
-    inspection.show(experiment.batches, experiment.data.train, experiment.tokenizer, 3)
+    inspection.show(experiment.batches, experiment.data.train, experiment.base.tokenizer, 3)
     text = printed.getvalue()
     assert text.count(" row ") == 3 and "target row 1 of 8" in text and "english row 1 of" in text
     batch = experiment.batches[0]
@@ -95,19 +95,20 @@ def test_inspection_shows_rows_as_they_are_trained_on(prepared, tiny, monkeypatc
         for segment in set(rows["segments"][rows["weights"] > 0]):
             here = rows["segments"] == segment
             learnt = rows["labels"][here][rows["weights"][here] > 0]
-            assert f"⟦{experiment.tokenizer.decode(learnt)}⟧" in text
+            assert f"⟦{experiment.base.tokenizer.decode(learnt)}⟧" in text
     assert "[target " in text and "[english " in text and "[translation " in text
 
 
 def test_further_streams_are_those_of_the_method(tiny):
     config = tiny_config(tiny)
     config.data.streams = ("replay=nowhere.jsonl",)
-    for method, streams in (("prom", ("target", "english")), ("bactrian", ("target",))):
-        made = recipe(config, Objective(method))
+    for name, streams in (("prom", ("target", "english")), ("bactrian", ("target",))):
+        method = find_method(name).from_config(config, 3, 0.1)
+        made = recipe(config, method)
         assert (made.streams, made.more) == (streams, ())  # no term of theirs takes it
     config.data.streams = ("nowhere.jsonl",)
     with pytest.raises(UserError, match=r"data.streams has 'nowhere\.jsonl': expected 'name=source'"):
-        recipe(config, Objective())
+        recipe(config, method)
 
 
 def read(path):

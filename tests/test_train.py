@@ -317,7 +317,7 @@ def command(tiny, workdir, *more):
     [
         ("--config.pivot.wait=0.3", "unknown configuration key 'wait' in --config.pivot.wait=0.3"),
         ("--config=configs/xx.py", "xx.py"),
-        ("--config.steps=many", "flag --config.steps=many: invalid"),
+        ("--config.steps=many", "--config.steps=many: expected an integer"),
         ("--wrokdir=x", "wrokdir"),
     ],
 )

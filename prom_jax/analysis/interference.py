@@ -18,7 +18,6 @@ and n is the last layer that both reach.
 """
 
 import functools
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -27,35 +26,11 @@ import numpy as np
 from prom_jax.analysis.statistics import interval, resampled_means
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Records
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
+from prom_jax.models.decoder import Rows
 from prom_jax.parallel.sharding import BATCH, constrain, constrain_params
-from prom_jax.training.objective import Objective, main_exit
+from prom_jax.training.objective import Method, Texts, TokenLoss
 from prom_jax.utils.errors import UserError
-
-
-@dataclass(frozen=True)
-class Texts:
-    """A part of what an update holds: one side of the examples whose target side has one of these roles.
-
-    source: where the configuration says what they are.
-    """
-
-    name: str
-    side: str
-    roles: tuple[str, ...]
-    source: str
-
-
-TARGET = Texts("target", "target", ("target", "translation"), "data.target")
-COMPARED = {
-    "bactrian": (
-        Texts("instructions", "target", ("target",), "data.target"),
-        Texts("translations", "target", ("translation",), "data.translation"),
-    ),
-    "xllama2": (Texts("English", "english", ("target",), "data.english"), TARGET),
-    "prom": (Texts("English", "english", ("target", "translation"), "data.english"), TARGET),
-}
-
 
 # Which batches.
 
@@ -66,17 +41,18 @@ def draw(batches: Batches, records: Records, methods, number: int) -> list[int]:
     Raises:
       UserError: the records hold none of something, or too few batches hold all.
     """
-    compared = [(method, texts) for method in methods for texts in COMPARED[method]]
+    compared = [(method, texts) for method in methods for texts in method.compared]
     everything = np.arange(len(records))
     for method, texts in compared:
         if not _tokens(records, everything, texts):
             raise UserError(
-                f"method {method!r} is measured on {' and '.join(t.name for t in COMPARED[method])}, and the "
-                f"data hold none of the {texts.name}: set {texts.source}, or leave {method} out of --methods"
+                f"method {method.name!r} is measured on {' and '.join(t.name for t in method.compared)}, and "
+                f"the data hold none of the {texts.name}: set {texts.source}, or leave {method.name} out of "
+                "--methods"
             )
 
     def holds(step, texts):
-        taken = batches.slots(step, texts.side)[0] if texts.side in batches.shapes else everything[:0]
+        taken = batches.slots(step, texts.stream)[0] if texts.stream in batches.shapes else everything[:0]
         return _tokens(records, taken, texts) > 0
 
     steps = [step for step in range(len(batches)) if all(holds(step, texts) for _, texts in compared)]
@@ -89,10 +65,10 @@ def draw(batches: Batches, records: Records, methods, number: int) -> list[int]:
 
 
 def _tokens(records: Records, examples: np.ndarray, texts: Texts) -> int:
-    """Loss-bearing tokens of some texts in examples."""
-    if texts.side not in records.streams:
+    """Loss tokens of some texts in examples."""
+    if texts.stream not in records.streams:
         return 0
-    weights = records.streams[texts.side].weights[examples]
+    weights = records.streams[texts.stream].weights[examples]
     return int(weights[_has_role(records, examples, texts)].sum())
 
 
@@ -101,23 +77,29 @@ def _has_role(records: Records, examples: np.ndarray, texts: Texts) -> np.ndarra
 
 
 def only(batch: dict, batches: Batches, records: Records, step: int, texts: Texts) -> dict:
-    """The rows of a batch with some texts alone bearing loss. The others stay, unseen: packing isolates them.
+    """The rows of a batch in which some texts alone have a loss. The others stay, unseen: packing isolates
+    them.
 
-    Args: batch: `batches[step]`. Returns: numpy arrays as in `data.loader`, [R, T].
+    Args:
+      batch: `batches[step]`.
+      batches, records: of the run.
+      step: of the batch.
+      texts: that have a loss.
+    Returns: numpy arrays as in `data.loader`, [R, T].
     """
-    examples, rows, offsets, lengths = batches.slots(step, texts.side)
-    bears = np.zeros_like(batch[texts.side]["weights"])
+    examples, rows, offsets, lengths = batches.slots(step, texts.stream)
+    has_loss = np.zeros_like(batch[texts.stream]["weights"])
     here = _has_role(records, examples, texts)
     for row, offset, length in zip(rows[here], offsets[here], lengths[here]):
-        bears[row, offset : offset + length] = 1
-    return batch[texts.side] | {"weights": batch[texts.side]["weights"] * bears}
+        has_loss[row, offset : offset + length] = 1
+    return batch[texts.stream] | {"weights": batch[texts.stream]["weights"] * has_loss}
 
 
 # The gradients.
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "sides"))
-def inner_products(model: llama.Llama, rows: tuple, *, objective: Objective, sides: tuple[str, str]):
+@functools.partial(jax.jit, static_argnames="method")
+def inner_products(model: decoder.Decoder, rows: tuple, *, method: Method):
     """Inner products of the gradients of two batches over the parameters of each block that both reach.
 
     Both go back through the blocks side by side and are summed up block by block, so that the parameters'
@@ -126,59 +108,78 @@ def inner_products(model: llama.Llama, rows: tuple, *, objective: Objective, sid
     of gradients and what it takes to make them are 1.47 GiB.
 
     Args:
-      rows: of either batch, as in `data.loader`.
-      objective: its method decides through which head they leave.
-      sides: of the two batches, 'english' or 'target'.
-    Returns: float32 [L, 3]: g₁·g₂, g₁·g₁ and g₂·g₂ in blocks 1 … L, with L = n for PROM and else N.
+      model: with its parameters.
+      rows: of each of the method's `compared` texts, as in `data.loader`.
+      method: decides where they leave, and through which head.
+    Returns: float32 [L, 3]: g₁·g₂, g₁·g₁ and g₂·g₂ in blocks 1 … L, the last one that both reach.
     """
-    shared = [model.lower] if objective.has_pivot or model.upper is None else [model.lower, model.upper]
-    contexts = [model.context(part["tokens"], part["positions"], part["segments"]) for part in rows]
+    terms = [_term(method, texts.stream) for texts in method.compared]
+    depth = min(term.layer or model.config.num_hidden_layers for term in terms)
+    bounds = decoder.stack_bounds(model.config.num_hidden_layers, model.exits)
+    shared = [stack for stack, (_, last) in zip(model.stacks, bounds) if last <= depth]
+    batches = [Rows(part["tokens"], part["positions"], part["segments"]) for part in rows]
+    contexts = [model.context(batch) for batch in batches]
     states, inputs = zip(
-        *(_forward(shared, model.embed(part["tokens"]), context) for part, context in zip(rows, contexts))
+        *(_forward(shared, model.embed(batch.tokens), context) for batch, context in zip(batches, contexts))
     )
     gradients = tuple(
-        jax.grad(_rest)(x, model, objective, side, part, context)
-        for x, side, part, context in zip(states, sides, rows, contexts)
+        jax.grad(_rest)(x, model, len(shared), term, part, context)
+        for x, term, part, context in zip(states, terms, rows, contexts)
     )
 
     def back(gradients, layer):
-        block, *entered = layer
-        of_block, of_input = zip(*map(functools.partial(_back, block), entered, contexts, gradients))
+        (block, kind), *entered = layer
+        of_block, of_input = zip(
+            *(_back(block, kind, model, *each) for each in zip(entered, contexts, gradients))
+        )
         products = jnp.stack([_dot(of_block[i], of_block[j]) for i, j in ((0, 1), (0, 0), (1, 1))])
         return of_input, products
 
     products = []
     for stack, *entered in reversed(list(zip(shared, *inputs))):
-        gradients, of_stack = jax.lax.scan(back, gradients, (stack, *entered), reverse=True)
+        layers = (stack, jnp.asarray(stack.kinds))
+        gradients, of_stack = jax.lax.scan(back, gradients, (layers, *entered), reverse=True)
         products.append(of_stack)
     return constrain(jnp.concatenate(products[::-1]))
 
 
-def _forward(stacks: list[llama.Blocks], x_BTD, context):
+def _term(method: Method, stream: str) -> TokenLoss:
+    """The loss of a stream."""
+    return next(t for t in method.terms if isinstance(t, TokenLoss) and stream in t.streams)
+
+
+def _block(block: decoder.Blocks, kind, x_BTD, context):
+    return block.run(block.unsharded(x_BTD.dtype), x_BTD, context, kind)[0]
+
+
+def _forward(stacks: list[decoder.Blocks], x_BTD, context):
     """The last block's output, and the inputs of each stack's blocks, [n, B, T, D]."""
+
+    def forward(x, layer):
+        return _block(*layer, x, context), x
+
     inputs = []
     for stack in stacks:
-        x_BTD, entered = jax.lax.scan(
-            lambda x, block: (constrain(block(x, *context)[0], BATCH), x), x_BTD, stack
-        )
+        x_BTD, entered = jax.lax.scan(forward, x_BTD, (stack, jnp.asarray(stack.kinds)))
         inputs.append(entered)
     return x_BTD, inputs
 
 
-def _rest(x_BTD, model: llama.Llama, objective: Objective, side: str, rows: dict, context):
-    """The sum of token losses of a batch, from the output of the last block that both batches reach."""
-    if objective.has_pivot and side == "english":
-        return objective.pivot_exit(model, x_BTD, rows, objective.label_smoothing)
-    if objective.has_pivot:
-        x_BTD, _, _ = model.upper.scan(x_BTD, *context)
-    return main_exit(model, model.final_norm(x_BTD), rows, objective.chunk)
+def _rest(x_BTD, model: decoder.Decoder, depth: int, term: TokenLoss, rows: dict, context):
+    """The sum of token losses of a batch, from the output of the stack number `depth`."""
+    bounds = decoder.stack_bounds(model.config.num_hidden_layers, model.exits)
+    for stack, (_, last) in list(zip(model.stacks, bounds))[depth:]:
+        if last <= (term.layer or model.config.num_hidden_layers):
+            (x_BTD,), _, _ = stack.scan([x_BTD], [context])
+    return term.read(model, x_BTD, rows)
 
 
-def _back(block: llama.Blocks, x_BTD, context, gradient_BTD):
+def _back(block: decoder.Blocks, kind, model, x_BTD, context, gradient_BTD):
     """Gradients of one block's parameters, as a dict, and of its input."""
-    _, backward = jax.vjp(lambda block, x: block(x, *context)[0], block, x_BTD)
+    _, backward = jax.vjp(lambda block, x: _block(block, kind, x, context), block, x_BTD)
     of_block, of_input = backward(gradient_BTD)
-    return constrain_params(llama.to_params(of_block)), constrain(of_input, BATCH)
+    axes = decoder.param_axes(model.config)
+    return constrain_params(decoder.to_params(of_block), axes), constrain(of_input, BATCH)
 
 
 def _dot(one: dict, other: dict):
@@ -195,7 +196,7 @@ def cosines(products) -> np.ndarray:
     return both / np.sqrt(one * other)
 
 
-def summary(method: str, values: np.ndarray, num_layers: int, seed: int) -> dict:
+def summary(method: Method, values: np.ndarray, num_layers: int, seed: int) -> dict:
     """A method's cosines [batches, L] in JSON's types: by layer, 1 … N, with mean and 95 % bootstrap interval
     over batches. Above L there are none."""
     lows, highs = interval(resampled_means(values, seed))
@@ -206,7 +207,7 @@ def summary(method: str, values: np.ndarray, num_layers: int, seed: int) -> dict
     ]
     absent = {"mean": None, "interval": None, "values": None}
     return {
-        "compared": [texts.name for texts in COMPARED[method]],
+        "compared": [texts.name for texts in method.compared],
         "last_shared_layer": reached,
         "layers": [
             {"layer": i} | entry for i, entry in enumerate(layers + [absent] * (num_layers - reached), 1)

@@ -16,16 +16,17 @@ from tokenizers import pre_tokenizers
 from prom_jax.analysis.cloze import Row, Table, prompts
 from prom_jax.analysis.statistics import interval, resampled_means
 from prom_jax.data.tokens import common_prefix
-from prom_jax.ops.attention import SHARED, segment, visible
+from prom_jax.models.decoder import Rows
+from prom_jax.ops.attention import SHARED_PREFIX, segment_id
 from prom_jax.parallel.sharding import constrain, place_rows
 from prom_jax.utils.console import track
 from prom_jax.utils.errors import UserError
 
 SCORINGS = ("word", "prefix", "byte")
 # Shapes are rounded up to multiples of these, so that few are compiled.
-PREFIX_BUCKET, LENGTH_BUCKET, PLACES_BUCKET, ASKED_BUCKET = 64, 16, 4, 8
-# The branches of a row, segments to attention: both words continue the query, which is SHARED.
-PADDING, ENGLISH, TARGET = 0, segment(1, 0, 1), segment(1, 0, 2)
+PREFIX_BUCKET, LENGTH_BUCKET, COLUMNS_BUCKET, ASKED_BUCKET = 64, 16, 4, 8
+# The branches of a row, segments to attention: both words continue the query, which is SHARED_PREFIX.
+ENGLISH, TARGET = segment_id(1, 0, 1), segment_id(1, 0, 2)
 
 
 class NoRows(UserError):
@@ -183,14 +184,14 @@ class _Question:
     """One row as the model sees it, and what is read off it.
 
     tokens, positions, branches: int [T].
-    places, ids: int [Q], pairs of a place in the row and a token whose log-probability is read there.
+    columns, ids: int [Q], pairs of a column of the row and a token whose log-probability is read there.
     english: how many of the pairs, the first ones, are the English word's; the others are the target's.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
     branches: np.ndarray
-    places: np.ndarray
+    columns: np.ndarray
     ids: np.ndarray
     english: int
 
@@ -202,7 +203,7 @@ def _question(tokenizer, row: Row, prompt: str, scoring: str) -> _Question:
 
 
 def _first_tokens(tokenizer, row: Row, prompt: str, scoring: str) -> _Question:
-    """Asks at the prompt's last place for all tokens that can begin either word."""
+    """Asks at the prompt's last column for all tokens that can begin either word."""
     english, target = (beginnings(tokenizer, word, scoring) for word in (row.english, row.word))
     if not english or not target:
         raise _Unanswerable(f"no token begins its {'target' if english else 'English'} word")
@@ -211,7 +212,7 @@ def _first_tokens(tokenizer, row: Row, prompt: str, scoring: str) -> _Question:
     tokens, _ = _encode(tokenizer, prompt)
     length, ids = len(tokens), np.array(english + target)
     last = np.full(len(ids), length - 1)
-    return _Question(tokens, np.arange(length), np.full(length, SHARED), last, ids, len(english))
+    return _Question(tokens, np.arange(length), np.full(length, SHARED_PREFIX), last, ids, len(english))
 
 
 def _whole_words(tokenizer, row: Row, prompt: str) -> _Question:
@@ -227,18 +228,18 @@ def _whole_words(tokenizer, row: Row, prompt: str) -> _Question:
     )
     common = common_prefix(english, target)
     branch = len(english) - common
-    places, ids = [], []
+    columns, ids = [], []
     for tokens, ends, shift in ((english, english_ends, 0), (target, target_ends, branch)):
         own = np.flatnonzero(ends > len(prompt))
         if tokenizer.unk_token_id in tokens[own]:
             raise _Unanswerable("the tokenizer cannot spell one of its words")
-        places.append(np.where(own - 1 < common, own - 1, own - 1 + shift))
+        columns.append(np.where(own - 1 < common, own - 1, own - 1 + shift))
         ids.append(tokens[own])
     return _Question(
         np.concatenate([english, target[common:]]),
         np.concatenate([np.arange(len(english)), np.arange(common, len(target))]),
-        np.repeat([SHARED, ENGLISH, TARGET], [common, branch, len(target) - common]),
-        np.concatenate(places),
+        np.repeat([SHARED_PREFIX, ENGLISH, TARGET], [common, branch, len(target) - common]),
+        np.concatenate(columns),
         np.concatenate(ids),
         len(ids[0]),
     )
@@ -286,21 +287,25 @@ def _answer(model, questions: list[_Question], batch: int, what: str) -> list[np
     """Log-probabilities of what each question asks for, float64 [N, Q]."""
     first = questions[0].tokens
     prefix = min(
-        min(common_prefix(first, question.tokens), question.places.min(), np.sum(question.branches == SHARED))
+        min(
+            common_prefix(first, question.tokens),
+            question.columns.min(),
+            np.sum(question.branches == SHARED_PREFIX),
+        )
         for question in questions
     )
-    # Batches of rows that cost alike: a place that is read costs more than one that is passed through.
+    # Batches of rows that cost alike: a column that is read costs more than one that is passed through.
     order = sorted(
-        range(len(questions)), key=lambda i: (len(set(questions[i].places)), len(questions[i].tokens))
+        range(len(questions)), key=lambda i: (len(set(questions[i].columns)), len(questions[i].tokens))
     )
     groups = np.array_split(order, -(-len(order) // batch))
     answers = {}
     with jax.set_mesh(model.mesh):
         shared = _pad([first[:prefix]], 1, PREFIX_BUCKET)
-        cache = _run_prefix(model, shared)
+        cache = _run_prefix(model, shared, prefix)
         for group in track(groups, what, len(groups)):
             rows = _rows([questions[i] for i in group], len(groups[0]), prefix)
-            logs = np.asarray(_read(model, cache, prefix, place_rows(model.mesh, rows)), float)
+            logs = np.asarray(_read(model, cache, place_rows(model.mesh, rows)), float)
             answers |= {i: logs[:, row, : len(questions[i].ids)] for row, i in enumerate(group)}
     return [answers[i] for i in range(len(questions))]
 
@@ -308,16 +313,16 @@ def _answer(model, questions: list[_Question], batch: int, what: str) -> list[np
 def _rows(questions: list[_Question], number: int, prefix: int) -> dict[str, np.ndarray]:
     """The arrays of a batch of `number` rows, without the `prefix` tokens that they share.
 
-    tokens, positions, branches: [B, T]; places: [B, M], the different places that are read; at, ids: [B, Q],
+    tokens, positions, branches: [B, T]; columns: [B, M], the different ones that are read; at, ids: [B, Q],
     which of these, and the token.
     """
-    places, at = zip(*(np.unique(question.places - prefix, return_inverse=True) for question in questions))
+    columns, at = zip(*(np.unique(question.columns - prefix, return_inverse=True) for question in questions))
     tails = lambda name: [getattr(question, name)[prefix:] for question in questions]
     return {
         "tokens": _pad(tails("tokens"), number, LENGTH_BUCKET),
         "positions": _pad(tails("positions"), number, LENGTH_BUCKET),
         "branches": _pad(tails("branches"), number, LENGTH_BUCKET),
-        "places": _pad(places, number, PLACES_BUCKET if max(map(len, places)) > 1 else 1),
+        "columns": _pad(columns, number, COLUMNS_BUCKET if max(map(len, columns)) > 1 else 1),
         "at": _pad(at, number, ASKED_BUCKET),
         "ids": _pad([question.ids for question in questions], number, ASKED_BUCKET),
     }
@@ -333,34 +338,27 @@ def _pad(parts, number: int, bucket: int) -> np.ndarray:
 
 
 @jax.jit
-def _run_prefix(model, tokens_1P):
-    """Keys and values of what all rows begin with. Padding comes last, so that nothing sees it here."""
-    positions, segments = jnp.arange(tokens_1P.shape[1])[None], jnp.zeros_like(tokens_1P)
-    mask = visible(positions, positions, segments, segments, model.config.sliding_window)
-    cache = model.empty_cache(*tokens_1P.shape)
-    return model.cached_states(tokens_1P, positions, mask, cache, 0)[1]
+def _run_prefix(model, tokens_1P, prefix):
+    """Keys and values of the first `prefix` tokens, with which all rows begin; the others are padding."""
+    length = tokens_1P.shape[1]
+    segments = jnp.where(jnp.arange(length) < prefix, SHARED_PREFIX, 0)[None]
+    cache = model.empty_cache(1, length)
+    return model.forward(Rows(tokens_1P, segments=segments), cache=cache, slot=0).cache
 
 
 @jax.jit
-def _read(model, cache, prefix, rows):
+def _read(model, cache, rows):
     """Log-probabilities of the rows' `ids` after each block, float32 [N, B, Q], all on every device.
 
-    Only the places that are read reach the head, and the logits of one layer alone are in memory.
+    Only the columns that are read reach the head, and the logits of one layer alone are in memory.
     """
-    positions, branches = rows["positions"], rows["branches"]
-    before = jnp.arange(cache["lower"][0].shape[3])
-    join = lambda first, rest: jnp.concatenate(
-        [jnp.broadcast_to(first, (len(rest), len(first))), rest], axis=1
-    )
-    kv_positions = join(before, positions)
-    kv_branches = join(jnp.where(before < prefix, SHARED, PADDING), branches)
-    mask = visible(positions, kv_positions, branches, kv_branches, model.config.sliding_window)
 
     def lens(x_BTD):
-        read = jnp.take_along_axis(x_BTD, rows["places"][..., None], axis=1)
-        logits_BMV = model.logits(model.final_norm(read))
+        read = jnp.take_along_axis(x_BTD, rows["columns"][..., None], axis=1)
+        logits_BMV = model.logits(read)
         normalizers = jax.nn.logsumexp(logits_BMV, axis=-1)
         asked = jax.vmap(lambda logits, at, ids: logits[at, ids])(logits_BMV, rows["at"], rows["ids"])
         return asked - jnp.take_along_axis(normalizers, rows["at"], axis=1)
 
-    return constrain(model.each_layer(rows["tokens"], model.angles(positions), mask, lens, cache))
+    inputs = Rows(rows["tokens"], rows["positions"], rows["branches"])
+    return constrain(model.forward(inputs, cache=cache, collect=lens).collected)

@@ -5,7 +5,7 @@ is a dict of [rows, length] arrays, of a shape of its own for each stream:
 
   tokens     int32
   positions  int32, from 0 in each example
-  segments   int32, as `attention.segment` numbers them within a row; 0 for padding
+  segments   int32, as `ops.attention.segment_id` numbers them within a row; 0 for padding
   labels     int32, the next token of the same example
   weights    float32, 1 where `labels` has a loss, else 0
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from prom_jax.data import packing
 from prom_jax.data.records import Records, Stream
-from prom_jax.ops.attention import segment
+from prom_jax.ops.attention import segment_id
 from prom_jax.utils.errors import UserError
 
 
@@ -222,5 +222,5 @@ class _SegmentPaths:
 def _segments(path: tuple[int, int, int], ends: tuple[int, int, int]) -> np.ndarray:
     """The segment of each token of a text: its shared prefix ends at the first of `ends`, its prompt at the
     second, if that is not before, and all of it at the last."""
-    numbers = segment(path[0]), segment(*path[:2]), segment(*path)
+    numbers = segment_id(path[0]), segment_id(*path[:2]), segment_id(*path)
     return np.repeat(numbers, np.diff(np.maximum.accumulate(ends), prepend=0))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prom_jax.ops.attention import MOST_SEGMENTS
+from prom_jax.ops.attention import MAX_SEGMENTS
 
 LOOKAHEAD = 512  # examples besides an update's own that may fill gaps in its primary rows
 FILL_TARGET = 0.95  # share of an update's primary slots that its own examples, the next in order, fill
@@ -204,7 +204,7 @@ class Rows:
 
     def fits(self, text: Text, row: int) -> bool:
         """Whether a text fits into a row."""
-        return self.needed(text, row) <= self._capacity[row] and self._texts[row] < MOST_SEGMENTS
+        return self.needed(text, row) <= self._capacity[row] and self._texts[row] < MAX_SEGMENTS
 
     def place(self, text: Text, row: int) -> tuple[int, int, int]:
         """Takes the capacity; returns row, offset and length."""
@@ -216,7 +216,7 @@ class Rows:
         self._texts[row] += 1
         for free in (self._free, *(self._free_with_prefix[prefix] for prefix in self._prefixes[row])):
             free.pop(bisect.bisect_left(free, (capacity, row)))
-            if self._texts[row] < MOST_SEGMENTS:
+            if self._texts[row] < MAX_SEGMENTS:
                 bisect.insort(free, (self._capacity[row], row))
         return row, self._length - capacity, length
 

@@ -1,4 +1,4 @@
-"""Which texts are computed together: those that begin alike share a row, rows of like length a batch."""
+"""Which texts are computed together: those with a common prefix in a row, rows of like length in a batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,27 +7,29 @@ import jax
 import numpy as np
 
 from prom_jax.data.tokens import common_prefix
-from prom_jax.ops.attention import SHARED, segment
+from prom_jax.ops.attention import SHARED_PREFIX, segment_id
 from prom_jax.parallel.sharding import place_rows
 
 MAX_TEXTS = 8  # in a row
 SHORTEST = 32  # tokens of a row
 WORTHWHILE = 16  # tokens that are to be saved before a text joins a row
 
-# What a step of decoding costs, in tokens that go through the model: so many whatever it computes, as it
-# reads all weights, and one for so many keys that are looked at. Measured for SmolLM2 on two cores; an
-# accelerator computes faster by far than it reads. And how many pairs of a token and a key cost as much.
-STEP, STEP_OF_ACCELERATOR, KEYS, PAIRS = 32, 256, 180, 1000
+# Cost model of one decode step in token-equivalents: STEP_COST fixed, as it reads all weights, plus attended
+# keys / KEYS_PER_TOKEN; a token and PAIRS_PER_TOKEN pairs of a token and a key cost the same. Measured for
+# SmolLM2 on two cores; an accelerator computes faster by far than it reads.
+STEP_COST, STEP_COST_OF_ACCELERATOR, KEYS_PER_TOKEN, PAIRS_PER_TOKEN = 32, 256, 180, 1000
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of up to R texts each, which continue what they have in common; padding is on the left.
+    """Rows of up to R texts each, which continue a shared prefix; padding is on the left.
 
-    tokens, positions, segments: int32 [B, T]; what a row's texts share is segment SHARED, which the r-th
-      text's own part, `own_segment(r)`, continues; padding is 0.
-    texts: int [B, R], the number of each text, -1 where there is none.
-    ends: int32 [B, R], the place of its last token; lengths: int32 [B, R], its number of tokens.
+    Attributes:
+      tokens, positions, segments: int32 [B, T]; the prefix of a row's texts is segment SHARED_PREFIX, which
+        the r-th text's own part, `own_segment(r)`, continues; padding is 0.
+      texts: int [B, R], the number of each text, -1 where there is none.
+      ends: int32 [B, R], the column of its last token.
+      lengths: int32 [B, R], its number of tokens.
     """
 
     tokens: np.ndarray
@@ -39,8 +41,8 @@ class Batch:
 
 
 def own_segment(text):
-    """That of the own part of a row's text; an int or an array of them."""
-    return segment(1, 0, text + 1)
+    """The segment of the own part of a row's text; an int or an array of them."""
+    return segment_id(1, 0, text + 1)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class _Row:
     tokens: int  # in all
 
     @property
-    def places(self) -> int:
+    def capacity(self) -> int:
         """R: texts that it is computed for."""
         return _few(len(self.texts))
 
@@ -61,7 +63,7 @@ class _Row:
 
 
 def plan(
-    texts: Sequence[Sequence[int]], own: Sequence[int], *, extra: int, places: int, shards: int = 1
+    texts: Sequence[Sequence[int]], own: Sequence[int], *, extra: int, slots: int, shards: int = 1
 ) -> Iterator[Batch]:
     """Batches of all texts, each once, those with many texts a row and the longest first; shapes are few, as
     each is compiled, and chosen so that all batches together cost least.
@@ -69,15 +71,15 @@ def plan(
     Args:
       texts: token ids, none empty.
       own: of each text, how many of its last tokens may not be shared with others (1 at least).
-      extra: places that each text needs besides, such as for its answer.
-      places: of a batch in all, what is in memory at a time: rows × (T + R · extra) stay below it where one
+      extra: slots that each text needs besides, such as for its answer.
+      slots: of a batch in all, what is in memory at a time: rows × (T + R · extra) stay below it where one
         row a shard does.
       shards: divide the number of rows.
     """
-    rows = _rows(texts, own, extra, places // shards)
-    rows = sorted(rows, key=lambda row: (row.places, row.tokens), reverse=True)
+    rows = _rows(texts, own, extra, slots // shards)
+    rows = sorted(rows, key=lambda row: (row.capacity, row.tokens), reverse=True)
     start = 0
-    for number, shape in _split(rows, extra, places, shards):
+    for number, shape in _split(rows, extra, slots, shards):
         yield _batch(texts, rows[start : start + number], shape, shards)
         start += number
 
@@ -89,8 +91,8 @@ def placed(model, batch: Batch, **more) -> dict:
     return place_rows(model.mesh, rows)
 
 
-def _rows(texts, own, extra: int, places: int) -> Iterator[_Row]:
-    """Texts by row of up to so many places: a text joins those before it, in alphabetical order, where the
+def _rows(texts, own, extra: int, slots: int) -> Iterator[_Row]:
+    """Texts by row of up to so many slots: a text joins those before it, in alphabetical order, where the
     tokens that this saves are worth more than that every step looks at the others' keys too."""
     row = None
     for text in sorted(range(len(texts)), key=texts.__getitem__):
@@ -99,8 +101,8 @@ def _rows(texts, own, extra: int, places: int) -> Iterator[_Row]:
             common = min(common_prefix(texts[row.texts[0]], texts[text]), row.shared, alone.shared)
             joined = _row(texts, [*row.texts, text], common)
             saved = row.tokens + alone.tokens - joined.tokens
-            looks = extra * (joined.pairs - row.pairs - alone.pairs) / PAIRS
-            if saved >= WORTHWHILE + looks and joined.tokens + joined.places * extra <= places:
+            looks = extra * (joined.pairs - row.pairs - alone.pairs) / PAIRS_PER_TOKEN
+            if saved >= WORTHWHILE + looks and joined.tokens + joined.capacity * extra <= slots:
                 row = joined
                 continue
         if row is not None:
@@ -114,21 +116,21 @@ def _row(texts, members: list[int], shared: int) -> _Row:
     return _Row(members, shared, shared + sum(len(texts[text]) - shared for text in members))
 
 
-def _split(rows: list[_Row], extra: int, places: int, shards: int) -> list[tuple[int, tuple]]:
+def _split(rows: list[_Row], extra: int, slots: int, shards: int) -> list[tuple[int, tuple]]:
     """The cheapest way to take sorted rows in batches: the number of rows of each, and its shape B, T, R."""
     tokens = np.array([row.tokens for row in rows])
-    step = STEP if jax.default_backend() == "cpu" else STEP_OF_ACCELERATOR
+    step = STEP_COST if jax.default_backend() == "cpu" else STEP_COST_OF_ACCELERATOR
     costs, taken = np.zeros(len(rows) + 1), [None] * len(rows)
     for start in reversed(range(len(rows))):
-        longest = np.maximum.accumulate(tokens[start : start + max(shards, places // SHORTEST)])
-        per_row, options = rows[start].places, []
+        longest = np.maximum.accumulate(tokens[start : start + max(shards, slots // SHORTEST)])
+        per_row, options = rows[start].capacity, []
         for number in _numbers(len(longest), shards):
             batch = shards * _few(-(-number // shards))
             length = SHORTEST * _few(-(-int(longest[number - 1]) // SHORTEST))
             size = batch * (length + per_row * extra)
-            if batch > shards and size > places:
+            if batch > shards and size > slots:
                 break
-            cost = max(1, extra) * (step + (batch * per_row + size / KEYS) / shards)
+            cost = max(1, extra) * (step + (batch * per_row + size / KEYS_PER_TOKEN) / shards)
             options.append((cost + costs[start + number], -number, (batch, length, per_row)))
         costs[start], less, shape = min(options)
         taken[start] = -less, shape
@@ -155,24 +157,24 @@ def _few(number: int) -> int:
 
 
 def _batch(texts, rows: list[_Row], shape: tuple[int, int, int], shards: int) -> Batch:
-    """The rows as arrays of B, T, R places; those of like length have the same place in their shards, which
-    work through them in step."""
-    number, length, places = shape
+    """The rows as arrays of B × T columns for R texts; those of similar length have the same index in their
+    shards, which work through them in step."""
+    number, length, capacity = shape
     tokens, positions, segments = (np.zeros((number, length), np.int32) for _ in range(3))
-    ends, lengths = (np.zeros((number, places), np.int32) for _ in range(2))
-    batch = Batch(tokens, positions, segments, np.full((number, places), -1), ends, lengths)
+    ends, lengths = (np.zeros((number, capacity), np.int32) for _ in range(2))
+    batch = Batch(tokens, positions, segments, np.full((number, capacity), -1), ends, lengths)
     dealt = np.arange(number).reshape(shards, -1).T.ravel()
     for b, row in zip(dealt, rows):
         end = length - row.tokens
         shared = row.shared if len(row.texts) > 1 else 0
-        parts = [(SHARED, texts[row.texts[0]][:shared], 0)]
+        parts = [(SHARED_PREFIX, texts[row.texts[0]][:shared], 0)]
         parts += [(own_segment(r), texts[text][shared:], shared) for r, text in enumerate(row.texts)]
         for r, (number, part, first) in enumerate(parts, -1):
             here = slice(end, end + len(part))
             tokens[b, here], segments[b, here] = part, number
             positions[b, here] = np.arange(first, first + len(part))
             end += len(part)
-            if number != SHARED:
+            if number != SHARED_PREFIX:
                 ends[b, r], lengths[b, r] = end - 1, first + len(part)
         batch.texts[b, : len(row.texts)] = row.texts
     return batch

@@ -1,5 +1,6 @@
 """Greedy decoding with a key-value cache, compiled as one loop."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from prom_jax.evaluation.batching import Batch, own_segment, placed, plan
-from prom_jax.ops.attention import visible
+from prom_jax.models.decoder import Rows
 from prom_jax.parallel.sharding import BATCH, constrain, num_batch_shards
 
-PLACES = 32_768  # tokens whose keys and values are in memory at a time
-CHUNK = 32  # new tokens between two looks from outside
-ROOM = 128  # new tokens for which the cache grows at a time: most answers need no more
+SLOTS = 32_768  # tokens whose keys and values are in memory at a time
+CHUNK = 32  # new tokens between two calls of `watch`
+GROWTH = 128  # new tokens for which the cache grows at a time: most answers need no more
 QUERIES = 256  # tokens of each row whose attention scores are in memory at a time
 
 
@@ -22,7 +23,7 @@ def greedy(model, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_tok
     """The most probable continuation of each prompt, up to and without its end-of-sequence token.
 
     Args:
-      model: a `llama.Llama`.
+      model: a `models.decoder.Decoder`.
       prompts: token ids, of any lengths but 0.
       max_new_tokens: at most so many are made.
       eos_token_ids: any of these ends an answer; none, and all have the full length.
@@ -41,35 +42,39 @@ def decode(
     *,
     watch: Callable[[int, list[int]], bool] | None = None,
     chunk: int = CHUNK,
-    places: int = PLACES,
+    slots: int = SLOTS,
 ) -> Iterator[tuple[int, list[int]]]:
     """Greedy answers as they become ready, the longest prompts' first.
 
-    Prompts that begin alike are computed once where they do, and their keys and values are kept once.
+    Prefixes that prompts share are computed once, and their keys and values are kept once.
 
     Args:
       model, prompts, max_new_tokens: as in `greedy`; rows are spread over the mesh that the model lies on.
       stop_tokens: an answer ends with the first of these, which is still part of it.
       watch: called every `chunk` tokens with an unfinished answer's number and what there is of it; true ends
         it.
-      places: how many tokens' keys and values are in memory at a time, over all devices.
+      slots: how many tokens' keys and values are in memory at a time, over all devices.
     Yields: a prompt's number and its answer.
     """
     stops = np.zeros(model.config.vocab_size, bool)
     stops[list(stop_tokens)] = True
-    watch = watch or (lambda number, answer: False)
+    watch = watch or _never
     shards = num_batch_shards(model.mesh)
-    for batch in plan(prompts, [1] * len(prompts), extra=max_new_tokens, places=places, shards=shards):
+    for batch in plan(prompts, [1] * len(prompts), extra=max_new_tokens, slots=slots, shards=shards):
         made, lengths = _answer(model, batch, max_new_tokens, stops, watch, chunk)
         for b, r in np.argwhere(batch.texts >= 0):
             yield int(batch.texts[b, r]), made[b, r, : lengths[b, r]].tolist()
 
 
+def _never(number: int, answer: list[int]) -> bool:
+    return False
+
+
 def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
     """Tokens made for the texts of a batch, [B, R, max_new_tokens], and how many of them count, [B, R]."""
     with jax.set_mesh(model.mesh):
-        room = min(ROOM, max_new_tokens)
-        state = _begin(model, placed(model, batch, done=batch.texts < 0), stops, max_new_tokens, room)
+        capacity = min(GROWTH, max_new_tokens)
+        state = _prefill(model, placed(model, batch, done=batch.texts < 0), stops, max_new_tokens, capacity)
         while True:
             step = int(state["step"])
             made, lengths, done = (np.array(state[name]) for name in ("made", "lengths", "done"))
@@ -78,16 +83,16 @@ def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
             if step == max_new_tokens or done.all():
                 return made, lengths
             state["done"] = jax.device_put(done, state["done"].sharding)
-            if step == room:
-                more = min(ROOM, max_new_tokens - room)
-                state = _longer(state, room, more)
-                room += more
-            state = _advance(model, state, stops, min(step + chunk, room))
+            if step == capacity:
+                more = min(GROWTH, max_new_tokens - capacity)
+                state = _grow_cache(state, more)
+                capacity += more
+            state = _decode_steps(model, state, stops, min(step + chunk, capacity))
 
 
-def prefill(model, rows, more=0):
-    """The final states [B, T, D] of a batch's rows, and the cache with their keys and values, and with `more`
-    places behind them.
+def prefill(model, rows, capacity=0):
+    """The residual stream after the last block [B, T, D] of a batch's rows, and the cache with their keys and
+    values and `capacity` empty slots after them.
 
     Each batch shard goes through its rows one after the other, and through a row in parts of up to QUERIES
     tokens from where its padding ends: no time is spent on padding, and attention scores are never whole.
@@ -96,100 +101,86 @@ def prefill(model, rows, more=0):
     shards = num_batch_shards(jax.sharding.get_abstract_mesh())
     number = next(n for n in itertools.count(-(-length // QUERIES)) if length % n == 0)
     size = length // number
-    by_shard = lambda x, axis=0: x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])
+
+    def by_shard(x, axis=0):
+        return x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])
+
     of_rows = [by_shard(rows[name]) for name in ("tokens", "positions", "segments")]
     padding = (jnp.cumsum(rows["segments"] != 0, axis=1) == 0).sum(axis=1)
     first_parts = by_shard(padding).min(axis=0) // size
 
-    def row(r, done):
-        tokens, positions, segments = (x[:, r] for x in of_rows)
-
-        def part(p, carry):
+    def one_row(r, done):
+        def one_part(p, carry):
             states, cache = carry
-            own = lambda x: jax.lax.dynamic_slice_in_dim(x, p * size, size, axis=1)
-            mask = visible(own(positions), positions, own(segments), segments, model.config.sliding_window)
-            new, cache = model.cached_states(own(tokens), own(positions), mask, cache, p * size)
+            part = (jax.lax.dynamic_slice_in_dim(x[:, r], p * size, size, axis=1) for x in of_rows)
+            (((new,),), _, cache) = model.forward(Rows(*part), cache=cache, slot=p * size)
             return jax.lax.dynamic_update_slice_in_dim(states, new, p * size, axis=1), cache
 
         empty = jnp.zeros((shards, length, model.config.hidden_size), model.compute.dtype)
         states, cache = jax.lax.fori_loop(
-            first_parts[r], number, part, (empty, model.empty_cache(shards, length))
+            first_parts[r], number, one_part, (empty, model.empty_cache(shards, length))
         )
-        into = lambda whole, new: whole.at[:, :, r, :, :length].set(new)
-        return done[0].at[:, r].set(states), jax.tree.map(into, done[1], cache)
+
+        def put(whole, new):
+            return whole.at[:, :, r, :, :length].set(new)
+
+        return done[0].at[:, r].set(states), jax.tree.map(put, done[1], cache.stacks)
 
     states = jnp.zeros((batch, length, model.config.hidden_size), model.compute.dtype)
-    cache = model.empty_cache(batch, length + more)
-    done = by_shard(states), jax.tree.map(functools.partial(by_shard, axis=1), cache)
-    done = jax.lax.fori_loop(0, batch // shards, row, done)
-    return jax.tree.map(lambda new, old: new.reshape(old.shape), done, (states, cache))
+    cache = model.empty_cache(batch, length + capacity)
+    done = by_shard(states), jax.tree.map(functools.partial(by_shard, axis=1), cache.stacks)
+    done = jax.lax.fori_loop(0, batch // shards, one_row, done)
+    states, stacks = jax.tree.map(lambda new, old: new.reshape(old.shape), done, (states, cache.stacks))
+    cache = dataclasses.replace(cache, stacks=stacks)
+    return states, cache.write(0, rows["positions"], rows["segments"])
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "room"))
-def _begin(model, rows, stops_V, max_new_tokens, room):
-    """Runs the prompts: the state of `_advance`, with the first new token of each answer, and with `room` for
-    so many."""
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "capacity"))
+def _prefill(model, rows, stops_V, max_new_tokens, capacity):
+    """Runs the prompts: the state of `_decode_steps`, with the first new token of each answer, and with slots
+    for `capacity` of them."""
     batch, number = rows["ends"].shape
-    states, cache = prefill(model, rows, more=room * number)
+    states, cache = prefill(model, rows, capacity * number)
     last = jnp.take_along_axis(states, rows["ends"][..., None], axis=1)
     state = {
         "cache": cache,
-        "kv_positions": rows["positions"],
-        "kv_segments": rows["segments"],
-        "before": jnp.int32(rows["tokens"].shape[1]),
+        "prompt_slots": jnp.int32(rows["tokens"].shape[1]),
         "first": rows["lengths"],  # the position of the first new token
         "made": jnp.zeros((batch, number, max_new_tokens), jnp.int32),
         "lengths": jnp.zeros((batch, number), jnp.int32),
         "done": rows["done"],
         "step": jnp.int32(0),
     }
-    state |= _new_places(state, 0, room)
-    return _laid_out(_keep(state, model.logits(last).argmax(axis=-1), stops_V))
+    return _constrain(_append_tokens(state, model.logits(last).argmax(axis=-1), stops_V))
 
 
-def _new_places(state, room, more):
-    """Who sees the places of `more` new tokens of every text, behind those of the first `room`: the i-th of
-    the r-th has place T + i·R + r."""
-    number = state["first"].shape[1]
-    steps = jnp.repeat(room + jnp.arange(more), number)
-    positions = steps + jnp.tile(state["first"], more)
-    segments = jnp.broadcast_to(jnp.tile(own_segment(jnp.arange(number)), more), positions.shape)
-    behind = lambda old, new: jnp.concatenate([old, new], axis=1)
-    return {
-        "kv_positions": behind(state["kv_positions"], positions),
-        "kv_segments": behind(state["kv_segments"], segments),
-    }
-
-
-@functools.partial(jax.jit, static_argnames=("room", "more"))
-def _longer(state, room, more):
-    """The state with room for `more` new tokens, where it has some for `room`."""
-    added = more * state["first"].shape[1]
-    longer = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, added), (0, 0)])
-    cache = jax.tree.map(longer, state["cache"])
-    return _laid_out(state | _new_places(state, room, more) | {"cache": cache})
+@functools.partial(jax.jit, static_argnames="more")
+def _grow_cache(state, more):
+    """The state with slots for `more` new tokens of every text."""
+    return _constrain(state | {"cache": state["cache"].grow(more * state["first"].shape[1])})
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _advance(model, state, stops_V, until):
-    """New tokens up to the `until`-th, or until all answers have ended."""
+def _decode_steps(model, state, stops_V, until):
+    """New tokens up to the `until`-th, or until all answers have ended. The i-th of the r-th text is in slot
+    T + i·R + r."""
     batch, number, _ = state["made"].shape
     segments = jnp.broadcast_to(own_segment(jnp.arange(number)), (batch, number))
 
     def body(state):
         last = state["step"] - 1
-        tokens, positions = state["made"][:, :, last], state["first"] + last
-        kv = state["kv_positions"], segments, state["kv_segments"]
-        mask = visible(positions, *kv, model.config.sliding_window)
-        place = state["before"] + last * number
-        states, cache = model.cached_states(tokens, positions, mask, state["cache"], place)
-        return _keep(state | {"cache": cache}, model.logits(states).argmax(axis=-1), stops_V)
+        rows = Rows(state["made"][:, :, last], state["first"] + last, segments)
+        slot = state["prompt_slots"] + last * number
+        (((states,),), _, cache) = model.forward(rows, cache=state["cache"], slot=slot)
+        return _append_tokens(state | {"cache": cache}, model.logits(states).argmax(axis=-1), stops_V)
 
-    unfinished = lambda state: (state["step"] < until) & ~state["done"].all()
-    return _laid_out(jax.lax.while_loop(unfinished, body, state))
+    def unfinished(state):
+        return (state["step"] < until) & ~state["done"].all()
+
+    return _constrain(jax.lax.while_loop(unfinished, body, state))
 
 
-def _keep(state, tokens_BR, stops_V):
+def _append_tokens(state, tokens_BR, stops_V):
     """The state with one more token in each answer that has not ended."""
     tokens = tokens_BR.astype(jnp.int32)
     return state | {
@@ -200,11 +191,21 @@ def _keep(state, tokens_BR, stops_V):
     }
 
 
-def _laid_out(state):
-    """The state as it lies on the mesh: what is looked at from outside whole on every device, the rest by
-    rows, and the cache by heads besides. One layout, or `_advance` would be compiled for each."""
-    shown = {name: constrain(state[name]) for name in ("made", "lengths", "done", "step", "before")}
-    by_row = {name: constrain(state[name], BATCH) for name in ("kv_positions", "kv_segments", "first")}
-    tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
-    by_head = lambda x: constrain(x, None, BATCH, "tensor" if x.shape[2] % tensor == 0 else None)
-    return shown | by_row | {"cache": jax.tree.map(by_head, state["cache"])}
+def _constrain(state):
+    """The state as it is sharded: what is looked at from outside whole on every device, the rest by rows, and
+    keys and values by heads besides. One layout, or `_decode_steps` would be compiled for each."""
+    replicated = {
+        name: constrain(state[name]) for name in ("made", "lengths", "done", "step", "prompt_slots")
+    }
+    tensor, cache = jax.sharding.get_abstract_mesh().shape["tensor"], state["cache"]
+
+    def by_head(x):
+        return constrain(x, None, BATCH, "tensor" if x.shape[2] % tensor == 0 else None)
+
+    cache = dataclasses.replace(
+        cache,
+        stacks=jax.tree.map(by_head, cache.stacks),
+        positions=constrain(cache.positions, BATCH),
+        segments=constrain(cache.segments, BATCH),
+    )
+    return replicated | {"first": constrain(state["first"], BATCH), "cache": cache}

@@ -9,7 +9,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from prom_jax.evaluation.answers import Answers
-from prom_jax.evaluation.decode import PLACES, decode
+from prom_jax.evaluation.decode import SLOTS, decode
 from prom_jax.evaluation.score import score
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
@@ -27,7 +27,7 @@ class HarnessModel(TemplateLM):
       model, tokenizer: of `models.load`.
       bos: whether texts begin with the BOS token; the paper's harness leaves it out.
       max_length: tokens of a prompt and its answer; None for the model's context.
-      places: tokens whose keys and values are in memory at a time, over all devices.
+      slots: tokens whose keys and values are in memory at a time, over all devices.
     Attributes:
       answers: those already made, and where new ones go.
     Raises:
@@ -37,7 +37,7 @@ class HarnessModel(TemplateLM):
     backend = "causal"
 
     def __init__(
-        self, model, tokenizer, *, bos: bool = False, max_length: int | None = None, places: int = PLACES
+        self, model, tokenizer, *, bos: bool = False, max_length: int | None = None, slots: int = SLOTS
     ):
         super().__init__()
         if bos and tokenizer.bos_token_id is None:
@@ -48,7 +48,7 @@ class HarnessModel(TemplateLM):
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length or context
         self.answers = Answers(None, {})
         self._bos = [tokenizer.bos_token_id] if bos else []
-        self._places = places
+        self._slots = slots
         of_config = model.config.eos_token_id
         eos = {tokenizer.eos_token_id, *(of_config if isinstance(of_config, tuple) else (of_config,))}
         self._eos = eos - {None}
@@ -119,7 +119,7 @@ class HarnessModel(TemplateLM):
         def compute(asked: list[list]):
             contexts = [question[0] for question in asked]
             watching = watch if several else None
-            made = decode(self.model, contexts, max_new_tokens, ending, watch=watching, places=self._places)
+            made = decode(self.model, contexts, max_new_tokens, ending, watch=watching, slots=self._slots)
             for number, answer in made:
                 yield number, _cut(self._text(answer), stops)
 
@@ -140,7 +140,7 @@ class HarnessModel(TemplateLM):
             pairs.append([kept[:-own], kept[-own:]])
 
         def compute(asked: list[list]):
-            for number, log, greedy in score(self.model, asked, places=self._places):
+            for number, log, greedy in score(self.model, asked, slots=self._slots):
                 yield number, [log, greedy]
 
         return [tuple(answer) for answer in self._ask(pairs, compute, "log-likelihoods")]

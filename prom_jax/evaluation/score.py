@@ -7,31 +7,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from prom_jax.evaluation.batching import Batch, placed, plan
-from prom_jax.evaluation.decode import PLACES, prefill
+from prom_jax.evaluation.decode import SLOTS, prefill
 from prom_jax.parallel.sharding import constrain, num_batch_shards
 
-CHUNK = 32  # places of each row whose logits are in memory at a time
+CHUNK = 32  # columns of each row whose logits are in memory at a time
 NOBODY = -1
 
 
 def score(
-    model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, places: int = PLACES
+    model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, slots: int = SLOTS
 ) -> Iterator[tuple[int, float, bool]]:
     """log P(continuation | context) of pairs of token ids, the longest first.
 
-    Contexts that begin alike are computed once where they do.
+    Prefixes that contexts share are computed once.
 
     Args:
-      model: a `llama.Llama`; rows are spread over the mesh that it lies on.
+      model: a `models.decoder.Decoder`; rows are spread over the mesh that it lies on.
       pairs: contexts and continuations, none empty.
-      places: tokens that are computed at a time, over all devices.
+      slots: tokens that are computed at a time, over all devices.
     Yields: a pair's number, the sum over the continuation's tokens in nats, and whether each of these is the
       most probable one at its place.
     """
     inputs = [[*context, *continuation[:-1]] for context, continuation in pairs]
     own = [len(continuation) for _, continuation in pairs]
     shards = num_batch_shards(model.mesh)
-    for batch in plan(inputs, own, extra=0, places=places, shards=shards):
+    for batch in plan(inputs, own, extra=0, slots=slots, shards=shards):
         asked = _asked(batch, pairs)
         with jax.set_mesh(model.mesh):
             logs, best = map(np.asarray, _read(model, placed(model, batch, **asked)))
@@ -41,7 +41,7 @@ def score(
 
 
 def _asked(batch: Batch, pairs) -> dict[str, np.ndarray]:
-    """What is read of each row, int32 [B, M], M a multiple of CHUNK: the place, the token whose probability
+    """What is read of each row, int32 [B, M], M a multiple of CHUNK: the column, the token whose probability
     is asked there, and of which of its texts it is."""
     number = -(-max(_num_tokens(pairs, texts) for texts in batch.texts) // CHUNK) * CHUNK
     at, labels, of = (np.full((len(batch.texts), number), fill, np.int32) for fill in (0, 0, NOBODY))
@@ -72,6 +72,10 @@ def _read(model, rows):
         best = logits_BCV.argmax(axis=-1) == labels_BC
         return asked - jax.nn.logsumexp(logits_BCV, axis=-1), best
 
-    chunks = lambda x: x.reshape(len(x), -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
-    whole = lambda x: constrain(x.swapaxes(0, 1).reshape(rows["labels"].shape))
+    def chunks(x):
+        return x.reshape(len(x), -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+
+    def whole(x):
+        return constrain(x.swapaxes(0, 1).reshape(rows["labels"].shape))
+
     return jax.tree.map(whole, jax.lax.map(read, (chunks(states), chunks(rows["labels"]))))

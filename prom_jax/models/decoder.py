@@ -1,13 +1,16 @@
-"""The model: decoder blocks in scanned stacks, and the places where hidden states leave.
+"""The decoder: blocks in scanned stacks, and exits where hidden states leave.
 
-Parameters keep Hugging Face's own orientation ([out, in]), stacked over layers. The blocks live in two
-stacks, `lower` (1 … n) and `upper` (n+1 … N), when the model has a pivot layer n, and in `lower` alone
-when it has none: slicing one stack inside jit would copy it.
+Parameters keep Hugging Face's own orientation ([out, in]), stacked over layers. There is a stack for each
+part between two exits, `stack0` (blocks 1 … n), `stack1` (n+1 …) and so on, as slicing one stack inside jit
+would copy it. Which parameters there are is in the family's table (`models.family`).
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +18,26 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from prom_jax.models.config import LlamaConfig
-from prom_jax.ops.attention import BACKENDS, OUTPUT, attention, has_tokamax, resolve, visible_in_rows
-from prom_jax.parallel.sharding import BATCH, constrain, gathered, make_mesh, param_spec
+from prom_jax.models import layers
+from prom_jax.models.auto import family_of
+from prom_jax.models.config import DecoderConfig
+from prom_jax.models.family import HEAD_AXES, Tensor
+from prom_jax.ops.attention import BACKENDS, LayerMasks, has_tokamax, layer_masks, packed_masks
+from prom_jax.ops.attention_cpu import OUTPUT
+from prom_jax.ops.norm import rms_norm
+from prom_jax.parallel.sharding import BATCH, constrain, make_mesh, param_spec, unshard_fsdp
 from prom_jax.utils.errors import UserError
 
 
-def _all_but_gathered(primitive, *_, **__):
-    # Weights that were gathered for a block are gathered again, or all of them would be kept.
-    return primitive.name != "sharding_constraint"
+def _all_but_cheap(primitive, *_, **__):
+    # Weights that were gathered for a block are gathered again, and its mask is chosen again, or those of all
+    # layers would be kept.
+    return primitive.name not in ("sharding_constraint", "dynamic_slice", "squeeze")
 
 
 # What is kept of a block for the backward pass.
 REMAT = {
-    "none": _all_but_gathered,
+    "none": _all_but_cheap,
     "full": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -41,9 +50,12 @@ REMAT = {
 class Compute:
     """How the model is computed, none of which changes what it computes but for rounding.
 
-    dtype: of activations and of the weights as they are used ('float32' or 'bfloat16').
-    remat: what the backward pass recomputes: 'none', 'dots' (all but matrix products), 'full' (whole blocks).
-    attention: the backend, one of attention.BACKENDS.
+    Attributes:
+      dtype: of activations and of the weights as they are used ('float32' or 'bfloat16').
+      remat: what the backward pass recomputes: 'none', 'dots' (all but matrix products), 'full' (all).
+      attention: the backend, one of `ops.attention.BACKENDS`.
+    Raises:
+      UserError: for another value.
     """
 
     dtype: str = "float32"
@@ -59,12 +71,8 @@ class Compute:
             if value not in allowed:
                 raise UserError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
 
-    def on_this_machine(self):
-        """Itself.
-
-        Raises:
-          UserError: for an attention backend that the devices here do not have.
-        """
+    def check_platform(self):
+        """Raises UserError if the attention backend is not available here."""
         platform = jax.default_backend()
         if self.attention == "cudnn" and (self.dtype != "bfloat16" or platform != "gpu"):
             raise UserError(
@@ -78,228 +86,242 @@ class Compute:
                 f"attention='tokamax' needs a GPU (here: {platform}) and its package, which "
                 "pip install -e '.[cuda]' brings: use 'auto'"
             )
-        return self
 
 
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Rotary angles per position, float32 [head_dim / 2] (RoFormer eq. 15; Llama-3.1 scaling)."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
-    frequencies = 1.0 / (np.float32(config.rope_theta) ** exponents)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
-    # Long waves are stretched by `factor`, short ones kept, those between are blended.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0.0, 1.0).astype(np.float32)
-    return kept * frequencies + (1 - kept) * frequencies / np.float32(scaling.factor)
+# What goes through the blocks.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x, scale, eps):
-    """Root-mean-square norm over the last axis, computed in float32, in the dtype of `x`.
+class Exit(NamedTuple):
+    """Where columns of a batch leave.
 
-    Its sums over that axis are products, in a gradient of its own too: XLA's take a CPU four times as long.
+    Attributes:
+      layer: the number of blocks that they go through; None for all.
+      start, stop: the columns [start, stop); None for the first and the last.
     """
-    return _normed(x, eps)[0].astype(x.dtype) * scale.astype(x.dtype)
+
+    layer: int | None = None
+    start: int | None = None
+    stop: int | None = None
 
 
-def _normed(x, eps):
-    """`x` over its root mean square, and one over that, in float32."""
-    x = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(_mean_of_products(x, x) + eps)
-    return x * inverse, inverse
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "positions", "segments"],
+    meta_fields=["exits"],
+)
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A batch as the model sees it.
+
+    Attributes:
+      tokens: int32 [B, T].
+      positions: int32 [B, T]; None for 0 … T-1.
+      segments: int32 [B, T], `ops.attention.segment_id`; None for one segment.
+      exits: where its columns leave. A column must not attend to one that leaves before it, unless one that
+        leaves later stands between that and the end of the row.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array | None = None
+    segments: jax.Array | None = None
+    exits: tuple[Exit, ...] = (Exit(),)
 
 
-def _mean_of_products(x, y):
-    return jnp.einsum("...d,...d->...", x, y, precision="highest")[..., None] / x.shape[-1]
+class Context(NamedTuple):
+    """What the blocks need to know of a batch, made once for all layers.
+
+    Attributes:
+      angles: rotary angles of each different rotary embedding, float32 [B, T, F] where there is one, else
+        [R, B, T, F].
+      masks: those of each different window.
+    """
+
+    angles: jax.Array
+    masks: LayerMasks
 
 
-def _norm_forward(x, scale, eps):
-    return rms_norm(x, scale, eps), (x, scale)
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["stacks", "positions", "segments"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of tokens that went through the model, in slots.
+
+    Attributes:
+      stacks: keys and values of each stack, [n, B, K, S, D] each.
+      positions, segments: int32 [B, S], of the tokens in the slots; an empty slot is padding, segment 0.
+    """
+
+    stacks: tuple[tuple[jax.Array, jax.Array], ...]
+    positions: jax.Array
+    segments: jax.Array
+
+    def write(self, slot, positions_BT, segments_BT) -> "Cache":
+        """The cache whose slots from `slot` on say that they hold these tokens."""
+
+        def put(old, new):
+            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, slot))
+
+        return dataclasses.replace(
+            self, positions=put(self.positions, positions_BT), segments=put(self.segments, segments_BT)
+        )
+
+    def grow(self, slots: int) -> "Cache":
+        """The cache with more empty slots at its end."""
+
+        def pad(x, axis):
+            return jnp.pad(x, [(0, slots if i == axis else 0) for i in range(x.ndim)])
+
+        return Cache(
+            jax.tree.map(functools.partial(pad, axis=3), self.stacks),
+            pad(self.positions, 1),
+            pad(self.segments, 1),
+        )
 
 
-def _norm_backward(eps, saved, d_out):
-    x, scale = saved
-    normed, inverse = _normed(x, eps)
-    d_out = d_out.astype(jnp.float32)
-    d_scale = (d_out * normed).sum(axis=tuple(range(x.ndim - 1)))
-    d_normed = d_out * scale.astype(jnp.float32)
-    d_x = (d_normed - normed * _mean_of_products(d_normed, normed)) * inverse
-    return d_x.astype(x.dtype), d_scale.astype(scale.dtype)
+class Output(NamedTuple):
+    """What `Decoder.forward` gives.
 
+    Attributes:
+      states: of each batch, at each of its exits: the residual stream, without a norm, [B, columns, D].
+      collected: what `collect` made of every block's output, stacked, [N, …]; None without it.
+      cache: the updated cache; None without one.
+    """
 
-rms_norm.defvjp(_norm_forward, _norm_backward)
-
-
-def rotate(x_BTHD, angles_BTF):
-    """Rotary embedding in Hugging Face's half-split layout, computed in float32; F = D / 2."""
-    cos, sin = jnp.cos(angles_BTF)[:, :, None], jnp.sin(angles_BTF)[:, :, None]
-    low, high = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-    return rotated.astype(x_BTHD.dtype)
+    states: tuple[tuple[jax.Array, ...], ...]
+    collected: object = None
+    cache: Cache | None = None
 
 
 class Blocks(nnx.Module):
     """A stack of decoder blocks; every parameter has the layer as its first axis.
 
-    Under `jax.lax.scan` one layer's slice is itself a `Blocks` without that axis: `__call__` is one block.
+    Under `jax.lax.scan` one layer's slice is itself a `Blocks` without that axis.
+
+    Args:
+      config: of the model.
+      compute: how it is computed.
+      tensors: the rows of the family's table that each layer has.
+      first, last: the stack has blocks first + 1 … last of the model.
+      init: of a parameter, from its row of the table and its shape.
     """
 
-    def __init__(self, config: LlamaConfig, compute: Compute, num_layers: int, init):
-        self.config, self.compute = config, compute
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        hidden, inner = config.hidden_size, config.intermediate_size
-        matrix = lambda out, into: nnx.Param(init((num_layers, out, into)))
-        self.q_proj = matrix(heads * config.head_dim, hidden)
-        self.k_proj = matrix(kv_heads * config.head_dim, hidden)
-        self.v_proj = matrix(kv_heads * config.head_dim, hidden)
-        self.o_proj = matrix(hidden, heads * config.head_dim)
-        self.gate_proj = matrix(inner, hidden)
-        self.up_proj = matrix(inner, hidden)
-        self.down_proj = matrix(hidden, inner)
-        self.input_layernorm = nnx.Param(init((num_layers, hidden), ones=True))
-        self.post_attention_layernorm = nnx.Param(init((num_layers, hidden), ones=True))
+    def __init__(self, config: DecoderConfig, compute: Compute, tensors, first: int, last: int, init):
+        self.config, self.compute, self.tensors = config, compute, tensors
+        kinds = [config.kinds.index(kind) for kind in config.layers[first:last]]
+        self.kinds = tuple(kinds)
+        for row in tensors:
+            shape = (last - first, *(config.sizes[size] for size in row.shape))
+            setattr(self, row.name, nnx.Param(init(row, shape)))
 
-    def __call__(self, x_BTD, angles_BTF, mask_B1TS, cache=None, layer=None, start=None):
-        """One block. With the stack's `cache` (keys and values, [n, B, K, S, D] each) the new ones of this
-        `layer` go in at `start`.
+    def __len__(self):
+        return len(self.kinds)
 
-        Without `start` the cache is only read, and the new ones stand behind it; it may have one row, which
-        is then that of all.
+    def unsharded(self, dtype) -> dict:
+        """The weights of one block, by name, as a device computes with them."""
+        return {row.name: unshard_fsdp(getattr(self, row.name)[...], row.axes, dtype) for row in self.tensors}
 
-        Returns: the block's output [B, T, D] and the cache.
+    def run(self, weights: dict, x_BTD, context: Context, kind, cache=None):
+        """One block.
+
+        Args:
+          weights: of `unsharded`, which serve several batches.
+          kind: the layer's number in `config.kinds`, an int or a traced int32.
+          cache: a `layers.LayerCache` or None.
+        Returns: its output [B, T, D] and the cache.
         """
-        return self._run(self._gathered(x_BTD.dtype), x_BTD, angles_BTF, mask_B1TS, cache, layer, start)
+        angles, mask = context.angles, context.masks.of(self._choice("windows", "window", kind))
+        if len(self.config.ropes) > 1:
+            choice = self._choice("ropes", "rope", kind)
+            angles = jax.lax.dynamic_index_in_dim(angles, choice, keepdims=False)
+        x, cache = layers.block(self.config, weights, x_BTD, angles, mask, self.compute.attention, cache)
+        return constrain(x, BATCH), cache
 
-    def _gathered(self, dtype) -> dict:
-        """The weights of one block, as a device computes with them."""
-        names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        names += ("input_layernorm", "post_attention_layernorm")
-        return {name: gathered(getattr(self, name)[...], name, dtype) for name in names}
+    def _choice(self, several: str, one: str, kind):
+        """Which of the model's different windows, or ropes, a kind of layer has."""
+        options = getattr(self.config, several)
+        return jnp.asarray([options.index(getattr(of, one)) for of in self.config.kinds])[kind]
 
-    def _run(self, weights, x_BTD, angles_BTF, mask_B1TS, cache=None, layer=None, start=None):
-        """`__call__` with weights of `_gathered`, which serve several batches."""
-        config = self.config
-        norm = lambda name, x: rms_norm(x, weights[name], config.rms_norm_eps)
-        project = lambda x, *names: _products(x, [weights[name] for name in names], self._joins(cache))
-        split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
-        h = norm("input_layernorm", x_BTD)
-        q, k, v = map(split, project(h, "q_proj", "k_proj", "v_proj"))
-        q, k = rotate(q, angles_BTF), rotate(k, angles_BTF)
-        if start is not None:  # in place: the cache is carried through the layers, never stacked or sliced
-            write = lambda old, new: jax.lax.dynamic_update_slice(
-                old, new.astype(old.dtype).swapaxes(1, 2)[None], (layer, 0, 0, start, 0)
-            )
-            cache = write(cache[0], k), write(cache[1], v)
-            h = attention(q, *cache, mask_B1TS, self.compute.attention, layer)
-        else:
-            if cache is not None:
-                k, v = _behind(cache[0][layer], k), _behind(cache[1][layer], v)
-            h = attention(q, k, v, mask_B1TS, self.compute.attention)
-        (h,) = project(h.reshape(*h.shape[:2], -1), "o_proj")
-        x_BTD = x_BTD + h
-        h = norm("post_attention_layernorm", x_BTD)
-        gate, up = project(h, "gate_proj", "up_proj")
-        (h,) = project(jax.nn.silu(gate) * up, "down_proj")
-        return x_BTD + h, cache
+    def scan(self, xs, contexts, cache=None, slot=None, collect=None):
+        """One pass over the layers for several batches [B, T, D], with B and T of their own, so that each
+        layer's all-gather happens once, and so do the sums of its gradients.
 
-    def _joins(self, cache) -> bool:
-        """Whether weights with the same input are joined into one matrix.
-
-        On a CPU that makes gradients faster: those of weights need the product's gradient transposed. Of a
-        joint product it is written first, then copied; else XLA computes it in transposed order, ten times
-        slower. A few new tokens beside a cache are not worth a copy of the weights.
+        Args:
+          cache: the stack's keys and values, for a single batch; slot: see `layers.LayerCache`.
+          collect: a function of a block's output, for a single batch.
+        Returns: their outputs, `collect` of each block's stacked, and the cache.
         """
-        tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-        return cache is None and tensor == 1 and resolve(self.compute.attention) == "blocks"
-
-    def scan(self, x_BTD, angles_BTF, mask_B1TS, cache=None, start=None, collect=None):
-        """Runs the whole stack. Returns its output, `collect` of each block's output stacked, the cache."""
 
         def body(carry, layer):
-            x, kv = carry
-            block, index = layer
-            x, kv = block(x, angles_BTF, mask_B1TS, kv, index, start)
-            x = constrain(x, BATCH)
-            return (x, kv), (collect(x) if collect else None)
+            xs, kv = carry
+            block, kind, number = layer
+            weights = block.unsharded(xs[0].dtype)
+            outputs = []
+            for x, context in zip(xs, contexts):
+                layer_cache = None if kv is None else layers.LayerCache(*kv, number, slot)
+                output, layer_cache = block.run(weights, x, context, kind, layer_cache)
+                kv = None if kv is None else (layer_cache.keys, layer_cache.values)
+                outputs.append(output)
+            return (outputs, kv), (collect(outputs[0]) if collect else None)
 
-        layers = jnp.arange(len(self.input_layernorm[...]))
-        (x_BTD, cache), hiddens = jax.lax.scan(self._remat(body), (x_BTD, cache), (self, layers))
-        return x_BTD, hiddens, cache
-
-    def scan_each(self, xs, contexts):
-        """Runs several batches [B, T, D], with B and T of their own, through the whole stack side by side: a
-        block's weights are gathered, and its gradients stacked, once for all. Returns their outputs."""
-
-        def body(xs, block):
-            weights = block._gathered(xs[0].dtype)
-            outputs = (block._run(weights, x, *context)[0] for x, context in zip(xs, contexts))
-            return [constrain(output, BATCH) for output in outputs], None
-
-        return jax.lax.scan(self._remat(body), xs, self)[0]
-
-    def _remat(self, body):
-        return jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.compute.remat])
+        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.compute.remat])
+        numbers = (jnp.asarray(self.kinds), jnp.arange(len(self)))
+        (xs, cache), collected = jax.lax.scan(body, (list(xs), cache), (self, *numbers))
+        return xs, collected, cache
 
 
-def _products(x, matrices, joined: bool) -> list:
-    """x [..., I] times each matrix [O, I], `joined` into one or not."""
-    product = lambda matrix: jnp.einsum("...i,oi->...o", x, matrix)
-    if not joined:
-        return [product(matrix) for matrix in matrices]
-    ends = np.cumsum([len(matrix) for matrix in matrices])
-    return jnp.split(product(jnp.concatenate(matrices)), ends[:-1], axis=-1)
-
-
-def _behind(old_BKSD, new_BTKD):
-    """Keys or values [B, S + T, K, D]; the old ones may have one row, which is then that of all."""
-    old = old_BKSD.swapaxes(1, 2)
-    return jnp.concatenate([jnp.broadcast_to(old, (len(new_BTKD), *old.shape[1:])), new_BTKD], axis=1)
-
-
-class Llama(nnx.Module):
-    """A decoder-only language model with up to two exits.
+class Decoder(nnx.Module):
+    """A decoder-only language model.
 
     Args:
       config: the architecture.
       compute: how it is computed.
-      pivot_layer: n, the number of blocks in the lower stack; 0 for one stack of all N.
-      pivot_head: whether there is a second LM head, untied, for the hidden state after block n.
+      heads: further LM heads next to the model's own, untied: their names, and after which block each reads.
+      exits: further numbers of blocks after which hidden states may leave; after all of them they always may.
       rngs: randomness of the initial values (normal, σ = 0.02).
       param_dtype: of the parameters.
     Raises:
-      UserError: if `pivot_layer` is not in 1 … N-1 when given.
+      UserError: if an exit is not in 1 … N-1.
     """
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         *,
         compute: Compute = Compute(),
-        pivot_layer: int = 0,
-        pivot_head: bool = False,
+        heads: Mapping[str, int] = MappingProxyType({}),
+        exits: Sequence[int] = (),
         rngs: nnx.Rngs,
         param_dtype=jnp.float32,
     ):
-        layers = config.num_hidden_layers
-        check_pivot_layer(pivot_layer, layers)
+        exits = {*exits, *heads.values()} - {config.num_hidden_layers}
+        for layer in exits:
+            check_exit(layer, config.num_hidden_layers)
 
-        def init(shape, ones=False):
-            if ones:
-                return jnp.ones(shape, param_dtype)
+        def init(row: Tensor, shape):
+            if len(row.shape) == 1:  # a norm's weight, or a bias
+                one = row.name.endswith("norm") and not config.unit_offset_norms
+                return jnp.full(shape, float(one), param_dtype)
             return (0.02 * jax.random.normal(rngs.params(), shape)).astype(param_dtype)
 
-        vocabulary = (config.vocab_size, config.hidden_size)
-        self.config, self.compute, self.pivot_layer = config, compute, pivot_layer
-        self.embed_tokens = nnx.Param(init(vocabulary))
-        self.lower = Blocks(config, compute, pivot_layer or layers, init)
-        self.upper = Blocks(config, compute, layers - pivot_layer, init) if pivot_layer else None
-        self.norm = nnx.Param(init((config.hidden_size,), ones=True))
-        self.lm_head = None if config.tie_word_embeddings else nnx.Param(init(vocabulary))
-        self.pivot_head = nnx.Param(init(vocabulary)) if pivot_head else None
+        self.config, self.compute = config, compute
+        self.exits, self._heads = tuple(sorted(exits)), tuple(heads.items())
+        table = tensors(config, heads)
+        for row in (row for row in table if not row.in_layers):
+            setattr(self, row.name, nnx.Param(init(row, tuple(config.sizes[size] for size in row.shape))))
+        in_layers = tuple(row for row in table if row.in_layers)
+        for i, (first, last) in enumerate(stack_bounds(config.num_hidden_layers, self.exits)):
+            setattr(self, stack_name(i), Blocks(config, compute, in_layers, first, last, init))
+
+    @property
+    def stacks(self) -> list[Blocks]:
+        """The stacks, from the lowest on."""
+        return [getattr(self, stack_name(i)) for i in range(len(self.exits) + 1)]
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """The further heads, and after which block each reads."""
+        return dict(self._heads)
 
     @property
     def mesh(self):
@@ -308,116 +330,122 @@ class Llama(nnx.Module):
         named = isinstance(sharding, NamedSharding)
         return sharding.mesh if named else make_mesh(devices=list(sharding.device_set))
 
-    @property
-    def output_embedding(self):
-        """The main head's matrix [V, D]: `lm_head`, or the embedding where they are tied."""
-        return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
+    def head(self, name: str = "lm_head"):
+        """A head's matrix [V, D]; 'lm_head' is the embedding where they are tied."""
+        tied = name == "lm_head" and self.config.tie_word_embeddings
+        return (self.embed_tokens if tied else getattr(self, name))[...]
 
     def final_norm(self, x_BTD):
         """The norm before the main head."""
-        return rms_norm(x_BTD, gathered(self.norm[...], "norm", x_BTD.dtype), self.config.rms_norm_eps)
+        weight = unshard_fsdp(self.norm[...], ("fsdp",), x_BTD.dtype)
+        return rms_norm(x_BTD, weight, self.config.rms_norm_eps, self.config.unit_offset_norms)
 
     def embed(self, tokens_BT):
         """Token embeddings [B, T, D] in the compute dtype."""
-        axis = "fsdp" if "fsdp" in param_spec("embed_tokens", self.embed_tokens.shape) else None
+        axis = "fsdp" if "fsdp" in param_spec(HEAD_AXES, self.embed_tokens.shape) else None
         # Every device looks up its columns for all rows, and these then go where they belong: they are
         # smaller than the table, and so is what comes back.
         columns = jnp.take(self.embed_tokens[...], constrain(tokens_BT, "data"), axis=0)
         columns = constrain(columns.astype(self.compute.dtype), "data", None, axis)
-        return constrain(columns, BATCH)
+        x_BTD = constrain(columns, BATCH)
+        scale = self.config.embedding_scale
+        return x_BTD if scale == 1 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
 
-    def context(self, tokens_BT, positions_BT, segments_BT):
-        """What every block needs: rotary angles and attention's mask, for a batch without cache."""
-        if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        if segments_BT is None:
-            segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
-        window, backend = self.config.sliding_window, self.compute.attention
-        return self.angles(positions_BT), visible_in_rows(positions_BT, segments_BT, window, backend)
+    def context(self, rows: Rows, cache: Cache | None = None, slot=None) -> Context:
+        """What the blocks need to know of a batch; with a cache, whose slots already say what they hold from
+        `slot` on, or which is read before the rows (slot None)."""
+        rows = _with_defaults(rows)
+        positions, segments = rows.positions, rows.segments
+        windows, backend = self.config.windows, self.compute.attention
+        if cache is None:
+            masks = packed_masks(positions, segments, windows, backend)
+        else:
+            kv = cache.positions, cache.segments
+            if slot is None:
+                kv = [_append(before, after) for before, after in zip(kv, (positions, segments))]
+            masks = layer_masks(positions, kv[0], segments, kv[1], windows)
+        return Context(self._angles(positions), masks)
 
-    def angles(self, positions_BT):
-        """Rotary angles, float32 [B, T, head_dim / 2]."""
-        return positions_BT[..., None].astype(jnp.float32) * rope_frequencies(self.config)
+    def _angles(self, positions_BT):
+        share = next((rope.share for rope in self.config.ropes if rope), 1.0)
+        frequencies = [
+            layers.rope_frequencies(rope, self.config.head_dim, share) for rope in self.config.ropes
+        ]
+        angles = [positions_BT[..., None].astype(jnp.float32) * of_rope for of_rope in frequencies]
+        return angles[0] if len(angles) == 1 else jnp.stack(angles)
 
-    def pivot_states(self, tokens_BT, positions_BT=None, segments_BT=None):
-        """h_n, the output of block n without a norm [B, T, D]. Blocks above n are not computed."""
-        context = self.context(tokens_BT, positions_BT, segments_BT)
-        return self.lower.scan(self.embed(tokens_BT), *context)[0]
+    def forward(
+        self, *batches: Rows, cache: Cache | None = None, slot=None, collect: Callable | None = None
+    ) -> Output:
+        """The one way through the blocks, for training, caches and looking inside.
 
-    def final_states(self, tokens_BT, positions_BT=None, segments_BT=None):
-        """h_N after the final norm, what the main head reads [B, T, D]."""
-        return self.each_final_states((tokens_BT, positions_BT, segments_BT))[0]
+        Several batches go through together; each may have several exits, and blocks above the last exit of a
+        batch are not computed for it.
 
-    def each_final_states(self, *batches):
-        """`final_states` of several batches (tokens, positions, segments), side by side."""
-        xs, contexts = self._begin(batches)
-        for stack in filter(None, (self.lower, self.upper)):
-            xs = stack.scan_each(xs, contexts)
-        return [self.final_norm(x) for x in xs]
-
-    def final_and_pivot_states(self, final, pivot):
-        """`final_states` of one batch (tokens, positions, segments) and `pivot_states` of another, side by
-        side."""
-        xs, contexts = self._begin((final, pivot))
-        x, states = self.lower.scan_each(xs, contexts)
-        (x,) = self.upper.scan_each([x], contexts[:1])
-        return self.final_norm(x), states
-
-    def _begin(self, batches):
-        """What the blocks are given of batches (tokens, positions, segments): embeddings, and contexts."""
-        xs = [self.embed(tokens_BT) for tokens_BT, _, _ in batches]
-        return xs, [self.context(*batch) for batch in batches]
-
-    def states_at_two_exits(self, tokens_BT, positions_BT, segments_BT, width: int):
-        """What two heads read of rows whose places from `width` on leave after block n: `final_states` of
-        those before [B, width, D], and `pivot_states` of the rest [B, T - width, D].
-
-        Places before `width` must not see those behind it.
+        Args:
+          batches: one or several; with `cache` or `collect` one, which leaves after the last block.
+          cache: of tokens that come before. With `slot` the new tokens' keys and values go into it there;
+            without, it is only read, and may have one row for all.
+          slot: int32.
+          collect: a function of hidden states [B, T, D]. What it leaves out of them is never kept.
+        Returns: see `Output`.
         """
-        before = [x[:, :width] for x in (tokens_BT, positions_BT, segments_BT)]
-        x = self.pivot_states(tokens_BT, positions_BT, segments_BT)
-        final, _, _ = self.upper.scan(x[:, :width], *self.context(*before))
-        return self.final_norm(final), x[:, width:]
+        batches = [_with_defaults(rows) for rows in batches]
+        if cache is not None and slot is not None:
+            cache = cache.write(slot, batches[0].positions, batches[0].segments)
+        xs = {i: self.embed(rows.tokens) for i, rows in enumerate(batches)}
+        contexts = {i: self.context(rows, cache, slot) for i, rows in enumerate(batches)}
+        states = [[None] * len(rows.exits) for rows in batches]
+        collected, caches = [], []
+        for number, (stack, bounds) in enumerate(zip(self.stacks, self._bounds)):
+            if not xs:
+                break
+            kv = None if cache is None else cache.stacks[number]
+            outputs, of_blocks, kv = stack.scan(xs.values(), contexts.values(), kv, slot, collect)
+            xs = dict(zip(xs, outputs))
+            collected.append(of_blocks)
+            caches.append(kv)
+            for i in list(xs):
+                self._leave(i, bounds[1], batches, xs, contexts, states)
+        return Output(
+            tuple(map(tuple, states)),
+            jnp.concatenate(collected) if collect else None,
+            cache if slot is None else dataclasses.replace(cache, stacks=tuple(caches)),
+        )
 
-    def cached_states(self, tokens_BT, positions_BT, mask_B1TS, cache, start):
-        """As `final_states`, with keys and values kept: those of the new tokens go into the cache at `start`.
+    @property
+    def _bounds(self) -> list[tuple[int, int]]:
+        return stack_bounds(self.config.num_hidden_layers, self.exits)
 
-        Args: cache: by stack, keys and values [n, B, K, S, D] each; mask_B1TS: over the cache's S places.
-        Returns: the states [B, T, D] and the updated cache.
-        """
-        x, angles, updated = self.embed(tokens_BT), self.angles(positions_BT), {}
-        for name, kv in cache.items():
-            x, _, updated[name] = getattr(self, name).scan(x, angles, mask_B1TS, kv, start)
-        return self.final_norm(x), updated
+    def _leave(self, i: int, layer: int, batches: list, xs: dict, contexts: dict, states: list):
+        """Takes what leaves batch `i` after a number of blocks, and drops the columns that are done."""
+        rows, width, going_on = batches[i], xs[i].shape[1], 0
+        for number, leaves in enumerate(rows.exits):
+            if (leaves.layer or self.config.num_hidden_layers) == layer:
+                states[i][number] = xs[i][:, leaves.start : leaves.stop]
+            elif states[i][number] is None:
+                going_on = max(going_on, width if leaves.stop is None else leaves.stop)
+        if not going_on:
+            del xs[i], contexts[i]
+        elif going_on < width:
+            batches[i] = jax.tree.map(lambda column: column[:, :going_on], rows)
+            xs[i], contexts[i] = xs[i][:, :going_on], self.context(batches[i])
 
-    def each_layer(self, tokens_BT, angles_BTF, mask_B1TS, collect, cache=None):
-        """`collect`, a function of hidden states [B, T, D], of every block's output, stacked: [N, …].
-
-        What it leaves out of them is never kept. A `cache` of `cached_states` is read: what it holds comes
-        before the tokens of every row, and it may have one row for all.
-        """
-        x, collected = self.embed(tokens_BT), []
-        for name in ("lower", "upper"):
-            if (stack := getattr(self, name)) is not None:
-                kv = None if cache is None else cache[name]
-                x, outputs, _ = stack.scan(x, angles_BTF, mask_B1TS, kv, collect=collect)
-                collected.append(outputs)
-        return jnp.concatenate(collected)
-
-    def empty_cache(self, batch: int, length: int):
-        """A cache for `cached_states` of `length` places in the compute dtype."""
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache of `length` slots a row in the compute dtype."""
         config = self.config
-        upper = config.num_hidden_layers - self.pivot_layer
-        layers = {"lower": self.pivot_layer, "upper": upper} if self.pivot_layer else {"lower": upper}
         shape = (batch, config.num_key_value_heads, length, config.head_dim)
-        return {
-            name: (jnp.zeros((n, *shape), self.compute.dtype), jnp.zeros((n, *shape), self.compute.dtype))
-            for name, n in layers.items()
-        }
+
+        def zeros(number):
+            return jnp.zeros((number, *shape), self.compute.dtype)
+
+        slots = jnp.zeros((batch, length), jnp.int32)
+        numbers = [last - first for first, last in self._bounds]
+        return Cache(tuple((zeros(number), zeros(number)) for number in numbers), slots, slots)
 
     def cache_bytes(self, length: int) -> int:
-        """Of a row of `length` places in a cache."""
-        row = jax.eval_shape(lambda: self.empty_cache(1, length))
+        """Of keys and values in a row of `length` slots."""
+        row = jax.eval_shape(lambda: self.empty_cache(1, length).stacks)
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
 
     @jax.jit
@@ -427,21 +455,33 @@ class Llama(nnx.Module):
         Args:
           tokens_BT: int32 [B, T].
           positions_BT: int32 [B, T], default 0 … T-1.
-          segments_BT: int32 [B, T]; tokens see their own segment, and those that it continues
-            (`attention.segment`). Default: one segment.
+          segments_BT: int32 [B, T]; tokens attend to their own segment, and to those that it continues
+            (`ops.attention.segment_id`). Default: one segment.
         Returns: float32 [B, T, V].
         """
-        return self.logits(self.final_states(tokens_BT, positions_BT, segments_BT))
+        ((states,),) = self.forward(Rows(tokens_BT, positions_BT, segments_BT)).states
+        return self.logits(states)
 
-    def logits(self, hidden_BTD):
-        """Main-head logits of final states, float32 [B, T, V]."""
-        head = self.output_embedding.astype(hidden_BTD.dtype)
-        return jnp.einsum("...d,vd->...v", hidden_BTD, head, preferred_element_type=jnp.float32)
+    def head_input(self, x_BTD, norm: bool = True):
+        """What a head multiplies of the residual stream: normed or as it is, times the scale of logits."""
+        hidden, scale = self.final_norm(x_BTD) if norm else x_BTD, self.config.logit_scale
+        return hidden if scale == 1 else hidden * jnp.asarray(scale, hidden.dtype)
+
+    def logits(self, x_BTD):
+        """Logits of the main head, float32 [..., V], of the residual stream after any block (below the last
+        one: the logit lens)."""
+        hidden = self.head_input(x_BTD)
+        head = self.head().astype(hidden.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def hidden_states(self, tokens_BT, positions_BT=None, segments_BT=None, layers=None):
         """The residual stream without final norm: 0 the embeddings, i the output of block i.
 
-        Args: as in `__call__`; layers: which of 0 … N, default all of them.
+        Args:
+          tokens_BT, positions_BT, segments_BT: as in `__call__`.
+          layers: which of 0 … N, default all of them.
         Returns: [len(layers), B, T, D] in the compute dtype.
         Raises:
           UserError: for a layer that the model has not.
@@ -450,41 +490,86 @@ class Llama(nnx.Module):
         layers = tuple(range(deepest + 1) if layers is None else layers)
         if any(not 0 <= layer <= deepest for layer in layers):
             raise UserError(f"layers={layers}: expected each in 0 to {deepest}")
-        return self._hidden_states(tokens_BT, positions_BT, segments_BT, layers)
+        return self._hidden_states(Rows(tokens_BT, positions_BT, segments_BT), layers)
 
     @functools.partial(jax.jit, static_argnames="layers")
-    def _hidden_states(self, tokens_BT, positions_BT, segments_BT, layers):
-        context = self.context(tokens_BT, positions_BT, segments_BT)
-        outputs = self.each_layer(tokens_BT, *context, collect=lambda x: x)
-        return jnp.concatenate([self.embed(tokens_BT)[None], outputs])[np.asarray(layers)]
+    def _hidden_states(self, rows, layers):
+        outputs = self.forward(rows, collect=_identity).collected
+        return jnp.concatenate([self.embed(rows.tokens)[None], outputs])[np.asarray(layers)]
 
 
-def check_pivot_layer(pivot_layer: int, num_layers: int):
-    """Raises UserError unless n is 0 (no pivot) or leaves at least one block on either side."""
-    if not 0 <= pivot_layer < num_layers:
+def _identity(x):
+    return x
+
+
+def _with_defaults(rows: Rows) -> Rows:
+    tokens, positions, segments = rows.tokens, rows.positions, rows.segments
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segments is None:
+        segments = jnp.ones(tokens.shape, jnp.int32)
+    return Rows(tokens, positions, segments, rows.exits)
+
+
+def _append(before, after):
+    """Along the slots; `before` may have one row for all."""
+    return jnp.concatenate([jnp.broadcast_to(before, (len(after), before.shape[1])), after], axis=1)
+
+
+# Of models in general.
+
+
+def tensors(config: DecoderConfig, heads: Iterable[str] = ()) -> tuple[Tensor, ...]:
+    """The rows of the family's table that a model has, and one for each further head."""
+    more = (Tensor(name, ("vocabulary", "hidden"), HEAD_AXES, f"{name}.weight", "") for name in heads)
+    return (*family_of(config).tensors_of(config), *more)
+
+
+def param_axes(config: DecoderConfig, heads: Iterable[str] = ()) -> dict[str, tuple]:
+    """The mesh axes of each parameter's last dimensions, by its name."""
+    return {row.name: row.axes for row in tensors(config, heads)}
+
+
+def stack_name(number: int) -> str:
+    """The name of a stack of blocks in the parameters."""
+    return f"stack{number}"
+
+
+def stack_bounds(num_layers: int, exits: Sequence[int]) -> list[tuple[int, int]]:
+    """Of each stack the number of blocks below it, and with it."""
+    return list(zip((0, *exits), (*exits, num_layers)))
+
+
+def check_exit(layer: int, num_layers: int):
+    """Raises UserError unless there is at least one block on either side of an exit."""
+    if not 0 < layer < num_layers:
         raise UserError(
-            f"pivot.layer={pivot_layer}: expected 1 to {num_layers - 1} for a model of {num_layers} layers "
+            f"pivot.layer={layer}: expected 1 to {num_layers - 1} for a model of {num_layers} layers "
             "(0 for three quarters of them)"
         )
 
 
-def abstract(config: LlamaConfig, **kwargs) -> Llama:
-    """A `Llama` of shapes and dtypes alone; the keywords are `Llama`'s, without `rngs`."""
-    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **kwargs))
+def abstract(config: DecoderConfig, **kwargs) -> Decoder:
+    """A `Decoder` of shapes and dtypes alone.
+
+    Args:
+      kwargs: those of `Decoder`, without `rngs`.
+    """
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **kwargs))
 
 
-def with_params(model: Llama, params: dict) -> Llama:
+def with_params(model: Decoder, params: dict) -> Decoder:
     """A model (often abstract) with its parameters replaced by a nested dict as `to_params` gives it."""
     graphdef, state = nnx.split(model)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
 
 
-def to_params(model: Llama) -> dict:
-    """The parameters as a nested dict: {'embed_tokens': …, 'lower': {'q_proj': …}, …}."""
+def to_params(model: Decoder) -> dict:
+    """The parameters as a nested dict: {'embed_tokens': …, 'stack0': {'q_proj': …}, …}."""
     return nnx.to_pure_dict(nnx.state(model))
 
 
-def num_parameters(model: Llama) -> int:
-    """The number of parameters, the pivot head included."""
+def num_parameters(model: Decoder) -> int:
+    """The number of parameters, those of further heads included."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(to_params(model)))

@@ -1,6 +1,7 @@
 """The mesh, which axis of each array lies along which of its axes, and how arrays get there."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -11,23 +12,7 @@ from prom_jax.utils.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 # Rows of a batch are spread over both of these.
 BATCH = ("data", "fsdp")
-
-# The dimensions of each parameter, last ones first named; a leading layer axis is never split.
-_DIMENSIONS = {
-    "embed_tokens": ("tensor", "fsdp"),
-    "lm_head": ("tensor", "fsdp"),
-    "pivot_head": ("tensor", "fsdp"),
-    "q_proj": ("tensor", "fsdp"),
-    "k_proj": ("tensor", "fsdp"),
-    "v_proj": ("tensor", "fsdp"),
-    "o_proj": ("fsdp", "tensor"),
-    "gate_proj": ("tensor", "fsdp"),
-    "up_proj": ("tensor", "fsdp"),
-    "down_proj": ("fsdp", "tensor"),
-    "input_layernorm": ("fsdp",),
-    "post_attention_layernorm": ("fsdp",),
-    "norm": ("fsdp",),
-}
+Axes = tuple[str | None, ...]
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
@@ -55,13 +40,15 @@ def describe(mesh) -> str:
     return f"{dict(mesh.shape)} on {jax.device_count()} × {jax.devices()[0].device_kind}{processes}"
 
 
-def param_sharding(mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """Where a parameter lies. An axis that the mesh does not divide stays whole on every device.
+def param_sharding(mesh, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of a parameter. An axis that the mesh does not divide stays whole on every device.
 
-    Args: path: its place in the parameter tree, such as ('lower', 'q_proj'); shape: its global shape.
+    Args:
+      mesh: the mesh, or an abstract one.
+      axes: the mesh axis of each of the last dimensions, or None; a leading layer axis is never split.
+      shape: the global shape.
     """
-    dimensions = _DIMENSIONS[path[-1]]
-    spec = [None] * (len(shape) - len(dimensions)) + list(dimensions)
+    spec = [None] * (len(shape) - len(axes)) + list(axes)
     spec = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape)]
     return NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -73,33 +60,41 @@ def constrain(x, *axes):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
-def constrain_params(params: dict) -> dict:
-    """Asks for a tree like the parameters to lie as they do."""
+def constrain_params(params: dict, axes: Mapping[str, Axes]) -> dict:
+    """Asks for a tree like the parameters to be sharded as they are.
+
+    Args:
+      params: nested dict of arrays.
+      axes: of each parameter by its name, as in `param_sharding`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return params
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: constrain(x, *param_sharding(mesh, path_keys(path), x.shape).spec), params
-    )
+
+    def one(path, x):
+        return constrain(x, *param_sharding(mesh, axes[path[-1].key], x.shape).spec)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
-def gathered(weight, name: str, dtype):
-    """A parameter, or one layer's slice of a stack, cast and then whole along `fsdp`: what a device computes
-    with (ZeRO stage 3). Its gradient, in this dtype, comes back to where the parameter lies."""
-    spec = param_spec(name, weight.shape)
+def unshard_fsdp(weight, axes: Axes, dtype):
+    """Casts a parameter, or one layer's slice of a stack, then all-gathers it along `fsdp` (ZeRO-3): what a
+    device computes with. Its gradient, in this dtype, is sharded as the parameter is."""
+    spec = param_spec(axes, weight.shape)
     weight = constrain(weight.astype(dtype), *spec)  # or XLA would gather it first and cast it then
     return constrain(weight, *(None if axis == "fsdp" else axis for axis in spec))
 
 
-def scattered(gradient, name: str):
-    """A gradient, summed over batch shards, as its parameter lies; each device gets its part of the sum."""
-    return constrain(gradient, *param_spec(name, gradient.shape))
+def reduce_scatter_grad(gradient, axes: Axes):
+    """A gradient, summed over batch shards, sharded as its parameter is: each device gets its part of the
+    sum."""
+    return constrain(gradient, *param_spec(axes, gradient.shape))
 
 
-def param_spec(name: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """How a parameter lies on the mesh in use; without a mesh, whole."""
+def param_spec(axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
+    """How a parameter is sharded on the mesh in use; without a mesh, not at all."""
     mesh = jax.sharding.get_abstract_mesh()
-    return PartitionSpec() if mesh.empty else param_sharding(mesh, (name,), shape).spec
+    return PartitionSpec() if mesh.empty else param_sharding(mesh, axes, shape).spec
 
 
 def path_keys(path) -> tuple[str, ...]:

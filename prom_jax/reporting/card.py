@@ -1,8 +1,8 @@
 """The data card in files: `data_card.json`, `data_card.md` and the picture of lengths."""
 
 from prom_jax.data import card as data_card
-from prom_jax.parallel.multihost import is_first
 from prom_jax.reporting.plots import length_histogram
+from prom_jax.utils.process import is_main_process
 from prom_jax.utils.workdir import write_json, write_text
 
 
@@ -11,7 +11,7 @@ def write(experiment) -> dict:
     `setup.Experiment`, in process 0; returns the card (see `data.card.make`)."""
     workdir, records = experiment.workdir, experiment.data.train
     card = data_card.make(experiment.config, experiment.data, experiment.batches, experiment.flops)
-    if not is_first():
+    if not is_main_process():
         return card
     write_json(workdir / "data_card.json", card)
     write_text(workdir / "data_card.md", data_card.as_markdown(card))

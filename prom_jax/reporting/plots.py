@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from prom_jax.training.methods import find_method
+
 LABELS = {
     "target": "target",
     "english": "English",
@@ -114,10 +116,6 @@ def _band(axes, entry: dict, role: str, style: str, label: str):
     axes.fill_between(layers, low, high, color=COLOURS[role], alpha=0.2, linewidth=0)
 
 
-METHOD_LABELS = {"bactrian": "Bactrian+(t)", "xllama2": "xLLaMA2(t+e)", "prom": "PROM"}
-METHOD_COLOURS = {"bactrian": "tab:green", "xllama2": "tab:red", "prom": "tab:blue"}
-
-
 def interference_by_layer(results: dict[str, dict], path: Path):
     """Draws the cosine between gradients by layer, with 95 % intervals as bands, and as bars that of the last
     layer and of the last that PROM's English reaches; where a method has none, it says so.
@@ -128,12 +126,12 @@ def interference_by_layer(results: dict[str, dict], path: Path):
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
     last = sorted({entry["last_shared_layer"] for entry in results.values()})
     for number, (method, entry) in enumerate(results.items()):
-        label = f"{METHOD_LABELS[method]}: {' · '.join(entry['compared'])}"
+        label = f"{find_method(method).label}: {' · '.join(entry['compared'])}"
         reached = entry["layers"][: entry["last_shared_layer"]]
         layers, means = range(1, 1 + len(reached)), [layer["mean"] for layer in reached]
-        curves.plot(layers, means, marker=".", color=METHOD_COLOURS[method], label=label)
+        curves.plot(layers, means, marker=".", color=find_method(method).colour, label=label)
         band = zip(*(layer["interval"] for layer in reached))
-        curves.fill_between(layers, *band, color=METHOD_COLOURS[method], alpha=0.2, linewidth=0)
+        curves.fill_between(layers, *band, color=find_method(method).colour, alpha=0.2, linewidth=0)
         for group, layer in enumerate(last):
             _interference_bar(bars, group + 0.25 * (number - (len(results) - 1) / 2), entry, layer, method)
     bars.set_xticks(range(len(last)), [f"layer {layer}" for layer in last])
@@ -152,8 +150,8 @@ def _interference_bar(axes, place: float, entry: dict, layer: int, method: str):
     of_layer = entry["layers"][layer - 1]
     if of_layer["mean"] is None:
         place_of_text = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": "small"}
-        axes.text(place, 0, " no English gradient", color=METHOD_COLOURS[method], **place_of_text)
+        axes.text(place, 0, " no English gradient", color=find_method(method).colour, **place_of_text)
         return
     low, high = of_layer["interval"]
-    axes.bar(place, of_layer["mean"], 0.22, color=METHOD_COLOURS[method])
+    axes.bar(place, of_layer["mean"], 0.22, color=find_method(method).colour)
     axes.vlines(place, low, high, color="black", lw=1.2)

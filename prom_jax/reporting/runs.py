@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from prom_jax.training.methods import known_methods
 from prom_jax.utils.errors import UserError
 
+# Labels of rows in tables, in their order: the base model, the methods, and PROM last.
 METHODS = {
     "base": "base model",
-    "bactrian": "Bactrian+(t)",
-    "xllama2": "xLLaMA2(t+e)",
+    **{name: method.label for name, method in known_methods().items() if name != "prom"},
     "unregulated": "PROM − regulation",
-    "prom": "PROM",
+    "prom": known_methods()["prom"].label,
 }
 HARMLESS = {"limit"}  # settings that change no document's score
 

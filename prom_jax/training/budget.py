@@ -3,43 +3,61 @@
 import ctypes
 import importlib.util
 import os
+from collections import Counter
 
 import jax
 import numpy as np
 
-from prom_jax.models.config import LlamaConfig
-from prom_jax.training.objective import Objective
+from prom_jax.models.config import DecoderConfig
+from prom_jax.training.objective import Method, TokenLoss
 
 
-def training_flops(config: LlamaConfig, objective: Objective, pivot_layer: int, records, examples) -> float:
-    """Model FLOPs of training on `examples` (indices into `records`, repeated as they come).
+def training_flops(config: DecoderConfig, method: Method, records, examples) -> float:
+    """Model FLOPs of training on examples.
 
     Two a multiply-add, three passes (forward, and backward in inputs and weights): 6 · parameters · tokens
-    for matrices, causal attention, and a head for loss-bearing tokens alone. Padding and recomputation are
-    not counted, as they are not the model's.
+    for matrices, causal attention, and a head for loss tokens alone. Padding and recomputation are not
+    counted, as they are not the model's.
+
+    Args:
+      config: of the model.
+      method: which streams go through how many blocks; only its `TokenLoss`es are counted.
+      records: of `data.records`.
+      examples: indices into the records, repeated as they come.
+    Returns: a number of operations.
     """
-    layers = config.num_hidden_layers
-    blocks = {"target": layers}
-    if objective.uses_english:
-        blocks["english"] = pivot_layer if objective.has_pivot else layers
-    streams = {stream: records.streams[stream] for stream in blocks}
+    exits = [term for term in method.terms if isinstance(term, TokenLoss)]
+    streams = {stream: term.layer for term in exits for stream in term.streams}
     return 3 * sum(
-        _flops(config, blocks[stream], texts.lengths[examples], texts.weights[examples])
-        for stream, texts in streams.items()
+        _flops(config, layer, records.streams[stream], examples)
+        for stream, layer in streams.items()
+        if stream in records.streams
     )
 
 
-def _flops(config, layers, lengths, weights) -> float:
-    """Forward FLOPs of examples of these lengths through some layers, and a head for their loss tokens."""
-    hidden, attended = config.hidden_size, config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    matrices = hidden * (2 * attended + 2 * keys + 3 * config.intermediate_size)
-    lengths = lengths.astype(np.float64)
-    window = np.minimum(lengths, config.sliding_window or np.inf)
-    pairs = (lengths * window - window * (window - 1) / 2).sum()  # of a query and a key that it sees
-    return layers * (2 * matrices * lengths.sum() + 4 * attended * pairs) + (
-        2 * hidden * config.vocab_size * float(weights.sum())
+def _flops(config: DecoderConfig, layer: int | None, texts, examples) -> float:
+    """Forward FLOPs of one stream of examples through some layers, and a head for its loss tokens."""
+    hidden, queries, keys = (config.sizes[name] for name in ("hidden", "queries", "keys"))
+    matrices = hidden * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+    lengths = texts.lengths[examples].astype(np.float64)
+    layers = config.layers[:layer]
+    pairs = sum(number * _attended(lengths, window) for window, number in _counts(layers).items())
+    return (
+        len(layers) * 2 * matrices * lengths.sum()
+        + 4 * queries * pairs
+        + (2 * hidden * config.vocab_size * float(texts.weights[examples].sum()))
     )
+
+
+def _counts(layers) -> Counter:
+    """How many layers have each window."""
+    return Counter(kind.window for kind in layers)
+
+
+def _attended(lengths, window: int | None) -> float:
+    """Pairs of a query and a key that it attends to, in texts of these lengths."""
+    window = np.minimum(lengths, window or np.inf)
+    return (lengths * window - window * (window - 1) / 2).sum()
 
 
 def device_bytes(compiled) -> dict[str, int]:

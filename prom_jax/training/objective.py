@@ -1,132 +1,250 @@
-"""PROM and its baselines: which rows leave where, through which head, and the weighted sum.
+"""What an update minimises: a sum of terms over named streams, and the method that has them.
 
-The one room that knows what English is. With h_i the hidden state after block i:
-
-  prom      λ · smoothed CE(pivot_head(h_n), English) + CE(lm_head(h_N), target)
-  xllama2   CE(lm_head(h_N), English and target together)
-  bactrian  CE(lm_head(h_N), target)
+A batch is {stream: rows}; rows hold tokens, positions, segments, labels int32 and weights float32, each
+[R, T], with R and T of their own for each stream. Which streams there are, and what becomes of them, is known
+in `training.methods` alone.
 """
 
 import dataclasses
-import math
+import itertools
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 
+from prom_jax.models.decoder import Exit, Rows
 from prom_jax.ops.cross_entropy import cross_entropy
-from prom_jax.utils.errors import UserError
 
-METHODS = ("prom", "bactrian", "xllama2")
-NORMS = ("none", "final")
+MAIN_HEAD = "lm_head"
+
+
+class Term(Protocol):
+    """A part of a loss: what is summed over parts of a batch, and what the whole update's sum is divided by.
+
+    Most terms are a `TokenLoss`; any other object with these members will do.
+
+    Attributes:
+      weight: what the term is multiplied by.
+      streams: those that it reads.
+      names: of its sums, which are those of metrics: `loss_<name>`.
+    """
+
+    weight: float
+    streams: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def sums(self, model, batch) -> dict[str, jax.Array]:
+        """Float32 scalars by name, each a sum over the batch."""
+
+    def divisors(self, batch) -> dict[str, jax.Array]:
+        """Float32 scalars by the same names: the term is all its sums over all its divisors."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
-    """What an update minimises.
+class Loss:
+    """A sum of terms."""
 
-    method: one of METHODS.
-    weight: λ of the pivot loss; 0 drops the English rows and makes `prom` the same as `bactrian`.
-    label_smoothing: α of the pivot loss.
-    norm: before the pivot head, 'none' (the raw residual stream) or 'final' (the model's last norm).
-    joined: whether English rows continue the target rows, as `data.loader.Batches.joined` tells.
-    chunk: as in `losses.cross_entropy`.
+    terms: tuple[Term, ...]
+
+    def __add__(self, term: Term) -> "Loss":
+        return Loss((*self.terms, term))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLoss:
+    """Streams leave after a block through a head: their cross-entropy, per loss token of the whole update.
+
+    Attributes:
+      streams: one or several, which then share the divisor.
+      layer: the number of blocks that they go through; None for all.
+      head: that reads the hidden states there.
+      norm: whether the model's final norm comes before the head.
+      label_smoothing: α.
+      weight: what the term is multiplied by.
     """
 
-    method: str = "prom"
-    weight: float = 0.1
-    label_smoothing: float = 0.1
-    norm: str = "none"
-    joined: bool = False
-    chunk: int | None = None
+    streams: tuple[str, ...]
+    layer: int | None = None
+    head: str = MAIN_HEAD
+    norm: bool = True
+    label_smoothing: float = 0.0
+    weight: float = 1.0
 
-    def __post_init__(self):
-        for name, value, allowed in (("method", self.method, METHODS), ("pivot.norm", self.norm, NORMS)):
-            if value not in allowed:
-                raise UserError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
-        if not (0 <= self.weight < math.inf and 0 <= self.label_smoothing < 1):
-            raise UserError(
-                f"pivot.weight={self.weight}, pivot.label_smoothing={self.label_smoothing}: "
-                "expected a weight of 0 or more and a smoothing in [0, 1)"
-            )
+    def __rmul__(self, weight: float) -> "TokenLoss":
+        return dataclasses.replace(self, weight=weight * self.weight)
+
+    def __add__(self, term: Term) -> Loss:
+        return Loss((self, term))
 
     @property
-    def has_pivot(self) -> bool:
-        """Whether English leaves through a pivot head of its own."""
-        return self.method == "prom" and self.weight > 0
+    def names(self) -> tuple[str, ...]:
+        """Each stream's loss is a sum of its own."""
+        return self.streams
 
-    @property
-    def uses_english(self) -> bool:
-        """Whether English rows are trained on at all."""
-        return self.has_pivot or self.method == "xllama2"
-
-    def loss_sums(self, model, batch) -> dict:
-        """Sums of token losses by role, float32: 'target' and, where it is used, 'english' (smoothed).
-
-        Args: batch: {'target': rows, 'english': rows}; rows hold tokens, positions, segments, labels int32
-          and weights float32, each [R, T], with R and T of their own for either role.
-        """
-        target, english = batch["target"], batch.get("english") if self.uses_english else None
-        if english is None:
-            return {"target": main_loss(model, target, self.chunk)}
-        if self.joined:
-            target_states, english_states = self._joined_states(model, target, english)
-        else:
-            states = model.final_and_pivot_states if self.has_pivot else model.each_final_states
-            target_states, english_states = states(_texts(target), _texts(english))
-        if self.has_pivot:
-            english_loss = self.pivot_exit(model, english_states, english, self.label_smoothing)
-        else:
-            english_loss = main_exit(model, english_states, english, self.chunk)
-        return {"target": main_exit(model, target_states, target, self.chunk), "english": english_loss}
-
-    def _joined_states(self, model, target, english):
-        """What the heads read of the target rows and of the English ones behind them."""
-        rows = [jnp.concatenate(pair, axis=1) for pair in zip(_texts(target), _texts(english))]
-        width = target["tokens"].shape[1]
-        if self.has_pivot:
-            return model.states_at_two_exits(*rows, width)
-        return jnp.split(model.final_states(*rows), [width], axis=1)
-
-    def pivot_loss(self, model, rows, label_smoothing=0.0):
-        """Sum of token losses at h_n through the pivot head (L_{n,e} before its division)."""
-        return self.pivot_exit(model, model.pivot_states(*_texts(rows)), rows, label_smoothing)
-
-    def pivot_exit(self, model, states_BTD, rows, label_smoothing=0.0):
-        """The same from h_n."""
-        if self.norm == "final":
-            states_BTD = model.final_norm(states_BTD)
+    def read(self, model, states_BTD, rows: Mapping, chunk: int | None = None):
+        """The sum of token losses, float32, of rows whose hidden states are these."""
         return cross_entropy(
-            states_BTD, model.pivot_head[...], rows["labels"], rows["weights"], label_smoothing, self.chunk
+            model.head_input(states_BTD, self.norm),
+            model.head(self.head),
+            rows["labels"],
+            rows["weights"],
+            self.label_smoothing,
+            chunk,
+            model.config.logit_softcap,
         )
 
-    def coefficients(self, weights: dict) -> dict:
-        """What each role's sum is multiplied with, given the whole update's sums of weights by role.
+    def sums(self, model, batch) -> dict[str, jax.Array]:
+        """See `Term`."""
+        return token_losses(model, batch, [self])
 
-        Dividing by global sums, never by a micro-batch's or a device's, makes the loss of an update the
-        same however it is split.
+    def divisors(self, batch) -> dict[str, jax.Array]:
+        """See `Term`."""
+        return {stream: batch[stream]["weights"].sum() for stream in self.streams}
+
+
+def L(*streams: str, **settings) -> TokenLoss:
+    """L(N, streams), or L(layer, streams) with `layer`, as the paper writes it; the settings are
+    `TokenLoss`'s."""
+    return TokenLoss(streams, **settings)
+
+
+def token_losses(model, batch, terms, appended: str | None = None, chunk: int | None = None) -> dict:
+    """The sums of several token losses by stream, in one pass over the layers.
+
+    Args:
+      model: a `models.decoder.Decoder`.
+      batch: {stream: rows}.
+      terms: of which each stream is in one.
+      appended: the stream whose rows continue those of the batch's first one, which has as many.
+      chunk: as in `ops.cross_entropy`.
+    Returns: {stream: float32 scalar}.
+    """
+    term_of = {stream: term for term in terms for stream in term.streams}
+    streams = [stream for stream in batch if stream in term_of]
+    groups = [(stream,) for stream in streams]
+    if appended in streams:
+        groups = [(streams[0], appended), *((s,) for s in streams[1:] if s != appended)]
+    states = model.forward(*(_rows(batch, group, term_of) for group in groups)).states
+    left = {stream: x for group, exits in zip(groups, states) for stream, x in zip(group, exits)}
+    return {stream: term_of[stream].read(model, left[stream], batch[stream], chunk) for stream in streams}
+
+
+def _rows(batch, streams: tuple[str, ...], term_of: Mapping[str, TokenLoss]) -> Rows:
+    """The rows of streams, one appended to the other, and where each leaves."""
+    columns = {
+        name: jnp.concatenate([batch[stream][name] for stream in streams], axis=1)
+        for name in ("tokens", "positions", "segments")
+    }
+    ends = list(itertools.accumulate(batch[stream]["tokens"].shape[1] for stream in streams))
+    exits = (Exit(term_of[s].layer, start, stop) for s, start, stop in zip(streams, [0, *ends], ends))
+    return Rows(**columns, exits=tuple(exits))
+
+
+class Texts(NamedTuple):
+    """A part of what an update holds: one stream of the examples whose first stream has one of these roles.
+
+    Attributes:
+      name: for people.
+      stream: of the batch.
+      roles: of `data.records.ROLES`.
+      source: where the configuration says what they are.
+    """
+
+    name: str
+    stream: str
+    roles: tuple[str, ...]
+    source: str
+
+
+class Method:
+    """A method of adaptation: a file in `training.methods`, named as the method is.
+
+    Attributes:
+      name: in configurations; that of its file.
+      label, colour: in tables and pictures.
+      compared: the texts whose gradients `interference` compares.
+      regulated: whether its weight λ is for regulation to decide.
+      loss: the terms.
+    """
+
+    regulated: ClassVar[bool] = False
+    name: ClassVar[str]
+    label: ClassVar[str]
+    colour: ClassVar[str]
+    compared: ClassVar[tuple[Texts, Texts]]
+    loss: "Loss | Term"
+
+    @classmethod
+    def from_config(cls, config, layer: int, weight: float) -> "Method":
+        """The method as configured.
+
+        Args:
+          config: see `prom_jax.config`.
+          layer: n, the block after which English leaves.
+          weight: λ, as regulation has decided.
         """
-        safe = {role: jnp.maximum(weight, 1.0) for role, weight in weights.items()}
-        if self.method == "xllama2":
-            total = jnp.maximum(sum(weights.values()), 1.0)
-            return dict.fromkeys(weights, 1.0 / total)
-        scale = {"target": 1.0, "english": self.weight}
-        return {role: scale[role] / weight for role, weight in safe.items()}
+        return cls()
 
+    def details(self) -> dict:
+        """What the model card says of its settings."""
+        return {}
 
-def main_loss(model, rows, chunk=None):
-    """Sum of token losses at h_N through the main head, float32."""
-    return main_exit(model, model.final_states(*_texts(rows)), rows, chunk)
+    def trains(self, path: tuple[str, ...]) -> bool:
+        """Whether the parameter at a path, such as ('stack0', 'q_proj'), is trained."""
+        return True
 
+    # How the gradients of the terms are combined: a function from {name of a sum: gradients} to gradients,
+    # each already multiplied and divided as in the loss. None for their sum.
+    combine: Callable[[dict], dict] | None = None
 
-def main_exit(model, states_BTD, rows, chunk=None):
-    """The same from h_N after the final norm."""
-    return cross_entropy(states_BTD, model.output_embedding, rows["labels"], rows["weights"], chunk=chunk)
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms of the loss."""
+        return self.loss.terms if isinstance(self.loss, Loss) else (self.loss,)
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """What is trained on, the target language first."""
+        named = dict.fromkeys(stream for term in self.terms for stream in term.streams)
+        return tuple(sorted(named, key=lambda stream: stream != "target"))
 
-def _texts(rows) -> list:
-    """What a model is given of rows."""
-    return [rows[name] for name in ("tokens", "positions", "segments")]
+    @property
+    def heads(self) -> dict[str, int]:
+        """Heads besides the model's own, and after which block each reads."""
+        exits = [term for term in self.terms if isinstance(term, TokenLoss)]
+        return {term.head: term.layer for term in exits if term.head != MAIN_HEAD}
 
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Blocks after which streams leave, but for the last."""
+        layers = {getattr(term, "layer", None) for term in self.terms}
+        return tuple(sorted(layers - {None}))
 
-def weight_sums(batch) -> dict:
-    """The number of loss-bearing tokens by role, float32."""
-    return {role: rows["weights"].sum() for role, rows in batch.items()}
+    def sums(self, model, batch, appended: str | None = None, chunk: int | None = None) -> dict:
+        """The sums of all terms, float32 scalars by name; those of token losses in one pass over the layers.
+
+        Args:
+          model, batch, appended, chunk: as in `token_losses`.
+        """
+        exits = [term for term in self.terms if isinstance(term, TokenLoss)]
+        sums = token_losses(model, batch, exits, appended, chunk)
+        for term in (term for term in self.terms if not isinstance(term, TokenLoss)):
+            sums |= term.sums(model, batch)
+        return sums
+
+    def divisors(self, batch) -> dict:
+        """Of all terms, by name: for token losses the numbers of loss tokens."""
+        return {name: of for term in self.terms for name, of in term.divisors(batch).items()}
+
+    def coefficients(self, divisors: dict) -> dict:
+        """What each sum is multiplied by, given the divisors of the whole update.
+
+        Dividing by global sums, never by a micro-batch's or a device's, makes the loss of an update the same
+        however it is split.
+        """
+        return {
+            name: term.weight / jnp.maximum(sum(divisors[name] for name in term.names), 1.0)
+            for term in self.terms
+            for name in term.names
+        }

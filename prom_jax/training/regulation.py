@@ -1,22 +1,14 @@
 """Regulation: λ, the weight of the pivot loss, is 0 where the base model does not pivot through English.
 
 It does where the cloze probe finds the English word at least as probable as the target-language one after
-block n (paper, section on regulation).
+block n (paper, section on regulation). What a probe found is kept in a work directory as `FILE`; whoever
+probes is `prom_jax.analysis.regulation`.
 """
 
 import dataclasses
-import json
-from pathlib import Path
 
-from prom_jax.analysis.cloze import Table, read_table
-from prom_jax.analysis.probe import probe
-from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
-from prom_jax.parallel import sharding
-from prom_jax.tokenization.auto import fingerprint
-from prom_jax.utils.console import console
+from prom_jax.training.methods import find_method
 from prom_jax.utils.errors import UserError
-from prom_jax.utils.workdir import write_json
 
 # What the paper's probe of LLaMA-2-7B decided (its tables' asterisks): does the model pivot through English?
 PIVOTS_THROUGH_ENGLISH = {
@@ -30,13 +22,21 @@ FAINT = 0.01  # mean probability below which a word is as good as unknown
 
 @dataclasses.dataclass(frozen=True)
 class Regulation:
-    """What was decided: λ, the sentence that says why, what to be wary of, and with 'auto' what was measured,
-    as in `FILE`."""
+    """What was decided.
+
+    Attributes:
+      weight: λ.
+      decision: the sentence that says why.
+      warnings: what to be wary of.
+      measured: with 'auto' what was measured, as in `FILE`.
+      open: whether a probe is still to decide.
+    """
 
     weight: float
     decision: str
     warnings: tuple[str, ...] = ()
     measured: dict | None = None
+    open: bool = False
 
     @property
     def reason(self) -> str:
@@ -44,43 +44,36 @@ class Regulation:
         return "; WARNING: ".join((self.decision, *self.warnings))
 
 
-def decide(config, reader, tokenizer, layer: int, workdir: Path) -> Regulation:
-    """λ for a configuration whose model is that of `reader` and `tokenizer`, with n = `layer`.
+def is_probed(config) -> bool:
+    """Whether a probe of the base model decides λ."""
+    regulated = find_method(config.method).regulated
+    return regulated and config.pivot.regulate == "auto" and config.pivot.weight != 0
 
-    With pivot.regulate = 'auto' the base model is probed, once for a work directory: `FILE` in there is taken
-    while model, table and settings are the same.
+
+def decide(config, model, measured: dict | None = None) -> Regulation:
+    """λ for a configuration.
+
+    Args:
+      config: see `prom_jax.config`.
+      model: the architecture of the base model.
+      measured: where `is_probed`, what the probe found; None: it has not been asked yet, and λ stays as
+        configured until then.
+
+    Returns:
+      The decision.
 
     Raises:
-      UserError: for 'paper' with a language that the paper has not, and for 'auto' as `cloze.read_table` and
-        `probe.probe`.
+      UserError: for 'paper' with a language that the paper has not.
     """
     weight, language = config.pivot.weight, config.language
-    if config.method != "prom":
+    if not find_method(config.method).regulated:
         return Regulation(weight, "no pivot loss to regulate")
     if config.pivot.regulate == "never" or not weight:
         return Regulation(weight, f"λ = {weight:g} as configured")
     if config.pivot.regulate == "paper":
-        return _as_in_the_paper(weight, language, reader.config)
-    table = read_table(language, config.probe.tables or None)
-    settings = {
-        "model": config.model,
-        "weights": weights.fingerprint(reader),
-        "tokenizer": fingerprint(tokenizer),
-        "layer": layer,
-        "language": language,
-        "table": table.fingerprint,
-        "scoring": config.probe.scoring,
-        "shots": config.probe.shots,
-        "seed": config.seed,
-        "compute_dtype": config.compute_dtype or models.default_compute_dtype(),
-    }
-    path = workdir / FILE
-    measured = _recorded(path, settings)
-    if not measured:
-        console.print(f"probe     {config.model} in {language!r}, once for {workdir}")
-        mesh = sharding.make_mesh(**config.mesh)
-        measured = settings | _measure(reader, tokenizer, mesh, table, settings)
-        write_json(path, measured)
+        return _as_in_the_paper(weight, language, model)
+    if measured is None:
+        return Regulation(weight, f"λ = {weight:g} until a probe decides", open=True)
     return _as_measured(weight, measured)
 
 
@@ -105,33 +98,6 @@ def _as_in_the_paper(weight: float, language: str, model) -> Regulation:
 def _is_llama2_7b(model) -> bool:
     shape = (model.hidden_size, model.num_hidden_layers, model.num_key_value_heads, model.vocab_size)
     return shape == (4096, 32, 32, 32000)
-
-
-def _recorded(path: Path, settings: dict) -> dict | None:
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    same = isinstance(recorded, dict) and settings.items() <= recorded.items()
-    return recorded if same and "difference" in recorded else None
-
-
-def _measure(reader, tokenizer, mesh, table: Table, settings: dict) -> dict:
-    """What the probe finds after one block: means of P_en and P_target, and of their difference with its 95 %
-    interval."""
-    model = models.build(reader, mesh, settings["compute_dtype"])
-    result = probe(model, tokenizer, table, **{name: settings[name] for name in ("scoring", "shots", "seed")})
-    layer = settings["layer"]
-    mean, low, high = result.difference(layer)
-    return {
-        "english": float(result.english[:, layer - 1].mean()),
-        "target": float(result.target[:, layer - 1].mean()),
-        "difference": mean,
-        "interval": [low, high],
-        "unreliable": result.unreliable(layer),
-        "rows": len(result.rows),
-        "dropped": result.dropped,
-    }
 
 
 def _as_measured(weight: float, measured: dict) -> Regulation:

@@ -6,17 +6,37 @@ from typing import Any
 
 from prom_jax import config as configuration
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.data.examples import ENGLISH, PRIMARY, Recipe, further_streams
+from prom_jax.data.examples import Recipe, further_streams
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Prepared, prepare
-from prom_jax.models import decoder as llama
-from prom_jax.ops import attention
-from prom_jax.parallel import multihost as distributed
+from prom_jax.models.config import DecoderConfig
+from prom_jax.models.decoder import check_exit
+from prom_jax.ops.attention import supports_shared_prefixes
+from prom_jax.parallel.multihost import main_process_first
 from prom_jax.training import budget
-from prom_jax.training.objective import Objective
+from prom_jax.training.methods import find_method
+from prom_jax.training.objective import Method
 from prom_jax.training.regulation import Regulation, decide
 from prom_jax.utils.console import console
-from prom_jax.utils.workdir import as_dict, check_owner, check_shared
+from prom_jax.utils.process import is_main_process
+from prom_jax.utils.workdir import FORMAT, as_dict, check_same_config, check_shared
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """The model that a configuration adapts.
+
+    Attributes:
+      config: its architecture.
+      tokenizer: a transformers tokenizer.
+      layer: n, the number of blocks that English goes through.
+      reader: of its weights (see `models.open_source`); None where they are not needed.
+    """
+
+    config: DecoderConfig
+    tokenizer: Any
+    layer: int
+    reader: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +44,18 @@ class Experiment:
     """A configuration with what it names.
 
     Attributes:
-      reader, tokenizer: of the model (see `models.open_source`).
-      objective, pivot_layer: what is minimised, and n (0 without a pivot); regulation: why λ is what it is.
+      base: the model that is adapted.
+      method: what is minimised, λ being decided.
+      regulation: why λ is what it is.
       data, batches: the records, and the batches of the whole run.
       flops: of the whole run, as `budget.training_flops` counts.
     """
 
     config: Any
     workdir: Path
-    reader: Any
-    tokenizer: Any
-    objective: Objective
+    base: BaseModel
+    method: Method
     regulation: Regulation
-    pivot_layer: int
     data: Prepared
     batches: Batches
     flops: float
@@ -45,20 +64,16 @@ class Experiment:
     def identity(self) -> dict:
         """What a work directory remembers of its run: the configuration, and what its sources hold."""
         shared = self.batches.share_prompts  # with 'auto' it depends on `attention`, which may change
-        return as_dict(self.config) | {"records": self.data.fingerprint, "prompts_shared": shared}
+        kept = {"format": FORMAT, **as_dict(self.config)}
+        return kept | {"records": self.data.fingerprint, "prompts_shared": shared}
 
     @property
     def details(self) -> dict:
         """The rows of the model card."""
-        config, objective = self.config, self.objective
+        config = self.config
         details = {"base_model": config.model, "language": config.language, "method": config.method}
-        if objective.has_pivot:
-            details |= {
-                "pivot.layer": self.pivot_layer,
-                "pivot.weight": objective.weight,
-                "pivot.label_smoothing": objective.label_smoothing,
-                "pivot.norm": objective.norm,
-            }
+        details |= self.method.details()
+        if self.method.heads:
             unusual = {"english_prompt": "target", "translation_source": True}  # as in the published script
             details |= {f"pivot.{key}": value for key, value in unusual.items() if config.pivot[key] == value}
         return details | {
@@ -75,34 +90,64 @@ class Experiment:
         return self.config.language if self.config.data.prompts == "target" else "en"
 
 
-def resolve(config, workdir: Path) -> Experiment:
-    """Opens the model's files, decides λ (which loads and probes the model with pivot.regulate = 'auto',
-    once for a work directory), makes the records where they are missing, and plans the batches.
+def open_base(config, workdir: Path, weights: bool = True) -> BaseModel:
+    """Opens the model's files, once configuration and work directory are found to be usable.
+
+    Args:
+      config: see `prom_jax.config`.
+      workdir: the work directory; nothing is written.
+      weights: whether those are opened too, which then must be there.
+
+    Returns:
+      The model.
 
     Raises:
-      UserError: for a configuration, a model or data that cannot be used, or a work directory that holds
-        another run.
+      UserError: for a configuration or a model that cannot be used, or a work directory that holds another
+        run.
     """
     configuration.check(config)
-    check_owner(workdir, as_dict(config))
-    reader, tokenizer = models.open_source(config.model)
-    layers = reader.config.num_hidden_layers
-    layer = configuration.pivot_layer(config, layers)
-    llama.check_pivot_layer(layer, layers)
+    find_method(config.method)
+    check_same_config(workdir, as_dict(config))
+    if weights:
+        reader, tokenizer = models.open_source(config.model)
+        model_config = reader.config
+    else:
+        reader, (model_config, tokenizer) = None, models.open_config(config.model)
+    layer = configuration.pivot_layer(config, model_config.num_hidden_layers)
+    check_exit(layer, model_config.num_hidden_layers)
     console.print(f"model     {config.model}")
-    regulation = decide(config, reader, tokenizer, layer, workdir)
-    objective = Objective(config.method, regulation.weight, config.pivot.label_smoothing, config.pivot.norm)
-    pivot = f", n = {layer} of {layers}, {regulation.decision}" * (config.method == "prom")
+    return BaseModel(model_config, tokenizer, layer, reader)
+
+
+def resolve(config, workdir: Path, base: BaseModel, measured: dict | None = None) -> Experiment:
+    """Decides λ, makes the records where they are missing, and plans the batches; reads no weights.
+
+    Args:
+      config: see `prom_jax.config`.
+      workdir: the work directory, which gets the records.
+      base: the model, as `open_base` gives it.
+      measured: what the probe found, where one decides λ; None: not yet.
+
+    Returns:
+      The experiment.
+
+    Raises:
+      UserError: for data that cannot be used, or a work directory that holds another run.
+    """
+    regulation = decide(config, base.config, measured)
+    method = find_method(config.method).from_config(config, base.layer, regulation.weight)
+    exits = f", n = {base.layer} of {base.config.num_hidden_layers}, {regulation.decision}"
+    pivot = exits * method.regulated
     console.print("\nWARNING   ".join([f"method    {config.method}{pivot}", *regulation.warnings]))
-    if config.data.seq_len > reader.config.max_position_embeddings:
+    if config.data.seq_len > base.config.max_position_embeddings:
         console.print(
             f"WARNING   data.seq_len={config.data.seq_len} is more than the "
-            f"{reader.config.max_position_embeddings} positions that the model was made for"
+            f"{base.config.max_position_embeddings} positions that the model was made for"
         )
-    with distributed.first_alone("records"):
-        if not distributed.is_first():
+    with main_process_first("records"):
+        if not is_main_process():
             check_shared(workdir / "records")
-        data = prepare(recipe(config, objective), tokenizer, workdir / "records")
+        data = prepare(recipe(config, method), base.tokenizer, workdir / "records")
     batches = Batches(
         data.train,
         sequences=config.batch.sequences,
@@ -110,30 +155,25 @@ def resolve(config, workdir: Path) -> Experiment:
         seed=config.seed,
         epochs=config.optimizer.epochs,
         steps=config.steps,
-        share_prompts=config.batch.share_prompts == "auto" and attention.continues(config.attention),
+        share_prompts=config.batch.share_prompts == "auto" and supports_shared_prefixes(config.attention),
     )
-    objective = dataclasses.replace(objective, joined=batches.appended == ENGLISH)
-    pivot_layer = layer if objective.has_pivot else 0
-    flops = budget.training_flops(reader.config, objective, pivot_layer, data.train, batches.examples)
+    flops = budget.training_flops(base.config, method, data.train, batches.examples)
     experiment = Experiment(
         config=config,
         workdir=workdir,
-        reader=reader,
-        tokenizer=tokenizer,
-        objective=objective,
+        base=base,
+        method=method,
         regulation=regulation,
-        pivot_layer=pivot_layer,
         data=data,
         batches=batches,
         flops=flops,
     )
-    check_owner(workdir, experiment.identity)
+    check_same_config(workdir, experiment.identity)
     return experiment
 
 
-def recipe(config, objective: Objective) -> Recipe:
+def recipe(config, method: Method) -> Recipe:
     """What the examples are made from."""
-    streams = (PRIMARY, ENGLISH) if objective.uses_english else (PRIMARY,)
     more = further_streams(tuple(config.data.streams))
     return Recipe(
         language=config.language,
@@ -143,9 +183,9 @@ def recipe(config, objective: Objective) -> Recipe:
         seq_len=config.data.seq_len,
         prompts=config.data.prompts,
         english_prompt=config.pivot.english_prompt,
-        translation_source=config.pivot.translation_source and objective.has_pivot,
-        streams=streams,
-        more=tuple((stream, names) for stream, names in more if stream in streams),
+        translation_source=config.pivot.translation_source and bool(method.heads),
+        streams=method.streams,
+        more=tuple((stream, names) for stream, names in more if stream in method.streams),
         holdout=config.eval.holdout,
         text=tuple(config.eval.text),
         seed=config.seed,

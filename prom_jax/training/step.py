@@ -1,164 +1,103 @@
-"""One update: gradients of the objective, summed over parts, clipped, and AdamW."""
+"""One update: gradients of a method's loss, summed over micro-batches, and the optimizer's step."""
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from prom_jax.models import decoder as llama
-from prom_jax.parallel.sharding import BATCH, constrain, constrain_params
-from prom_jax.training.objective import Objective, weight_sums
-
-
-def make_schedule(learning_rate, warmup_ratio, schedule, num_steps):
-    """Learning rate by update: linear warmup from 0, then 'cosine' or 'linear' decay to 0."""
-    warmup = min(math.ceil(warmup_ratio * num_steps), num_steps - 1)
-    rest = max(1, num_steps - warmup)
-    if schedule == "cosine":
-        decay = optax.cosine_decay_schedule(learning_rate, rest)
-    else:
-        decay = optax.linear_schedule(learning_rate, 0.0, rest)
-    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, max(1, warmup)), decay], [warmup])
+from prom_jax.models import decoder
+from prom_jax.parallel.sharding import BATCH, constrain, constrain_params, path_keys
+from prom_jax.training.objective import Method
+from prom_jax.training.optimizer import to_float32
 
 
-def make_optimizer(schedule, weight_decay, clip, dtype="float32"):
-    """AdamW (betas 0.9 and 0.999) on gradients of norm at most `clip`; 0 for no clipping.
-
-    Norm scales do not decay, as in the trainer that the paper used. `dtype`: of parameters and moments;
-    'bfloat16' as in `rounded_at_random`.
-    """
-    optimizer = optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=weight_decay, mask=_decays)
-    if clip:
-        optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)
-    return rounded_at_random(optimizer) if dtype == "bfloat16" else optimizer
-
-
-class RoundedState(NamedTuple):
-    """count: int32, the number of updates; inner: the state of the optimizer that is rounded."""
-
-    count: jax.Array
-    inner: optax.OptState
-
-
-def rounded_at_random(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimizer whose parameters and moments are bfloat16 between updates, which are computed in float32.
-
-    To the nearest, an update of less than 1/512 of a parameter would be lost, and the second moment's always.
-    Each number is rounded up or down instead, with the odds that make its mean what it was (stochastic
-    rounding), depending on nothing but its place and the number of the update.
-    """
-
-    def init(params):
-        return RoundedState(jnp.zeros((), jnp.int32), inner.init(params))
-
-    def update(gradients, state, params):
-        before = _wide(params)
-        updates, moments = inner.update(_wide(gradients), _wide(state.inner), before)
-        after = jax.tree.map(jnp.add, before, updates)
-        after, moments = _rounded((after, moments), state.count)
-        # The difference of two such numbers is exact in float32, and so is its sum with the first.
-        updates = jax.tree.map(jnp.subtract, _wide(after), before)
-        return updates, RoundedState(state.count + 1, moments)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _is_float(x) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _wide(tree):
-    """The tree with all floating-point numbers in float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if _is_float(x) else x, tree)
-
-
-def _rounded(tree, seed):
-    """The tree with all floating-point numbers in bfloat16, rounded at random."""
-    leaves, structure = jax.tree.flatten(tree)
-    leaves = [
-        stochastic_round(x, seed * len(leaves) + number) if _is_float(x) else x
-        for number, x in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(structure, leaves)
-
-
-def stochastic_round(x, seed):
-    """float32 to either bfloat16 beside it, with the odds that make the mean what it was.
-
-    The random bits are a hash of place and seed: elementwise, so that it becomes part of what makes `x`.
-    `jax.random` would first write eight bytes for each number on a GPU.
-    """
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    noise = _hash(place ^ _hash(jnp.uint32(seed))) >> 16
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
-
-
-def _hash(x):
-    """Mixes the bits of uint32 (multiply and xor-shift, constants found by C. Wellons's search)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
-    x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
-    return x ^ (x >> 15)
-
-
-def _decays(params: dict) -> dict:
-    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].key, params)
-
-
-def abstract_state(optimizer, params: dict, mesh):
-    """The optimizer's state for abstract parameters: moments lie as these do, the rest whole everywhere."""
-    state = jax.eval_shape(optimizer.init, params)
-    whole = NamedSharding(mesh, PartitionSpec())
-    shardings = optax.tree.map_params(
-        optimizer, lambda _, param: param.sharding, state, params, transform_non_params=lambda _: whole
-    )
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-
-
-def make_update(model: llama.Llama, objective: Objective, optimizer, accumulation: int):
+def make_update(
+    model: decoder.Decoder,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    accumulation: int,
+    appended: str | None = None,
+    chunk: int | None = None,
+):
     """The function (params, opt_state, batch) → (params, opt_state, metrics) of one update.
 
     Args:
       model: abstract, the structure that `params` fill.
-      accumulation: into how many parts the batch is split; gradients are summed over them, each loss
-        divided by the weights of the whole update, so the result is that of the whole batch.
-    Returns: metrics are float32 scalars: loss, and by role loss_… (per token) and weight_…; grad_norm;
-        param_norm after the update.
+      method: whose loss is minimised.
+      optimizer: its state is that of the parameters that the method trains (`trained_params`).
+      accumulation: into how many parts the batch is split; gradients are summed over them, each term
+        divided by the divisors of the whole update, so the result is that of the whole batch.
+      appended: the stream that continues the rows of the first one, as `data.loader.Batches` says.
+      chunk: of loss tokens, as in `ops.cross_entropy`.
+    Returns: metrics are float32 scalars: loss, and by name of a sum loss_… (per token) and weight_…;
+        grad_norm; param_norm after the update.
     """
+    axes = decoder.param_axes(model.config, model.heads)
 
     def update(params, opt_state, batch):
-        weights = weight_sums(batch)
-        scale = objective.coefficients(weights)
+        divisors = method.divisors(batch)
+        scale = method.coefficients(divisors)
+        trained = trained_params(params, method)
 
-        def loss(params, part):
-            sums = objective.loss_sums(llama.with_params(model, params), part)
-            return sum(scale[role] * sums[role] for role in sums), sums
+        def losses(trained, part):
+            whole = decoder.with_params(model, merge_params(trained, params))
+            sums = method.sums(whole, part, appended, chunk)
+            return {name: scale[name] * sums[name] for name in sums}, sums
 
-        gradients, sums = accumulate(jax.grad(loss, has_aux=True), params, batch, accumulation)
-        gradients = constrain_params(gradients)  # XLA may have laid them out otherwise
-        metrics = {"loss": sum(scale[role] * sums[role] for role in sums)}
-        for role in sums:
-            metrics[f"loss_{role}"] = sums[role] / jnp.maximum(weights[role], 1.0)
-            metrics[f"weight_{role}"] = weights[role]
-        metrics["grad_norm"] = optax.global_norm(_wide(gradients))
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        metrics["param_norm"] = optax.global_norm(_wide(params))
+        gradients, sums = accumulate(_differentiate(losses, method.combine), trained, batch, accumulation)
+        if method.combine is not None:
+            gradients = method.combine(gradients)
+        gradients = constrain_params(gradients, axes)  # XLA may have laid them out otherwise
+        metrics = {"loss": sum(scale[name] * sums[name] for name in sums)}
+        for name in sums:
+            metrics[f"loss_{name}"] = sums[name] / jnp.maximum(divisors[name], 1.0)
+            metrics[f"weight_{name}"] = divisors[name]
+        metrics["grad_norm"] = optax.global_norm(to_float32(gradients))
+        updates, opt_state = optimizer.update(gradients, opt_state, trained)
+        params = merge_params(optax.apply_updates(trained, updates), params)
+        metrics["param_norm"] = optax.global_norm(to_float32(params))
         return params, opt_state, metrics
 
     return update
 
 
+def _differentiate(losses, combine):
+    """From losses {name: …} and sums to gradients and sums: the gradients of the losses' total, or, where
+    they are to be combined otherwise, those of each, by name."""
+
+    def total(trained, part):
+        each, sums = losses(trained, part)
+        return sum(each.values()), sums
+
+    def of_each(trained, part):
+        each, backward, sums = jax.vjp(lambda trained: losses(trained, part), trained, has_aux=True)
+        zeros = jax.tree.map(jnp.zeros_like, each)
+        return {name: backward(zeros | {name: jnp.ones_like(each[name])})[0] for name in each}, sums
+
+    return jax.grad(total, has_aux=True) if combine is None else of_each
+
+
+def trained_params(params: dict, method: Method) -> dict:
+    """The parameters that a method trains; None in place of the others, which JAX takes for no leaf."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x if method.trains(path_keys(path)) else None, params
+    )
+
+
+def merge_params(trained: dict, params: dict) -> dict:
+    """The parameters with trained ones in their places."""
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, trained, params, is_leaf=lambda x: x is None
+    )
+
+
 def accumulate(function, params, batch, parts: int):
     """Sum of `function(params, part)` over `parts` parts of the batch, one after the other, in float32 at
-    least where there are several."""
+    least where there are several.
+
+    (optax's `microbatch` wants as many rows in every stream, and sums in the gradients' own dtype.)
+    """
     if parts == 1:
         return function(params, batch)
     batch = jax.tree.map(functools.partial(_split, parts=parts), batch)

@@ -1,18 +1,20 @@
-"""What the commands share: a config flag with one-line errors."""
+"""The command line that all commands share: flags of one style, configuration files, mistakes in one line."""
 
 import argparse
 import importlib.metadata
 import os
+import re
+import shlex
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
 
-from prom_jax.parallel.multihost import MISTAKE, together
-from prom_jax.parallel.sharding import AXES, make_mesh
+from prom_jax.utils import config_file
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import MISTAKE
 
 # What commands compile is kept, small programs too, as there are dozens of them; the environment may say
 # otherwise under the same names.
@@ -20,106 +22,149 @@ COMPILED = {
     "JAX_COMPILATION_CACHE_DIR": str(Path("~/.cache/prom_jax/compiled").expanduser()),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.0,
 }
-_number = lambda name: int(os.environ[name]) if os.environ.get(name, "").isdigit() else None
-# Name, type, default and meaning of what `processes` takes.
-PROCESS_FLAGS = (
-    (
-        "coordinator",
-        str,
-        None,
-        "host:port of process 0 in a run of several processes, where the environment does not tell; "
-        "default $JAX_COORDINATOR_ADDRESS",
-    ),
-    ("num_processes", int, _number("JAX_NUM_PROCESSES"), "Default $JAX_NUM_PROCESSES"),
-    ("process_id", int, _number("JAX_PROCESS_ID"), "From 0 on; default $JAX_PROCESS_ID"),
-    ("connect_timeout", float, 300.0, "Seconds until all processes must have come"),
-    ("hang_timeout", float, 3600.0, "Seconds after which a step that hangs ends the run; 0: never"),
-)
+WIDTH = 110  # of --help at most
+_FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
 
 
-def define_run_flags():
-    """Defines `--config=FILE[:variant]`, locked: a key that the file does not have is an error; and
-    `--workdir`."""
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Configuration file, with an optional variant: configs/th.py:bactrian",
-        lock_config=True,
-    )
-    flags.DEFINE_string("workdir", None, "Where the run goes; default runs/<config>[-variant]")
+class Parser(argparse.ArgumentParser):
+    """argparse with flags in the style of this project, whose mistakes are `UserError`s.
 
+    Flags are never shortened, `-` and `_` in their names are alike, an unknown one is answered with the
+    nearest known one, and --help tells the default of each.
 
-def define_process_flags():
-    """Defines what `processes` takes."""
-    define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
-    for name, kind, default, about in PROCESS_FLAGS:
-        define[kind](name, default, about)
-
-
-def add_processes(parser):
-    """Adds what `processes` takes to an argparse parser."""
-    for name, kind, default, about in PROCESS_FLAGS:
-        parser.add_argument(f"--{name}", type=kind, default=default, help=about)
-
-
-def processes(arguments=None):
-    """A context in which this process runs in step with those that the flags (or argparse's `arguments`) or
-    the environment tell of; see `distributed.together`."""
-    value = (lambda name: flags.FLAGS[name].value) if arguments is None else arguments.__getattribute__
-    return together(**{name: value(name) for name, *_ in PROCESS_FLAGS})
-
-
-def config():
-    """The configuration that was given.
-
-    Raises:
-      UserError: none was.
+    Args:
+      command: the module that is run, such as 'prom_jax.train'.
+      about: its docstring: how it is called, and what it does.
     """
-    if flags.FLAGS.config is None:
-        raise UserError("--config is missing: for example --config=configs/demo.py")
-    return flags.FLAGS.config
+
+    def __init__(self, command: str, about: str):
+        super().__init__(
+            prog=f"python -m {command}",
+            usage=argparse.SUPPRESS,  # the docstring begins with it
+            description=about,
+            epilog="Flags are given as --name=value or --name value; - and _ in names are alike.",
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        self._has_config = False
+
+    def add_run(self):
+        """Adds `--config=FILE[:variant]`, with `--config.KEY=VALUE` for each key of it, and `--workdir`.
+
+        `parse_args` then gives the configuration as `config`, a Path as `workdir`, and as `run` the flags
+        that lead to the same two, for a shell.
+        """
+        self._has_config = True
+        group = self.add_argument_group("run")
+        group.add_argument(
+            "--config",
+            metavar="FILE[:variant]",
+            help="configuration file, and a variant of it: configs/th.py:bactrian (required)",
+        )
+        group.add_argument(
+            "--config.KEY",
+            metavar="VALUE",
+            help="sets a key of the configuration, such as --config.pivot.weight=0.3; prom_jax/config.py has "
+            "all keys, each with its meaning (default: that of the file)",
+        )
+        workdir = "where the run goes (default: runs/<config>[-variant])"
+        group.add_argument("--workdir", metavar="DIR", help=workdir)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """As argparse's, with what `add_run` promises.
+
+        Raises:
+          UserError: for what the command line has too much, too little, or wrong.
+        """
+        arguments = _with_underscores(sys.argv[1:] if args is None else args)
+        arguments, overrides = _split(arguments) if self._has_config else (arguments, [])
+        self._check_known(arguments)
+        result, extra = self.parse_known_args(arguments, namespace)
+        if extra:
+            raise UserError(f"unexpected argument {extra[0]!r}: flags are given as --name=value")
+        if self._has_config:
+            if result.config is None:
+                raise UserError("--config is missing: for example --config=configs/demo.py")
+            result.workdir = Path(result.workdir or _default_workdir(result.config))
+            result.run = shlex.join([f"--config={result.config}", *overrides, f"--workdir={result.workdir}"])
+            result.config = config_file.override(config_file.load(result.config), overrides)
+        return result
+
+    def error(self, message: str):
+        """Raises UserError, in place of printing usage and ending the process."""
+        missing = message.partition("the following arguments are required: ")[2]
+        if missing:
+            about = {name: action.help for action in self._actions for name in _names(action)}
+            raise UserError("; ".join(f"{name} is missing: {about[name]}" for name in missing.split(", ")))
+        message = message.removeprefix("argument ").replace(": =", "=", 1)  # of a type's own: --flag=value
+        raise UserError(f"{message} (--help lists all flags)")
+
+    def _check_known(self, arguments: list[str]):
+        # Before argparse, which would first miss what is misspelt.
+        for argument in arguments:
+            if argument == "--":
+                return
+            flag = _FLAG.match(argument)
+            if flag and flag[0] not in self._option_string_actions:
+                meant = config_file.nearest(flag[0], self._option_string_actions)
+                hint = f"did you mean {meant}? " * bool(meant)
+                raise UserError(f"unknown flag {flag[0]}: {hint}--help lists all flags")
 
 
-def workdir() -> Path:
-    """The folder of the run, by default runs/<name of the config file>[-variant]."""
-    if flags.FLAGS.workdir:
-        return Path(flags.FLAGS.workdir)
-    name, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")
-    return Path("runs") / "-".join(filter(None, (Path(name).stem, variant)))
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Tells every flag's default, unless its help does."""
+
+    def __init__(self, prog: str):
+        width = min(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)
+        super().__init__(prog, max_help_position=30, width=width)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        about = action.help or ""
+        if not action.option_strings or action.default is argparse.SUPPRESS:
+            return about
+        if action.required:
+            told = "required"
+        elif "(default" in about or "(required)" in about:
+            return about
+        else:
+            told = f"default: {_shown(action.default)}"
+        return f"{about} ({told})".lstrip().replace("%", "%%")
 
 
-def run(main):
-    """Parses flags and runs `main()`; a user's mistake ends it with one line and exit status 2."""
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that is an integer of at least `least`."""
 
-    def guarded(argv):
-        if len(argv) > 1:
-            _fail(f"unexpected argument {argv[1]!r}; flags are given as --name=value")
-        guard(main)
+    def bounded(text: str) -> int:
+        value = integer(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"={text}: expected {least} or more")
+        return value
 
-    logging.set_verbosity(logging.WARNING)
-    app.run(guarded, flags_parser=_parse)
-
-
-def parser(command: str, about: str) -> argparse.ArgumentParser:
-    """For a command without configuration."""
-    return argparse.ArgumentParser(
-        prog=f"python -m prom_jax.{command}",
-        description=about,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    return bounded
 
 
-def add_compute(parser, data: int = 1, fsdp: int = -1, tensor: int = 1):
-    """Adds the dtype of computing and the mesh's sizes, with these defaults, to an argparse parser."""
-    dtypes = ("float32", "bfloat16")
-    parser.add_argument("--compute_dtype", choices=dtypes, help="default: float32 on CPU, bfloat16 elsewhere")
-    for axis, size in (("data", data), ("fsdp", fsdp), ("tensor", tensor)):
-        parser.add_argument(f"--mesh.{axis}", type=int, default=size, help=f"devices; default {size}")
+def integer(text: str) -> int:
+    """The type of a flag that is an integer."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"={text}: expected an integer") from error
 
 
-def mesh(arguments):
-    """The mesh that `add_compute`'s arguments ask for."""
-    return make_mesh(*(getattr(arguments, f"mesh.{axis}") for axis in AXES))
+def number(text: str) -> float:
+    """The type of a flag that is a number."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"={text}: expected a number") from error
+
+
+def names(text: str) -> list[str]:
+    """The type of a flag that is one or more names with commas between."""
+    found = [name for name in text.split(",") if name]
+    if not found:
+        raise argparse.ArgumentTypeError(f"={text}: expected one or more names, with commas between")
+    return found
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -127,7 +172,7 @@ def versions(*more: str) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "transformers", "numpy", *more)}
 
 
-def guard(main):
+def guard(main: Callable[[], object]):
     """Runs `main()`, keeping what it compiles for the next time; a user's mistake ends it with one line and
     exit status 2."""
     for name, value in COMPILED.items():
@@ -136,34 +181,51 @@ def guard(main):
     try:
         main()
     except UserError as error:
-        _fail(error)
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(MISTAKE) from error
 
 
-def _parse(argv):
-    for argument in argv:
-        path = Path(argument.removeprefix("--config=").split(":")[0])
-        if argument.startswith("--config=") and not path.is_file():
-            _fail(f"{path} does not exist: --config expects a configuration file, such as configs/demo.py")
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError) as error:
-        _fail(_explain(error, argv))
+def _with_underscores(arguments: list[str]) -> list[str]:
+    """The arguments with `_` for `-` in names of flags, up to `--`, which ends them."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    written = [
+        _FLAG.sub(lambda flag: f"--{flag[0][2:].replace('-', '_')}", argument, count=1)
+        if _FLAG.match(argument)
+        else argument
+        for argument in arguments[:end]
+    ]
+    return written + list(arguments[end:])
 
 
-def _explain(error, argv) -> str:
-    """What went wrong, in one line."""
-    cause = error
-    while cause and not isinstance(cause, KeyError):
-        cause = cause.__context__
-    if cause:
-        key = str(cause.args[0]).splitlines()[0].strip("'\"")  # a suggestion may follow
-        given = [a for a in argv if a.startswith("--config.") and key in a.split("=")[0].split(".")]
-        return f"unknown configuration key {key!r} in {', '.join(given)}: prom_jax/config.py lists them all"
-    return (
-        str(error).strip().splitlines()[-1].split("UserError: ")[-1]
-    )  # a config file's come with a traceback
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without overrides of the configuration, and these, each as one: `--config.KEY=VALUE`."""
+    rest, overrides = [], []
+    remaining = iter(arguments)
+    pending = next(remaining, None)
+    while pending is not None:
+        argument, pending = pending, next(remaining, None)
+        if not re.match(r"--(no)?config\.", argument):
+            rest.append(argument)
+        elif "=" in argument or pending is None or pending.startswith("--"):
+            overrides.append(argument)
+        else:
+            overrides.append(f"{argument}={pending}")
+            pending = next(remaining, None)
+    return rest, overrides
 
 
-def _fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(MISTAKE)
+def _names(action: argparse.Action) -> tuple[str, ...]:
+    return tuple(action.option_strings) or (action.metavar or action.dest,)
+
+
+def _default_workdir(config: str) -> Path:
+    path, _, variant = config.partition(":")
+    return Path("runs") / "-".join(filter(None, (Path(path).stem, variant)))
+
+
+def _shown(default) -> str:
+    if default is None or default == "":
+        return "none"
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)

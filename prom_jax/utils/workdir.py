@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and writing into it without leaving halves behind."""
+"""Work directory: the check that it holds no other run, and atomic writes."""
 
 import json
 import os
@@ -8,14 +8,15 @@ from pathlib import Path
 
 import jax
 
-from prom_jax.parallel.multihost import is_first
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import is_main_process
 
 # What may change between a run and its resumption, as it does not change the result.
 MAY_CHANGE = ("mesh", "checkpoint", "export", "remat", "attention", "batch.accumulation", "eval.every")
 
-
 CONFIG_FILE = "config.json"
+# Of what a run keeps in its work directory; another number for every change after which it cannot go on.
+FORMAT = 2
 
 
 def as_dict(config) -> dict:
@@ -23,14 +24,23 @@ def as_dict(config) -> dict:
     return json.loads(config.to_json())
 
 
-def check_owner(workdir: Path, config: dict):
-    """Raises UserError if the folder holds a run of another configuration; what differs is named."""
+def check_same_config(workdir: Path, config: dict):
+    """Raises UserError if the folder holds a run of another configuration, or of another version of
+    prom_jax; what differs is named."""
     path = workdir / CONFIG_FILE
     if path.exists():
         try:
-            theirs = _flat(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            held = theirs.get("format")
+            theirs = _flat(theirs)
+        except (ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it, or give another --workdir") from error
+        if held != FORMAT:
+            raise UserError(
+                f"{workdir} holds a run of another version of prom_jax ({_format(held)}, expected format "
+                f"{FORMAT}), which cannot be continued: give another --workdir; its export, "
+                f"{workdir / 'hf'}, still loads"
+            )
         for key, value in _flat(config).items():
             if theirs.get(key) != value and not key.startswith(MAY_CHANGE):
                 raise UserError(
@@ -63,7 +73,7 @@ def write_json(path: Path, content):
 
 def write_text(path: Path, text: str):
     """Writes a file whole or not at all; process 0 does."""
-    if not is_first():
+    if not is_main_process():
         return
     make_directory(path.parent)
     try:
@@ -82,6 +92,10 @@ def write_text(path: Path, text: str):
         raise UserError(
             f"{path} cannot be written ({error.strerror}): make room, or give another place"
         ) from error
+
+
+def _format(number) -> str:
+    return "without a format number" if number is None else f"format {number}"
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

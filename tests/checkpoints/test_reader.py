@@ -11,8 +11,8 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from prom_jax.checkpoints.reader import open_reader
-from prom_jax.checkpoints.safetensors import load_params
+from prom_jax.checkpoints.params import load_params
+from prom_jax.checkpoints.pretrained import open_reader
 from prom_jax.utils.errors import UserError
 from tests.checkpoints.test_safetensors import hf_model
 

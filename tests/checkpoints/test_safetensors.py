@@ -25,8 +25,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prom_jax.checkpoints.reader import open_reader
-from prom_jax.checkpoints.safetensors import ParamsReader, load_params, save_hf
+from prom_jax.checkpoints.params import ParamsReader, load_params
+from prom_jax.checkpoints.pretrained import open_reader
+from prom_jax.checkpoints.safetensors import save_hf
 from prom_jax.models import decoder as llama
 from prom_jax.parallel import sharding
 from prom_jax.utils.errors import UserError
@@ -234,9 +235,9 @@ TWO_PROCESSES = """
 import sys
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from prom_jax import sharding
-from prom_jax.checkpoints.reader import open_reader
-from prom_jax.checkpoints.safetensors import load_params
+from prom_jax.parallel import sharding
+from prom_jax.checkpoints.params import load_params
+from prom_jax.checkpoints.pretrained import open_reader
 from tests.checkpoints.test_safetensors import save
 reader = open_reader(sys.argv[3])
 params = load_params(reader, sharding.make_mesh(fsdp=4, tensor=2), pivot_layer=3, pivot_head=True)

@@ -10,7 +10,8 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from prom_jax.tokenization import auto as tokenizer
+from prom_jax.checkpoints.pretrained import load_tokenizer
+from prom_jax.tokenization import folder as tokenizer
 from prom_jax.utils.errors import UserError
 from tests.tiny import sentencepiece_model
 
@@ -101,7 +102,7 @@ SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
 def test_byte_level_gguf_equals_the_tokenizer_it_was_made_of(tmp_path, pre, split):
     original = train_byte_level(split)
     path = write_gguf(tmp_path / "m.gguf", **byte_level_fields(original, pre))
-    loaded = tokenizer.load(path)
+    loaded = load_tokenizer(path)
     for text in TEXTS + SPECIAL_TEXTS:
         ids = loaded(text).input_ids
         assert ids == original.encode(text).ids
@@ -122,7 +123,7 @@ def test_byte_level_gguf_equals_the_tokenizer_it_was_made_of(tmp_path, pre, spli
 def test_byte_level_gguf_equals_transformers(tmp_path, pre):
     fields = byte_level_fields(train_byte_level(GPT2), pre)
     path = write_gguf(tmp_path / "m.gguf", add_bos_token=False, **fields)
-    loaded, reference = tokenizer.load(path), AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    loaded, reference = load_tokenizer(path), AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     for text in TEXTS + SPECIAL_TEXTS:
         assert loaded(text).input_ids == reference(text).input_ids
 
@@ -131,14 +132,14 @@ def test_llama3_adds_bos_and_keeps_whole_words(tmp_path):
     fields = byte_level_fields(train_byte_level(GPT2), "llama-bpe")
     fields["tokens"] = [*fields["tokens"], "zqx"]  # in the vocabulary, but no merge leads to it
     fields["token_type"] = [*fields["token_type"], 1]
-    loaded = tokenizer.load(write_gguf(tmp_path / "m.gguf", **fields))
+    loaded = load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
     assert loaded("zqx").input_ids == [1, len(fields["tokens"]) - 1]
     assert loaded("zqx", add_special_tokens=False).input_ids == [len(fields["tokens"]) - 1]
 
 
 def test_bos_and_eos_flags(tmp_path):
     fields = byte_level_fields(train_byte_level(GPT2), "gpt-2", add_bos_token=True, add_eos_token=True)
-    ids = tokenizer.load(write_gguf(tmp_path / "m.gguf", **fields))("hi").input_ids
+    ids = load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))("hi").input_ids
     assert (ids[0], ids[-1]) == (1, 2)
 
 
@@ -172,7 +173,7 @@ def llama_source(request, tmp_path, llama_model):
 
 
 def test_llama_equals_sentencepiece(llama_source, llama_model):
-    loaded = tokenizer.load(llama_source)
+    loaded = load_tokenizer(llama_source)
     reference = sentencepiece.SentencePieceProcessor(model_proto=llama_model.SerializeToString())
     spaces = ["a" + " " * n + "b" for n in range(1, 20)]
     # A leading space stays one space here, as in transformers; SentencePiece puts its prefix before it.
@@ -186,19 +187,19 @@ def test_llama_equals_sentencepiece(llama_source, llama_model):
 
 def test_llama_flags(tmp_path, llama_model):
     fields = {**llama_fields(llama_model), "add_bos_token": False, "add_space_prefix": False}
-    loaded = tokenizer.load(write_gguf(tmp_path / "m.gguf", **fields))
+    loaded = load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
     first = loaded.convert_ids_to_tokens(loaded("hi").input_ids)[0]
     assert not first.startswith(("<s>", "▁"))
 
 
 @pytest.mark.parametrize("model_type", [None, "llama", "mistral"])
 def test_saved_folder_loads_everywhere_alike(tmp_path, llama_source, model_type):
-    loaded, out = tokenizer.load(llama_source), tmp_path / "out"
+    loaded, out = load_tokenizer(llama_source), tmp_path / "out"
     out.mkdir()
     tokenizer.save(loaded, out, "our template")
     if model_type:
         (out / "config.json").write_text(json.dumps({"model_type": model_type}))
-    for again in (tokenizer.load(out), AutoTokenizer.from_pretrained(out)):
+    for again in (load_tokenizer(out), AutoTokenizer.from_pretrained(out)):
         assert again.chat_template == "our template"
         assert again.bos_token_id == loaded.bos_token_id == 1
         assert again.eos_token_id == loaded.eos_token_id == 2
@@ -213,10 +214,10 @@ def test_saved_folder_loads_everywhere_alike(tmp_path, llama_source, model_type)
 
 def test_saved_byte_level_folder_loads_alike(tmp_path):
     fields = byte_level_fields(train_byte_level(SMOLLM), "smollm")
-    loaded = tokenizer.load(write_gguf(tmp_path / "m.gguf", **fields))
+    loaded = load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
     tokenizer.save(loaded, tmp_path, "our template")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    for again in (tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+    for again in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
         for text in TEXTS + SPECIAL_TEXTS:
             assert again(text).input_ids == loaded(text).input_ids
 
@@ -228,29 +229,29 @@ def test_bad_tokenizers_are_refused(tmp_path, llama_model):
         return write_gguf(tmp_path / "m.gguf", **fields)
 
     with pytest.raises(UserError, match=r"'qwen2'.*smollm"):
-        tokenizer.load(gguf_with(**{**byte_level, "pre": "qwen2"}))
+        load_tokenizer(gguf_with(**{**byte_level, "pre": "qwen2"}))
     with pytest.raises(UserError, match="pre=None"):
-        tokenizer.load(gguf_with(**{k: v for k, v in byte_level.items() if k != "pre"}))
+        load_tokenizer(gguf_with(**{k: v for k, v in byte_level.items() if k != "pre"}))
     with pytest.raises(UserError, match="'bert'"):
-        tokenizer.load(gguf_with(**{**byte_level, "model": "bert"}))
+        load_tokenizer(gguf_with(**{**byte_level, "model": "bert"}))
     with pytest.raises(UserError, match="no EOS token"):
-        tokenizer.load(gguf_with(**{k: v for k, v in byte_level.items() if k != "eos_token_id"}))
+        load_tokenizer(gguf_with(**{k: v for k, v in byte_level.items() if k != "eos_token_id"}))
     with pytest.raises(UserError, match="white space"):
-        tokenizer.load(gguf_with(**llama_fields(llama_model), remove_extra_whitespaces=True))
+        load_tokenizer(gguf_with(**llama_fields(llama_model), remove_extra_whitespaces=True))
 
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(UserError, match="no tokenizer"):
-        tokenizer.load(folder)
+        load_tokenizer(folder)
     (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # Llama 3's own format
     with pytest.raises(UserError, match="cannot be read"):
-        tokenizer.load(folder)
+        load_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        tokenizer.load(folder)
+        load_tokenizer(folder)
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="does not exist"):
-        tokenizer.load(folder)
+        load_tokenizer(folder)
 
 
 def test_gguf_vocabularies_that_make_no_sense_are_refused(tmp_path, llama_model):
@@ -265,12 +266,12 @@ def test_gguf_vocabularies_that_make_no_sense_are_refused(tmp_path, llama_model)
         {**llama, "tokens": [*llama["tokens"][:-1], "▁" * 10**6]},  # halving it would take hours
     ):
         with pytest.raises(UserError, match=r"the tokenizer in .*m\.gguf cannot be read"):
-            tokenizer.load(write_gguf(tmp_path / "m.gguf", **fields))
+            load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    loaded = tokenizer.load(
+    loaded = load_tokenizer(
         write_gguf(tmp_path / "m.gguf", **byte_level_fields(train_byte_level(GPT2), "gpt-2"))
     )
     (tmp_path / "folder").mkdir()
@@ -285,7 +286,7 @@ def test_a_panic_below_is_an_error_like_others(folder):
     content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAAAYQA="}
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"cannot be read .*index out of bounds"):
-        tokenizer.load(folder)
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
@@ -302,10 +303,10 @@ def test_settings_that_name_other_files_are_refused(tmp_path, folder, name):
         content = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(content | settings))
         with pytest.raises(UserError, match=rf"{name} sets {next(iter(settings))}=.*another file"):
-            tokenizer.load(folder)
+            load_tokenizer(folder)
         path.write_text(json.dumps(content))
     path.write_text(json.dumps(content | {"special_tokens_map_file": "/not/here.json"}))  # in many folders
-    tokenizer.load(folder)
+    load_tokenizer(folder)
 
 
 def test_code_beside_a_tokenizer_is_never_run(tmp_path, folder):
@@ -318,5 +319,5 @@ def test_code_beside_a_tokenizer_is_never_run(tmp_path, folder):
         }
         path.write_text(json.dumps(content | {"tokenizer_class": "X", "trust_remote_code": True}))
         with contextlib.suppress(UserError):
-            tokenizer.load(folder)
+            load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()

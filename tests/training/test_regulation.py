@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,15 @@ import safetensors.numpy
 import torch
 import transformers
 
+from prom_jax import prepare, regulate
 from prom_jax import train as door
+from prom_jax.analysis import regulation
 from prom_jax.checkpoints.pretrained import open_source
 from prom_jax.config import default
 from prom_jax.models.config import LlamaConfig
-from prom_jax.training import regulation
+from prom_jax.parallel.sharding import make_mesh
 from prom_jax.training.regulation import FILE, PIVOTS_THROUGH_ENGLISH, decide
+from prom_jax.training.setup import open_base
 from prom_jax.utils.errors import UserError
 from tests.tiny import tiny_config
 
@@ -30,13 +34,6 @@ WORDS = {
     "egg": "yai",
 }
 LLAMA2 = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128)
-
-
-class Shape:
-    """A reader of which the architecture alone is asked."""
-
-    def __init__(self, config):
-        self.config = config
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +104,8 @@ def auto(tiny, tables, model):
 
 
 def decided(config, workdir):
-    return decide(config, *open_source(config.model), 3, workdir)
+    base, mesh = open_base(config, workdir), make_mesh(**config.mesh)
+    return decide(config, base.config, regulation.measured(config, base, workdir, mesh))
 
 
 def test_auto_goes_opposite_ways(tiny, tables, english, swahili, tmp_path):
@@ -197,16 +195,16 @@ def test_as_in_the_paper():
     config.pivot.regulate = "paper"
     for language, pivots in PIVOTS_THROUGH_ENGLISH.items():
         config.language = language
-        decision = decide(config, Shape(LLAMA2), None, 24, None)
+        decision = decide(config, LLAMA2)
         assert decision.weight == (0.1 if pivots else 0.0) and "WARNING" not in decision.reason
         assert pivots == (language not in ("ar", "ta", "ml", "te"))  # the asterisks of the paper's tables
-    small = Shape(LlamaConfig(49152, 576, 1536, 30, 9, 3, 64))
-    assert "WARNING: this model is not LLaMA-2-7B" in decide(config, small, None, 22, None).reason
+    small = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64)
+    assert "WARNING: this model is not LLaMA-2-7B" in decide(config, small).reason
     config.language = "fi"
     with pytest.raises(UserError, match=r"no decision for language 'fi'.*regulate=auto"):
-        decide(config, Shape(LLAMA2), None, 24, None)
+        decide(config, LLAMA2)
     config.pivot.regulate = "never"
-    assert decide(config, Shape(LLAMA2), None, 24, None).weight == 0.1
+    assert decide(config, LLAMA2).weight == 0.1
 
 
 def test_a_language_without_a_table(tiny, tables, english, tmp_path):
@@ -215,3 +213,65 @@ def test_a_language_without_a_table(tiny, tables, english, tmp_path):
     with pytest.raises(UserError, match=r"no cloze table .*fi.*clean.csv"):
         decided(config, tmp_path)
     assert not (tmp_path / FILE).exists()
+
+
+@pytest.fixture
+def bare(speaks, tmp_path):
+    """Makes a folder of a model's configuration and tokenizer, to which `weights()` brings the rest."""
+
+    def make(words):
+        whole, folder = Path(speaks(words)), tmp_path / "bare"
+        shutil.copytree(whole, folder, ignore=lambda _, names: [n for n in names if "safetensors" in n])
+        return str(folder), lambda: shutil.copy(whole / "model.safetensors", folder)
+
+    return make
+
+
+def english_rows(card):
+    """How many English examples there are to train on."""
+    return card["roles"].get("english", {}).get("examples", 0)
+
+
+def test_preparing_reads_no_weights(tiny, tables, bare, tmp_path, capsys):
+    model, weights = bare(WORDS.values())
+    config = auto(tiny, tables, model)
+    card = prepare.prepare(config, tmp_path / "run", run="--config=c.py")
+    assert english_rows(card)  # it does not know yet that λ will be 0
+    printed = capsys.readouterr().out
+    assert "λ is not decided yet, so both streams are prepared" in printed
+    assert "python -m prom_jax.regulate --config=c.py\n" in printed
+    assert not (tmp_path / "run" / FILE).exists()
+
+    weights()
+    assert regulate.regulate(config, tmp_path / "run").weight == 0
+    assert f"kept in {tmp_path / 'run' / FILE}" in capsys.readouterr().out
+    (Path(model) / "model.safetensors").unlink()
+    card = prepare.prepare(config, tmp_path / "run")
+    assert not english_rows(card) and "not decided" not in capsys.readouterr().out
+
+
+def test_a_decision_made_elsewhere(tiny, tables, bare, tmp_path, monkeypatch):
+    model, weights = bare(WORDS.values())
+    config = auto(tiny, tables, model)
+    config.steps, config.eval.samples, config.compute_dtype = 1, 0, ""
+    weights()
+    regulate.regulate(config, tmp_path / "elsewhere")
+    (tmp_path / "run").mkdir()
+    found = json.loads((tmp_path / "elsewhere" / FILE).read_text())
+    found["compute_dtype"] = "bfloat16"  # of an accelerator
+    (tmp_path / "run" / FILE).write_text(json.dumps(found))
+    assert not english_rows(prepare.prepare(config, tmp_path / "run"))
+    config.compute_dtype = "float32"
+    assert english_rows(prepare.prepare(config, tmp_path / "run"))
+
+    found["compute_dtype"] = "float32"
+    (tmp_path / "run" / FILE).write_text(json.dumps(found))
+    with monkeypatch.context() as patch:
+        patch.setattr(regulation, "probe", lambda *_, **__: pytest.fail("probed again"))
+        assert door.train(config, tmp_path / "run")["regulation_probe"] == found
+    found["weights"] = "of another model"
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FILE).write_text(json.dumps(found))
+    assert not english_rows(prepare.prepare(config, tmp_path / "run"))  # which cannot know better
+    assert door.train(config, tmp_path / "run")["regulation_probe"]["weights"] != "of another model"

@@ -1,0 +1,93 @@
+"""What a model family is: how its `config.json` is read, and the table of its tensors."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from prom_jax.models.config import DecoderConfig, LayerKind
+from prom_jax.models.settings import Settings
+
+LAYER_HF, LAYER_GGUF = "model.layers.{layer}.", "blk.{layer}."
+HEAD_SHAPE, HEAD_AXES = ("vocabulary", "hidden"), ("tensor", "fsdp")  # of every LM head
+
+
+class Tensor(NamedTuple):
+    """A row of a family's table.
+
+    Attributes:
+      name: of the parameter in `models.decoder`, which computes with what it finds.
+      shape: names of `DecoderConfig.sizes`; in Hugging Face's orientation, [out, in].
+      axes: the mesh axis of each dimension, or None.
+      hf, gguf: its names in either format, `{layer}` standing for the layer's number from 0 on.
+      needs: the property of `DecoderConfig` without which there is no such tensor; '' for none.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    axes: tuple[str | None, ...]
+    hf: str
+    gguf: str
+    needs: str = ""
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether each layer has one."""
+        return "{layer}" in self.hf
+
+
+def in_layer(name: str, shape, axes, hf: str, gguf: str, needs: str = "") -> Tensor:
+    """A row for a tensor that each layer has, by its names within the layer."""
+    return Tensor(name, shape, axes, f"{LAYER_HF}{hf}", f"{LAYER_GGUF}{gguf}", needs)
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """How GGUF files hold a family.
+
+    Attributes:
+      architecture: the value of `general.architecture`.
+      config_keys: from the architecture's settings and the names of all tensors, the keys of a `config.json`
+        beyond sizes, RoPE and special tokens; `model_type` among them.
+      settings: names of further settings that `config_keys` reads.
+      interleaved: whether rows of q and k alternate between the two halves that RoPE turns into each other.
+      norms_with_offset: whether norms are held as 1 + weight.
+    """
+
+    architecture: str
+    config_keys: Callable[[Mapping, Collection[str]], dict]
+    settings: tuple[str, ...] = ()
+    interleaved: bool = False
+    norms_with_offset: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+      model_type, architecture: as a `config.json` has them.
+      tensors: all that a model of the family may have.
+      defaults: what an absent key of `config.json` means, as in transformers.
+      read: takes the family's own keys out of the settings and returns fields of `DecoderConfig`, `layers`
+        among them.
+      write: the family's own keys of a `config.json`, the inverse of `read`.
+      gguf: None where GGUF files are not read.
+    """
+
+    model_type: str
+    architecture: str
+    tensors: tuple[Tensor, ...]
+    defaults: Mapping[str, object]
+    read: Callable[[Settings], dict]
+    write: Callable[[DecoderConfig], dict]
+    gguf: GGUF | None = None
+
+    def tensors_of(self, config: DecoderConfig) -> tuple[Tensor, ...]:
+        """The rows of the table that a model has."""
+        return tuple(row for row in self.tensors if not row.needs or getattr(config, row.needs))
+
+
+def same_layers(settings: Settings, window: int | None = None) -> tuple[LayerKind, ...]:
+    """Layers that are all of one kind, with the rotary embedding that the settings describe."""
+    settings.take_layer_types("full_attention" if window is None else "sliding_attention")
+    return (LayerKind(window, settings.take_rope()),) * settings["num_hidden_layers"]

@@ -1,0 +1,161 @@
+"""The parts of a decoder block."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prom_jax.models.config import DecoderConfig, Rope
+from prom_jax.ops.attention import attention
+from prom_jax.ops.linear import linear
+from prom_jax.ops.norm import rms_norm
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": jax.nn.gelu,  # jax's default is the approximation by tanh
+}
+
+
+def rope_frequencies(rope: Rope | None, head_dim: int, share: float = 1.0) -> np.ndarray:
+    """Rotary angles per position, float32 [share · head_dim / 2] (RoFormer eq. 15; Llama-3.1 scaling); zeros
+    for a layer without positions, which turn nothing."""
+    rotated = int(share * head_dim)
+    if rope is None:
+        return np.zeros(rotated // 2, np.float32)
+    exponents = np.arange(0, rotated, 2, dtype=np.float32) / rotated
+    frequencies = 1.0 / (np.float32(rope.theta) ** exponents)
+    scaling = rope.scaling
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    # Long waves are stretched by `factor`, short ones kept, those between are blended.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0).astype(np.float32)
+    return kept * frequencies + (1 - kept) * frequencies / np.float32(scaling.factor)
+
+
+def rotate(x_BTHD, angles_BTF):
+    """Rotary embedding of the first 2 F dimensions in Hugging Face's half-split layout, in float32."""
+    cos, sin = jnp.cos(angles_BTF)[:, :, None], jnp.sin(angles_BTF)[:, :, None]
+    rotated = 2 * angles_BTF.shape[-1]
+    x = x_BTHD.astype(jnp.float32)
+    low, high = jnp.split(x[..., :rotated], 2, axis=-1)
+    parts = [low * cos - high * sin, high * cos + low * sin]
+    if rotated < x.shape[-1]:
+        parts.append(x[..., rotated:])
+    return jnp.concatenate(parts, axis=-1).astype(x_BTHD.dtype)
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of a stack of layers, and where those of one layer's new tokens go.
+
+    Attributes:
+      keys, values: [n, B, K, S, D]; B may be 1 where they are only read, which then serves every row.
+      layer: int32, the layer's number in the stack.
+      slot: int32, the first slot of the new ones; None where the cache is only read.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    layer: jax.Array
+    slot: jax.Array | None
+
+    def write(self, k_BTKD, v_BTKD) -> "LayerCache":
+        """The cache with the new ones in it: in place, as it is carried through the layers."""
+
+        def put(old, new):
+            new = new.astype(old.dtype).swapaxes(1, 2)[None]
+            return jax.lax.dynamic_update_slice(old, new, (self.layer, 0, 0, self.slot, 0))
+
+        return self._replace(keys=put(self.keys, k_BTKD), values=put(self.values, v_BTKD))
+
+    def append(self, k_BTKD, v_BTKD):
+        """This layer's keys and values, then the new ones, [B, S + T, K, D] each."""
+
+        def after(old, new):
+            old = old[self.layer].swapaxes(1, 2)
+            return jnp.concatenate([jnp.broadcast_to(old, (len(new), *old.shape[1:])), new], axis=1)
+
+        return after(self.keys, k_BTKD), after(self.values, v_BTKD)
+
+
+def block(config: DecoderConfig, weights: dict, x_BTD, angles_BTF, mask, backend: str, cache=None):
+    """One block. Norms stand before or after attention and MLP, or both, as the weights have them.
+
+    Args:
+      weights: of the block by their names in the family's table, as the devices compute with them.
+      x_BTD: the residual stream.
+      angles_BTF: rotary angles of this layer.
+      mask: of this layer, as `ops.attention.attention` takes it.
+      backend: of attention.
+      cache: a `LayerCache` or None.
+    Returns: the residual stream after the block [B, T, D], and the cache.
+    """
+
+    def norm(name, x):
+        return _norm(config, weights, name, x)
+
+    def add(x, h):
+        return x + (h if config.residual_scale == 1 else h * jnp.asarray(config.residual_scale, h.dtype))
+
+    h, cache = _attend(config, weights, norm("attention_norm", x_BTD), angles_BTF, mask, backend, cache)
+    x_BTD = add(x_BTD, norm("attention_out_norm", h))
+    h = _mlp(config, weights, norm("mlp_norm", x_BTD), training=cache is None)
+    return add(x_BTD, norm("mlp_out_norm", h)), cache
+
+
+def _attend(config, weights, x_BTD, angles_BTF, mask, backend, cache):
+    training, layer = cache is None, None
+
+    def split_heads(y):
+        return y.reshape(*y.shape[:2], -1, config.head_dim)
+
+    q, k, v = _project(weights, x_BTD, "q", "k", "v", training=training)
+    q, k = _whole_norm(config, weights, "q_norm", q), _whole_norm(config, weights, "k_norm", k)
+    q, k, v = map(split_heads, (q, k, v))
+    q, k = _head_norm(config, weights, "q_norm", q), _head_norm(config, weights, "k_norm", k)
+    q, k = rotate(q, angles_BTF), rotate(k, angles_BTF)
+    if config.attention_scale is not None:  # `attention` itself divides by √head_dim
+        q = q * jnp.asarray(config.attention_scale * math.sqrt(config.head_dim), q.dtype)
+    if cache is not None and cache.slot is None:
+        k, v = cache.append(k, v)
+    elif cache is not None:
+        cache = cache.write(k, v)
+        k, v, layer = cache.keys, cache.values, cache.layer
+    h = attention(q, k, v, mask, backend, layer, config.attention_softcap)
+    (h,) = _project(weights, h.reshape(*h.shape[:2], -1), "o", training=training)
+    return h, cache
+
+
+def _mlp(config, weights, x_BTD, training: bool):
+    gate, up = _project(weights, x_BTD, "gate", "up", training=training)
+    (h,) = _project(weights, ACTIVATIONS[config.activation](gate) * up, "down", training=training)
+    return h
+
+
+def _project(weights: dict, x, *names: str, training: bool) -> list:
+    """`x` times the projections of these names, and their biases where there are some."""
+    products = linear(x, [weights[f"{name}_proj"] for name in names], training)
+    biases = (weights.get(f"{name}_bias") for name in names)
+    return [y if bias is None else y + bias for y, bias in zip(products, biases)]
+
+
+def _norm(config, weights, name, x):
+    """`x` normed by the weight of that name; as it is where there is none."""
+    if name not in weights:
+        return x
+    return rms_norm(x, weights[name], config.rms_norm_eps, config.unit_offset_norms)
+
+
+def _whole_norm(config, weights, name, x):
+    """A norm over all heads together, whose weight is as wide as they are."""
+    return x if len(weights.get(name, ())) == config.head_dim else _norm(config, weights, name, x)
+
+
+def _head_norm(config, weights, name, x_BTHD):
+    """A norm of each head, whose weight is as wide as one."""
+    return _norm(config, weights, name, x_BTHD) if len(weights.get(name, ())) == config.head_dim else x_BTHD

@@ -1,0 +1,239 @@
+"""Reading a `config.json`: each key is taken by who knows what it means, and none is ignored in silence."""
+
+from prom_jax.models.config import MAX_LAYERS, Rope, RopeScaling
+from prom_jax.utils.errors import UserError
+
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+class Settings:
+    """The keys of a `config.json` that were not taken yet.
+
+    Args:
+      values: the content of the file.
+      defaults: what absent keys mean.
+    Raises:
+      UserError: for a value of the wrong kind, or where a key of REQUIRED is absent.
+    """
+
+    def __init__(self, values: dict, defaults: dict):
+        _check_kinds(values)
+        self._rest, self._defaults = dict(values), defaults
+        missing = [key for key in REQUIRED if key not in values]
+        if missing:
+            raise UserError(f"config.json lacks {', '.join(missing)}; is it a whole model's config?")
+        self._required = {key: values[key] for key in REQUIRED}
+
+    def __getitem__(self, key: str):
+        """A key of REQUIRED, taken or not."""
+        return self._required[key]
+
+    def take(self, key: str, default=None):
+        """Removes a key and returns its value; the family's default where it is absent, or else `default`."""
+        return self._rest.pop(key, self._defaults.get(key, default))
+
+    def take_rope(self) -> Rope:
+        """The rotary embedding of all layers: `rope_parameters` (transformers 5) or `rope_theta` and
+        `rope_scaling` (4).
+
+        Raises:
+          UserError: for a scaling that is not supported, or whose keys are not those expected.
+        """
+        rope = dict(self._rest.pop("rope_parameters", None) or self._rest.pop("rope_scaling", None) or {})
+        self._rest.pop("rope_scaling", None)
+        theta = self._rest.pop("rope_theta", None)
+        share = self._rest.pop("partial_rotary_factor", None)
+        rope.setdefault("rope_theta", theta)
+        return self._rope(rope, share)
+
+    def _rope(self, rope: dict, share) -> Rope:
+        _check_kinds(rope)
+        theta = float(rope.pop("rope_theta", None) or self._defaults.get("rope_theta", 10000.0))
+        own_share = rope.pop("partial_rotary_factor", None)
+        share = float((share if own_share is None else own_share) or 1.0)
+        rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+        rope.pop("type", None)
+        fields = _ROPE_FIELDS.get(rope_type)
+        if fields is None:
+            raise UserError(
+                f"config.json asks for rope scaling {rope_type!r:.100}: expected {', '.join(_ROPE_FIELDS)}"
+            )
+        # Some files have it at the top, beside the scaling that it belongs to.
+        original = self._rest.pop("original_max_position_embeddings", None)
+        longest = self._rest.get("max_position_embeddings", self._defaults.get("max_position_embeddings"))
+        rope.setdefault("original_max_position_embeddings", original or longest)
+        rest = set(rope) - set(fields) - {"original_max_position_embeddings"}
+        if rest or not set(fields) <= set(rope):
+            raise UserError(
+                f"config.json's rope scaling {rope_type!r} has {sorted(rope)!r:.300}: expected "
+                f"{sorted(fields)}"
+            )
+        scaling = RopeScaling(rope_type, **{key: rope[key] for key in fields}) if fields else None
+        return Rope(theta, scaling, share)
+
+    def take_layer_types(self, usual: str) -> list[str]:
+        """The kind of attention of each layer by its name, which has to be `usual` in all.
+
+        Raises:
+          UserError: for another one.
+        """
+        layers = self._rest.pop("layer_types", None) or [usual] * self["num_hidden_layers"]
+        if others := set(layers) - {usual}:
+            raise UserError(
+                f"config.json sets layer_types with {sorted(others)!r:.100}, which is not supported in this "
+                f"family: expected {usual!r} alone"
+            )
+        return layers
+
+    def finish(self) -> tuple[str, ...]:
+        """Ends the reading; returns the keys that are skipped, as they cannot change the forward pass.
+
+        Raises:
+          UserError: for a key that is left and may change the forward pass.
+        """
+        skipped = []
+        for key, value in self._rest.items():
+            if key in _FIXED and value not in _FIXED[key]:
+                raise UserError(
+                    f"config.json sets {key}={value!r:.100}, which is not supported: expected "
+                    f"{_FIXED[key][0]!r}"
+                )
+            if key in _WITHOUT_EFFECT:
+                skipped.append(key)
+            elif key not in _FIXED and key not in _METADATA:
+                raise UserError(
+                    f"config.json sets {key:.100}={value!r:.100}, which this model does not know; "
+                    "remove the key if it does not change what the model computes"
+                )
+        return tuple(skipped)
+
+
+_ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def rope_keys(rope: Rope) -> dict:
+    """The keys of a `config.json` for a rotary embedding, which transformers 4 and 5 both read."""
+    keys = {"rope_theta": rope.theta, "rope_scaling": None}
+    if rope.scaling:
+        fields = _ROPE_FIELDS[rope.scaling.rope_type]
+        values = {field: getattr(rope.scaling, field) for field in fields}
+        keys["rope_scaling"] = {"rope_type": rope.scaling.rope_type, **values}
+    if rope.share != 1.0:
+        keys["partial_rotary_factor"] = rope.share
+    return keys
+
+
+# What a key's value has to be, in words, and whether it is.
+
+
+def _is_size(value) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
+
+
+def _is_token(value) -> bool:
+    return type(value) is int and abs(value) < 2**31
+
+
+def _is_token_or_list(value) -> bool:
+    return all(map(_is_token, value if isinstance(value, list) else [value]))
+
+
+def _is_layer_number(value) -> bool:
+    return type(value) is int and 0 < value <= MAX_LAYERS
+
+
+def _is_bool(value) -> bool:
+    return type(value) is bool
+
+
+def _is_names(value) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_name(value) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value) -> bool:
+    return isinstance(value, dict)
+
+
+_KINDS = (
+    ("a whole number above 0", _is_size, ("vocab_size", "hidden_size", "intermediate_size",
+     "num_attention_heads", "max_position_embeddings")),
+    ("a whole number above 0 or null", _is_size, ("num_key_value_heads", "head_dim", "sliding_window",
+     "original_max_position_embeddings")),
+    (f"1 to {MAX_LAYERS} layers", _is_layer_number, ("num_hidden_layers",)),
+    ("a number above 0", _is_number, ("rms_norm_eps", "factor", "low_freq_factor", "high_freq_factor")),
+    ("a number above 0 or null", _is_number, ("rope_theta", "partial_rotary_factor")),
+    ("true or false", _is_bool, ("tie_word_embeddings",)),
+    ("true, false or null", _is_bool, ("attention_bias", "mlp_bias", "use_sliding_window")),
+    ("a token's number or null", _is_token, ("bos_token_id", "pad_token_id")),
+    ("a token's number or a list of them, or null", _is_token_or_list, ("eos_token_id",)),
+    ("a name or null", _is_name, ("model_type", "rope_type", "type")),
+    ("an object or null", _is_object, ("rope_parameters", "rope_scaling")),
+    ("a list of names or null", _is_names, ("layer_types",)),
+)  # fmt: skip
+_KIND_OF = {key: (words, holds) for words, holds, keys in _KINDS for key in keys}
+# Keys with the values, first the usual one, at which they are what these models compute.
+_FIXED = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0.0, 0, None),
+    "partial_rotary_factor": (1.0, None),
+    "rope_interleaved": (False, None),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_decoder": (False, True),
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": ({}, None),
+    "chunk_size_feed_forward": (0,),
+    "tie_encoder_decoder": (False,),
+    "auto_map": (None,),
+    "use_bidirectional_attention": (False, None),
+    "rope_condense_ratio": (1, 1.0, None),
+}
+# Keys that describe the file or the training of the model and cannot change its forward pass.
+_METADATA = {
+    "_attn_implementation_autoset", "_name_or_path", "attn_implementation", "decoder_start_token_id",
+    "dtype", "finetuning_task", "id2label", "initializer_range", "is_llama_config", "label2id",
+    "max_sequence_length", "name_or_path", "original_max_position_embeddings", "output_attentions",
+    "output_hidden_states", "prefix", "pretraining_tp", "problem_type", "return_dict", "sep_token_id",
+    "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config",
+    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+}  # fmt: skip
+# Keys that ask for something, but not of the forward pass: of generation, a trainer, a program's kernels.
+_WITHOUT_EFFECT = {
+    "_model_name_or_path", "_sliding_window_pattern", "bad_words_ids", "begin_suppress_tokens", "bf16",
+    "diversity_penalty", "do_sample", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "fp16",
+    "gradient_checkpointing", "length_penalty", "max_length", "max_new_tokens", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
+    "remove_invalid_values", "repetition_penalty", "resid_pdrop", "return_dict_in_generate",
+    "suppress_tokens", "temperature", "tf_legacy_loss", "top_k", "top_p", "typical_p", "use_bfloat16",
+    "use_flash_attention", "use_flash_attn", "use_sdpa",
+}  # fmt: skip
+
+
+def _check_kinds(settings: dict):
+    """Raises UserError for a value that is not of its key's kind."""
+    for key, value in settings.items():
+        expected, holds = _KIND_OF.get(key, ("", None))
+        if holds and not (holds(value) or (value is None and "null" in expected)):
+            raise UserError(f"config.json sets {key}={value!r:.100}: expected {expected}")

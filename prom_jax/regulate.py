@@ -1,0 +1,56 @@
+"""python -m prom_jax.regulate --config=configs/th.py [--workdir=DIR]
+
+Decides λ, the weight of the pivot loss, as pivot.regulate says. With 'auto' the base model is probed, once
+for a work directory: what the probe finds is kept there as regulation.json, which prepare and train read.
+"""
+
+import argparse
+from pathlib import Path
+
+from prom_jax.analysis import regulation
+from prom_jax.parallel import flags, sharding
+from prom_jax.training.regulation import FILE, Regulation, decide
+from prom_jax.training.setup import open_base
+from prom_jax.utils import cli
+from prom_jax.utils.console import console
+
+
+def regulate(config, workdir: Path) -> Regulation:
+    """Decides λ, and prints why.
+
+    Args:
+      config: see `prom_jax.config`.
+      workdir: the work directory; with 'auto' it gets `FILE`, unless it has one that holds.
+
+    Returns:
+      The decision.
+
+    Raises:
+      UserError: for input that cannot be used.
+    """
+    mesh = sharding.make_mesh(**config.mesh)
+    base = open_base(config, workdir)
+    decision = decide(config, base.config, regulation.measured(config, base, workdir, mesh))
+    console.print("\nWARNING   ".join([f"regulate  {decision.decision}", *decision.warnings]))
+    if decision.measured:
+        console.print(f"kept in {workdir / FILE}")
+    return decision
+
+
+def main(argv=None):
+    """Reads the command line and decides."""
+    arguments = parse(argv)
+    with flags.processes(arguments):
+        regulate(arguments.config, arguments.workdir)
+
+
+def parse(argv) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = cli.Parser("prom_jax.regulate", __doc__)
+    parser.add_run()
+    flags.add_processes(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.guard(main)

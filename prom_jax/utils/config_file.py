@@ -1,0 +1,118 @@
+"""A configuration from a file `FILE[:variant]` and the command line's overrides of its keys."""
+
+import difflib
+import importlib.machinery
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from prom_jax.utils.errors import UserError
+
+# What a value of each type is called where another one was given.
+EXPECTED = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    tuple: "a tuple such as ('a','b'), or the flag once for each value",
+}
+
+
+def load(name: str) -> ConfigDict:
+    """The configuration that a file's `get_config` makes.
+
+    Args:
+      name: the path of a Python file, with an optional variant behind a colon.
+
+    Returns:
+      The configuration, locked: no key can be added.
+
+    Raises:
+      UserError: if there is no such file, it makes no configuration, or has no such variant.
+    """
+    path, _, variant = name.partition(":")
+    if not Path(path).is_file():
+        raise UserError(
+            f"{path} does not exist: --config expects a configuration file, such as configs/demo.py"
+        )
+    loader = importlib.machinery.SourceFileLoader("configuration_file", path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    try:
+        loader.exec_module(module)
+        config = module.get_config(variant) if variant else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the file does
+        raise UserError(
+            f"{path} makes no configuration ({type(error).__name__}: {error}): expected a Python file with a "
+            "function get_config(variant), such as configs/demo.py"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"get_config of {path} returns {type(config).__name__}: expected an ml_collections.ConfigDict, "
+            "as prom_jax.config.default() makes"
+        )
+    return config.lock()
+
+
+def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
+    """Sets keys of a configuration, each to a value of the type that it has.
+
+    Args:
+      config: is changed.
+      overrides: flags `--config.KEY=VALUE`; for a truth value also `--config.KEY` and `--noconfig.KEY`. A
+        tuple is one value, `('a','b')`, or its flag once for each value; of other keys the last flag counts.
+
+    Returns:
+      `config`.
+
+    Raises:
+      UserError: for a key that the configuration does not have, or a value of another type.
+    """
+    by_key: dict[str, list[str]] = {}
+    for flag in overrides:
+        by_key.setdefault(flag.partition("=")[0].partition("config.")[2], []).append(flag)
+    for key, given in by_key.items():
+        expected = EXPECTED[type(_value(config, key, given[-1]))]
+        values = flags.FlagValues()  # of our own: those of the process stay as they are
+        arguments = ["", *given]
+        try:
+            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+            values(arguments)
+        except (flags.Error, TypeError, ValueError) as error:
+            raise UserError(f"{given[-1]}: expected {expected}") from error
+    return config
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that a misspelt `name` most likely means; None if it is like none of them."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def _value(config: ConfigDict, key: str, flag: str):
+    """The value of a dotted key; raises UserError where there is none."""
+    node = config
+    for part in key.split("."):
+        if not isinstance(node, ConfigDict) or part not in node:
+            keys = _keys(config)
+            leaves = {known.rpartition(".")[2]: known for known in keys}
+            meant = nearest(key, keys) or leaves.get(nearest(key.rpartition(".")[2], leaves))
+            hint = f"did you mean --config.{meant}? " * bool(meant)
+            raise UserError(
+                f"unknown configuration key {part!r} in {flag}: {hint}prom_jax/config.py lists them all"
+            )
+        node = node[part]
+    if isinstance(node, ConfigDict):
+        raise UserError(f"{flag}: {key} is a group: set one of {', '.join(_keys(node, f'{key}.'))}")
+    return node
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """The dotted names of all values."""
+    keys = []
+    for name, value in config.items():
+        keys += _keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [f"{prefix}{name}"]
+    return keys
