@@ -9,8 +9,10 @@ import optax
 import torch
 import transformers
 
-from prom_jax.models import decoder as llama
-from prom_jax.parallel.sharding import param_sharding, path_keys
+from prom_jax.checkpoints.params import hf_tensors
+from prom_jax.models import decoder
+from prom_jax.models.auto import config_from_hf
+from prom_jax.parallel.sharding import param_sharding
 from prom_jax.training.step import make_update
 
 torch.set_num_threads(1)  # faster on work this small
@@ -46,6 +48,15 @@ FAMILIES = {
         "num_key_value_heads": 1,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
     },
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    # Windows in the upper layers: two kinds of layers.
+    "qwen2 with windows": {
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 100,
+        "max_window_layers": 2,
+    },
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16, "rope_theta": 1e6},
     "mistral": {"num_key_value_heads": 4, "sliding_window": 128, "rope_theta": 1e6},
     "smollm2": {
         "hidden_size": 72,
@@ -60,7 +71,7 @@ FAMILIES = {
 def hf_model(family, **settings):
     """A random model of transformers in float32, in which attention, positions and norms all matter."""
     torch.manual_seed(0)
-    name = "Mistral" if family == "mistral" else "Llama"
+    name = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}.get(family.split()[0], "Llama")
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **FAMILIES[family], **settings})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():
@@ -74,42 +85,39 @@ def hf_model(family, **settings):
     return model
 
 
-def to_params(tensors, pivot_layer=0):
+def to_params(tensors, config, exits=(), heads=()):
     """Tensors by transformers' names (weights or their gradients) as our nested dict of numpy arrays."""
-    arrays = {name.removesuffix(".weight"): tensor.detach().numpy() for name, tensor in tensors.items()}
-    layers = 1 + max(int(name.split(".")[2]) for name in arrays if name.startswith("model.layers."))
-
-    def stack(first, last):
-        names = [name.removeprefix("model.layers.0.") for name in arrays if "layers.0." in name]
-        each = lambda name: [arrays[f"model.layers.{layer}.{name}"] for layer in range(first, last)]
-        return {name.split(".")[-1]: np.stack(each(name)) for name in names}
-
-    params = {"embed_tokens": arrays["model.embed_tokens"], "norm": arrays["model.norm"]}
-    params |= {name: arrays[name] for name in ("lm_head", "pivot_head") if name in arrays}
-    params["lower"] = stack(0, pivot_layer or layers)
-    if pivot_layer:
-        params["upper"] = stack(pivot_layer, layers)
+    arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+    params = {head: arrays[head] for head in heads}
+    stacked = {}
+    for name, (*stack, ours), layer in hf_tensors(config, exits):
+        into = params.setdefault(stack[0], {}) if stack else params
+        if layer:
+            stacked.setdefault((stack[0], ours), []).append(arrays[name])
+        else:
+            into[ours] = arrays[name]
+    for (stack, ours), of_layers in stacked.items():
+        params[stack][ours] = np.stack(of_layers)
     return params
 
 
-def to_model(hf, pivot_layer=0, pivot_head=None, config=None, **compute):
+def to_model(hf, pivot_layer=0, pivot_head=None, config=None, more_exits=(), **compute):
     """Our model with the weights of transformers' `hf`; `config` in place of the one that they come with."""
-    tensors = dict(hf.named_parameters())
-    if pivot_head is not None:
+    tensors, config = dict(hf.named_parameters()), config or config_from_hf(hf.config.to_dict())
+    exits = sorted({pivot_layer, *more_exits} - {0})
+    heads = {} if pivot_head is None else {"pivot_head": pivot_layer}
+    if heads:
         tensors["pivot_head"] = pivot_head
-    model = llama.abstract(
-        config or llama.LlamaConfig.from_hf(hf.config.to_dict()),
-        compute=llama.Compute(**compute),
-        pivot_layer=pivot_layer,
-        pivot_head=pivot_head is not None,
-    )
-    return llama.with_params(model, jax.tree.map(jnp.asarray, to_params(tensors, pivot_layer)))
+    model = decoder.abstract(config, compute=decoder.Compute(**compute), exits=exits, heads=heads)
+    params = to_params(tensors, config, exits, heads)
+    return decoder.with_params(model, jax.tree.map(jnp.asarray, params))
 
 
-def place_params(mesh, params):
+def place_params(mesh, params, config):
     """Parameters in their shards on a mesh."""
+    axes = decoder.param_axes(config, ["pivot_head"])
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: jax.device_put(x, param_sharding(mesh, path_keys(path), x.shape)), params
+        lambda path, x: jax.device_put(x, param_sharding(mesh, axes[path[-1].key], x.shape)), params
     )
 
 
@@ -141,13 +149,14 @@ def pack(examples, layout, length):
     return jax.tree.map(jnp.asarray, rows)
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "accumulation"))
-def gradients(model, objective, batch, accumulation=1):
+@functools.partial(jax.jit, static_argnames=("method", "accumulation", "appended", "chunk"))
+def gradients(model, method, batch, accumulation=1, appended=None, chunk=16):
     """The losses and weights of an update, and the gradients that its optimizer is given."""
     keep = optax.GradientTransformation(
         lambda params: None, lambda updates, state, params: (updates, updates)
     )
-    _, kept, metrics = make_update(model, objective, keep, accumulation)(llama.to_params(model), None, batch)
+    update = make_update(model, method, keep, accumulation, appended, chunk)
+    _, kept, metrics = update(decoder.to_params(model), None, batch)
     return {key: value for key, value in metrics.items() if key.startswith(("loss", "weight"))}, kept
 
 

@@ -7,12 +7,13 @@ in `training.methods` alone.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from prom_jax.data.examples import PRIMARY
 from prom_jax.models.decoder import Exit, Rows
 from prom_jax.ops.cross_entropy import cross_entropy
 
@@ -116,12 +117,12 @@ def token_losses(model, batch, terms, appended: str | None = None, chunk: int | 
       model: a `models.decoder.Decoder`.
       batch: {stream: rows}.
       terms: of which each stream is in one.
-      appended: the stream whose rows continue those of the batch's first one, which has as many.
+      appended: the stream whose rows continue those of the primary one, which has as many.
       chunk: as in `ops.cross_entropy`.
     Returns: {stream: float32 scalar}.
     """
     term_of = {stream: term for term in terms for stream in term.streams}
-    streams = [stream for stream in batch if stream in term_of]
+    streams = [stream for stream in _primary_first(term_of) if stream in batch]
     groups = [(stream,) for stream in streams]
     if appended in streams:
         groups = [(streams[0], appended), *((s,) for s in streams[1:] if s != appended)]
@@ -139,6 +140,11 @@ def _rows(batch, streams: tuple[str, ...], term_of: Mapping[str, TokenLoss]) -> 
     ends = list(itertools.accumulate(batch[stream]["tokens"].shape[1] for stream in streams))
     exits = (Exit(term_of[s].layer, start, stop) for s, start, stop in zip(streams, [0, *ends], ends))
     return Rows(**columns, exits=tuple(exits))
+
+
+def _primary_first(streams: Iterable[str]) -> tuple[str, ...]:
+    """Each of the streams once. (Their order in a batch is lost in `jax.jit`, which sorts keys.)"""
+    return tuple(sorted(dict.fromkeys(streams), key=lambda stream: stream != PRIMARY))
 
 
 class Texts(NamedTuple):
@@ -205,9 +211,8 @@ class Method:
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """What is trained on, the target language first."""
-        named = dict.fromkeys(stream for term in self.terms for stream in term.streams)
-        return tuple(sorted(named, key=lambda stream: stream != "target"))
+        """What is trained on, the primary stream first."""
+        return _primary_first(stream for term in self.terms for stream in term.streams)
 
     @property
     def heads(self) -> dict[str, int]:

@@ -7,12 +7,20 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from torch.nn import functional
 
-from prom_jax.ops.attention import segment
-from prom_jax.training.objective import Objective
+from prom_jax.models import decoder
+from prom_jax.models.auto import config_from_hf
+from prom_jax.ops.attention import segment_id
+from prom_jax.training.methods import find_method, known_methods
+from prom_jax.training.methods.bactrian import Bactrian
+from prom_jax.training.methods.prom import PROM
+from prom_jax.training.methods.xllama2 import XLLaMA2
+from prom_jax.training.objective import L
+from prom_jax.training.step import make_update, trained_params
 from prom_jax.utils.errors import UserError
 from tests.reference import gradients, hf_model, pack, random_examples, relative_errors, to_model, to_params
 
@@ -52,30 +60,34 @@ def torch_sum(hf, examples, head, layer, norm, label_smoothing=0.0):
     return total
 
 
-def torch_objective(hf, pivot_head, objective):
+def torch_loss(hf, pivot_head, method):
     """The losses of an update as its metrics name them, and the gradients in our layout."""
-    count = lambda examples: sum(float(weights.sum()) for _, weights in examples)
+
+    def count(examples):
+        return sum(float(weights.sum()) for _, weights in examples)
+
     metrics = {"weight_target": count(TARGET), "weight_english": count(ENGLISH)}
     target = torch_sum(hf, TARGET, hf.lm_head, 4, norm=True)
-    if objective.method == "prom":
-        smoothing = objective.label_smoothing
-        english = torch_sum(hf, ENGLISH, pivot_head, PIVOT, objective.norm == "final", smoothing)
-        loss = target / count(TARGET) + objective.weight * english / count(ENGLISH)
-    elif objective.method == "xllama2":
+    if isinstance(method, PROM):
+        smoothing = method.label_smoothing
+        english = torch_sum(hf, ENGLISH, pivot_head, PIVOT, method.norm == "final", smoothing)
+        loss = target / count(TARGET) + method.weight * english / count(ENGLISH)
+    elif isinstance(method, XLLaMA2):
         english = torch_sum(hf, ENGLISH, hf.lm_head, 4, norm=True)
         loss = (target + english) / (count(TARGET) + count(ENGLISH))
     else:
         loss = target / count(TARGET)
     loss.backward()
     metrics |= {"loss": loss.item(), "loss_target": target.item() / count(TARGET)}
-    if objective.uses_english:
+    if "english" in method.streams:
         metrics["loss_english"] = english.item() / count(ENGLISH)
     else:
         metrics.pop("weight_english")
     tensors = {name: parameter.grad for name, parameter in hf.named_parameters()}
-    if objective.has_pivot:
+    if method.heads:
         tensors["pivot_head"] = pivot_head.weight.grad
-    return metrics, to_params(tensors, PIVOT)
+    config = config_from_hf(hf.config.to_dict())
+    return metrics, to_params(tensors, config, [PIVOT], method.heads)
 
 
 def assert_same(ours, theirs, tolerance):
@@ -86,38 +98,45 @@ def assert_same(ours, theirs, tolerance):
     assert errors[worst] <= tolerance, worst
 
 
-PROM = Objective("prom", weight=0.7, label_smoothing=0.1, chunk=16)
-FINAL = dataclasses.replace(PROM, label_smoothing=0.3, norm="final")
-BACTRIAN, XLLAMA2 = Objective("bactrian", chunk=16), Objective("xllama2", chunk=16)
+RAW = PROM(PIVOT, weight=0.7, label_smoothing=0.1)
+FINAL = dataclasses.replace(RAW, label_smoothing=0.3, norm="final")
+BACTRIAN, XLLAMA2 = Bactrian(), XLLaMA2()
+
+
+def id_of(x):
+    return x if isinstance(x, str) else f"{x.name}-{getattr(x, 'norm', '')}"
 
 
 def models(family, has_pivot=True):
     """Of transformers, its pivot head, and ours."""
-    hf = hf_model(family, **({"sliding_window": 6} if family == "mistral" else {}))
+    hf = hf_model(family, **({"sliding_window": 6} if family in ("mistral", "qwen2 with windows") else {}))
     head = copied_head(hf)
     return hf, head, to_model(hf, PIVOT, head.weight if has_pivot else None)
 
 
 @pytest.mark.parametrize(
-    ("objective", "family"),
+    ("method", "family"),
     [
-        *itertools.product((PROM, FINAL), ("llama3", "smollm2")),  # untied, tied; both with grouped queries
+        *itertools.product((RAW, FINAL), ("llama3", "smollm2")),  # untied, tied; both with grouped queries
+        (FINAL, "qwen2"),
+        (RAW, "qwen3"),
         (XLLAMA2, "mistral"),
         (XLLAMA2, "smollm2"),
+        (XLLAMA2, "qwen2 with windows"),
         (BACTRIAN, "llama3"),
     ],
-    ids=lambda x: x if isinstance(x, str) else f"{x.method}-{x.norm}",
+    ids=id_of,
 )
-def test_losses_and_all_gradients_equal_torch(objective, family):
-    hf, head, model = models(family, objective.has_pivot)
-    ours, theirs = gradients(model, objective, PACKED), torch_objective(hf, head, objective)
+def test_losses_and_all_gradients_equal_torch(method, family):
+    hf, head, model = models(family, bool(method.heads))
+    ours, theirs = gradients(model, method, PACKED), torch_loss(hf, head, method)
     assert set(ours[0]) == set(theirs[0])
     assert_same(ours, theirs, tolerance=1e-4)
 
 
 def test_packed_equals_unpacked():
     _, _, model = models("llama3")
-    assert_same(gradients(model, PROM, PACKED), gradients(model, PROM, UNPACKED), tolerance=2e-5)
+    assert_same(gradients(model, RAW, PACKED), gradients(model, RAW, UNPACKED), tolerance=2e-5)
 
 
 # Four examples of two kinds of prompt: (tokens, weights) of either side, and the tokens that they share.
@@ -157,56 +176,137 @@ def shared_rows(target, english, joined):
             first, common, end = len(KINDS[i % 2]), len(PROMPTS[i]) - 1, len(example[0])
             path = 1 + i % 2, 1 + i
             if joined and side == 2:
-                yield example, common, end, segment(*path, side)
+                yield example, common, end, segment_id(*path, side)
                 continue
             if i < 2:
-                yield example, 0, first, segment(path[0])
-            yield example, first, common, segment(*path)
-            yield example, common, end, segment(*path, side)
+                yield example, 0, first, segment_id(path[0])
+            yield example, first, common, segment_id(*path)
+            yield example, common, end, segment_id(*path, side)
 
     return {"target": laid(parts(target, 1), 70), "english": laid(parts(english, 2), 70)}
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
-@pytest.mark.parametrize("objective", [PROM, XLLAMA2], ids=lambda objective: objective.method)
+@pytest.mark.parametrize("method", [RAW, XLLAMA2], ids=id_of)
 @pytest.mark.parametrize("family", ["llama3", "mistral"])
-def test_shared_prompts_change_nothing(objective, joined, family):
+def test_shared_prompts_change_nothing(method, joined, family):
     target, english = list(answered(0)), list(answered(1))
     alone = {
         "target": pack(target, [[i] for i in range(4)], 28),
         "english": pack(english, [[0, 1], [2, 3]], 56),
     }
-    _, _, model = models(family, objective.has_pivot)
-    shared = gradients(
-        model, dataclasses.replace(objective, joined=joined), shared_rows(target, english, joined)
-    )
-    assert_same(shared, gradients(model, objective, alone), tolerance=2e-5)
+    _, _, model = models(family, bool(method.heads))
+    rows = shared_rows(target, english, joined)
+    shared = gradients(model, method, rows, appended="english" if joined else None)
+    assert_same(shared, gradients(model, method, alone), tolerance=2e-5)
 
 
-@pytest.mark.parametrize("objective", [PROM, FINAL], ids=lambda objective: objective.norm)
-def test_english_reaches_nothing_above_the_pivot(objective):
+@pytest.mark.parametrize("method", [RAW, FINAL], ids=id_of)
+def test_english_reaches_nothing_above_the_pivot(method):
     _, _, model = models("llama3")
     no_target = dict(PACKED, target=jax.tree.map(jnp.zeros_like, PACKED["target"]))
-    metrics, tree = gradients(model, objective, no_target)
+    metrics, tree = gradients(model, method, no_target)
     assert metrics["loss"] > 0 == metrics["loss_target"]
-    assert not any(np.any(gradient) for gradient in (tree["lm_head"], *tree["upper"].values()))
-    assert np.any(tree["norm"]) == (objective.norm == "final")
-    for gradient in (tree["pivot_head"], tree["embed_tokens"], *tree["lower"].values()):
+    assert not any(np.any(gradient) for gradient in (tree["lm_head"], *tree["stack1"].values()))
+    assert np.any(tree["norm"]) == (method.norm == "final")
+    for gradient in (tree["pivot_head"], tree["embed_tokens"], *tree["stack0"].values()):
         assert np.any(gradient)
 
 
 def test_zero_weight_is_bactrian_exactly():
     _, _, model = models("llama3", has_pivot=False)
-    prom = gradients(model, dataclasses.replace(PROM, weight=0.0), PACKED)
+    prom = gradients(model, dataclasses.replace(RAW, weight=0.0), PACKED)
     jax.tree.map(np.testing.assert_array_equal, prom, gradients(model, BACTRIAN, PACKED))
 
 
 def test_bad_settings_are_refused():
     for settings, error in (
-        ({"method": "sft"}, "method='sft': expected one of prom"),
         ({"norm": "layer"}, "pivot.norm='layer'"),
         ({"weight": -0.1}, "pivot.weight=-0.1"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
     ):
         with pytest.raises(UserError, match=error):
-            Objective(**settings)
+            PROM(PIVOT, **settings)
+    with pytest.raises(UserError, match="method='sft': expected one of bactrian, prom, xllama2"):
+        find_method("sft")
+
+
+def test_methods_are_known_by_their_files():
+    for name, method in known_methods().items():
+        assert method.name == name
+        assert method.label and method.colour and len(method.compared) == 2
+
+
+# Methods that are not in the package, as someone may add them.
+
+
+@dataclasses.dataclass(frozen=True)
+class Combined(PROM):
+    """PROM whose gradients are combined by a function, here their sum."""
+
+    def combine(self, gradients):
+        assert set(gradients) == {"english", "target"}
+        return jax.tree.map(jnp.add, gradients["english"], gradients["target"])
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadOnly(PROM):
+    """PROM that trains the pivot head alone."""
+
+    def trains(self, path):
+        return path == ("pivot_head",)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_combined_gradients_are_those_of_each_sum(accumulation):
+    _, _, model = models("llama3")
+    batch = {
+        stream: jax.tree.map(lambda x: jnp.pad(x, [(0, -len(x) % 2), (0, 0)]), rows)
+        for stream, rows in PACKED.items()
+    }
+    settings = {"weight": RAW.weight, "label_smoothing": RAW.label_smoothing}
+    combined = gradients(model, Combined(PIVOT, **settings), batch, accumulation)
+    assert_same(combined, gradients(model, RAW, batch), tolerance=2e-5)
+
+
+def test_parameters_that_are_not_trained_stay_and_have_no_state():
+    _, _, model = models("llama3")
+    method = HeadOnly(PIVOT, weight=0.7)
+    optimizer = optax.adam(0.1)
+    params = decoder.to_params(model)
+    state = optimizer.init(trained_params(params, method))
+    assert [x.shape for x in jax.tree.leaves(state)] == [(), *2 * [params["pivot_head"].shape]]
+    update = jax.jit(make_update(model, method, optimizer, 1, chunk=16))
+    after, _, metrics = update(params, state, PACKED)
+    head = gradients(model, RAW, PACKED)[1]["pivot_head"]
+    assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(head), rel=1e-5)
+    changed = jax.tree.map(lambda new, old: bool((new != old).any()), after, params)
+    assert changed.pop("pivot_head") and not any(jax.tree.leaves(changed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Replayed(PROM):
+    """PROM with a third stream, which leaves after another block through the main head."""
+
+    @property
+    def loss(self):
+        return super().loss + 0.3 * L("replay", layer=2)
+
+
+@pytest.mark.parametrize("appended", [None, "english"])
+def test_a_third_stream_is_a_term(appended):
+    """Its loss is added; those of the others stay."""
+    target, english = list(answered(0)), list(answered(1))
+    hf = hf_model("llama3")
+    head = copied_head(hf)
+    model = to_model(hf, PIVOT, head.weight, more_exits=(2,))
+    method = Replayed(PIVOT, weight=0.7, label_smoothing=0.1)
+    assert method.streams == ("target", "english", "replay") and method.exits == (2, PIVOT)
+    batch = shared_rows(target, english, joined=appended is not None) | {"replay": PACKED["english"]}
+    both, _ = gradients(model, method, batch, appended=appended)
+    without, _ = gradients(model, RAW, batch, appended=appended)
+    replay = torch_sum(hf, ENGLISH, hf.lm_head, 2, norm=True).item() / both["weight_replay"]
+    assert both["loss_replay"] == pytest.approx(replay, rel=1e-5)
+    assert both["loss"] == pytest.approx(without["loss"] + 0.3 * replay, rel=1e-5)
+    for key in ("loss_target", "loss_english"):
+        assert both[key] == pytest.approx(without[key], rel=1e-5)
