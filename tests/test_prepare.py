@@ -102,12 +102,13 @@ def test_inspection_shows_rows_as_they_are_trained_on(prepared, tiny, monkeypatc
 def test_further_streams_are_those_of_the_method(tiny):
     config = tiny_config(tiny)
     config.data.streams = ("replay=nowhere.jsonl",)
-    for method, streams in (("prom", ("target", "english")), ("bactrian", ("target",))):
-        made = recipe(config, Objective(method))
+    for name, streams in (("prom", ("target", "english")), ("bactrian", ("target",))):
+        method = find_method(name).from_config(config, 3, 0.1)
+        made = recipe(config, method)
         assert (made.streams, made.more) == (streams, ())  # no term of theirs takes it
     config.data.streams = ("nowhere.jsonl",)
     with pytest.raises(UserError, match=r"data.streams has 'nowhere\.jsonl': expected 'name=source'"):
-        recipe(config, Objective())
+        recipe(config, method)
 
 
 def read(path):

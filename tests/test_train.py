@@ -73,7 +73,7 @@ def test_held_out_loss_against_transformers(finished, tiny, byte_level):
             nats -= float(scores[t - 1, ids[t]])
             tokens += 1
     assert summary["final"]["eval_target_nats"] == pytest.approx(nats / tokens, rel=1e-4)
-    bits = nats / math.log(2) / held_out.target_bytes.sum()
+    bits = nats / math.log(2) / held_out.streams["target"].bytes.sum()
     assert summary["final"]["eval_target_bits_per_byte"] == pytest.approx(bits, rel=1e-4)
 
 

@@ -254,10 +254,10 @@ def _find_rows(texts: tuple[Text, ...], rows: list[Rows], appended: int | None) 
     Args: appended: the index of the stream whose texts go into the same row as the primary ones.
     """
     found: list[int | None] = []
-    joint = texts[appended] if appended else None
+    joint = texts[appended] if appended and texts[appended].length else None
     for i, text in enumerate(texts):
         row = None
-        if joint and joint.length and i in (0, appended):
+        if joint and i in (0, appended):
             # An empty primary text has a row here too: it counts among the texts that are numbered.
             row = found[0] if i else rows[0].find(text, lambda row: rows[appended].fits(joint, row))
         elif text.length:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from prom_jax.data.examples import Recipe
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Stream, prepare
-from prom_jax.ops.attention import visible
+from prom_jax.ops.attention import attention_mask
 from prom_jax.utils.errors import UserError
 
 
@@ -118,7 +118,9 @@ def test_nobody_sees_what_comes_after_it_in_a_row(records):
     for step in range(len(run)):
         for rows in run[step].values():
             positions, segments = rows["positions"], rows["segments"]
-            seen = visible(positions, positions, segments, segments) & (segments != 0)[:, None, :, None]
+            seen = (
+                attention_mask(positions, positions, segments, segments) & (segments != 0)[:, None, :, None]
+            )
             assert seen.any() and not np.triu(seen, 1).any()
 
 

@@ -216,7 +216,7 @@ def test_credentials_leak_nowhere(service, tmp_path, capfd, caplog):
 
 RUN = """
 import sys
-from prom_jax.data import translate
+from prom_jax.data.translation import translate
 from prom_jax.data.translation.engines import Google
 from prom_jax.data.sources import Row, Turn
 
