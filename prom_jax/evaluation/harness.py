@@ -51,7 +51,7 @@ def load_tasks(names: list[str], data_dir: str | None = None) -> dict:
             cause = str(error).strip().splitlines()
             raise UserError(
                 f"--tasks: {name!r} cannot be loaded ({type(error).__name__}: {cause[0] if cause else ''}): "
-                "its data may not be reachable; for our own tasks give --data-dir"
+                "its data may not be reachable; for our own tasks give --data_dir"
             ) from error
     return tasks
 

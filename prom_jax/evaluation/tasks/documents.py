@@ -149,11 +149,11 @@ def _mgsm_file(directory: str, name: str) -> tuple[str, Iterator[dict]]:
 
 def _find(directory: str, name: str) -> Path:
     if not Path(directory).is_dir():
-        raise UserError(f"There is no directory '{directory}': give --data-dir one that has {name} below it.")
+        raise UserError(f"There is no directory '{directory}': give --data_dir one that has {name} below it.")
     found = sorted(Path(directory).rglob(name))
     if not found:
         raise UserError(
-            f"There is no {name} below '{directory}': put it there, or leave --data-dir out to fetch it."
+            f"There is no {name} below '{directory}': put it there, or leave --data_dir out to fetch it."
         )
     if len(found) > 1:
         places = ", ".join(map(str, found))
@@ -188,5 +188,5 @@ def _fetched(repository: str, name: str, fetch: Callable):
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
             f"{repository} cannot be fetched from the hub ({type(error).__name__}: {reason}): give "
-            f"--data-dir=DIR, a directory that has {name} somewhere below it."
+            f"--data_dir=DIR, a directory that has {name} somewhere below it."
         ) from error
