@@ -32,9 +32,9 @@ from benchmarks.measure import report
 from benchmarks.synthetic import llama2_7b
 from benchmarks.synthetic import write as write_synthetic
 from prom_jax import convert
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
-from prom_jax.checkpoints import training as checkpoints
+from prom_jax.checkpoints.description import Description
 from prom_jax.models import decoder as llama
 from prom_jax.parallel import sharding
 
@@ -182,7 +182,7 @@ def restore(work: Path) -> float:
     """With plain Orbax."""
     seconds = 0.0
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = llama.to_params(checkpoints.Description.read(work / "orbax").abstract(param_dtype="bfloat16"))
+    params = llama.to_params(Description.read(work / "orbax").abstract(param_dtype="bfloat16"))
     for path, param in jax.tree.leaves_with_path(params):
         began = time.perf_counter()
         leaf = jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=device)

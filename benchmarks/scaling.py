@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import measure
 from benchmarks.synthetic import llama2_7b
-from prom_jax.checkpoints.training import placed
+from prom_jax.checkpoints.params import placed
 from prom_jax.models import decoder as llama
 from prom_jax.parallel import sharding
 from prom_jax.training import budget

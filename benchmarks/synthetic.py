@@ -16,7 +16,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
+from prom_jax.checkpoints.params import hf_shapes
+from prom_jax.checkpoints.safetensors import save_hf
 from prom_jax.models import decoder as llama
 from prom_jax.models.config import LlamaConfig
 from prom_jax.utils import cli
@@ -62,7 +63,7 @@ class Synthetic:
 
     def __init__(self, config: LlamaConfig):
         self.config, self.details, self.dtype = config, {}, np.dtype(ml_dtypes.bfloat16)
-        self._shapes = weights.hf_shapes(llama.to_params(llama.abstract(config)))
+        self._shapes = hf_shapes(llama.to_params(llama.abstract(config)))
         self.names = set(self._shapes)
         self._values = (0.02 * np.random.default_rng(0).standard_normal(2**24, np.float32)).astype(self.dtype)
 
@@ -102,7 +103,7 @@ def write(directory, config: LlamaConfig, tokenizer=TOKENIZER):
     """Writes the folder, in files of at most 1 GB."""
     reader = Synthetic(config)
     options = {"dtype": reader.dtype, "chat_template": "{{ messages }}", "card": {}}
-    weights.save_hf(reader, tokenizer, directory, max_shard_bytes=10**9, **options)
+    save_hf(reader, tokenizer, directory, max_shard_bytes=10**9, **options)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import argparse
 
 import numpy as np
 
+from prom_jax.checkpoints import orbax, safetensors, storage
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
-from prom_jax.checkpoints import training as checkpoints
+from prom_jax.checkpoints.description import Description
+from prom_jax.checkpoints.params import lazy_params
 from prom_jax.data.chat import chat_template
 from prom_jax.utils import cli
 from prom_jax.utils.errors import UserError
@@ -44,7 +45,7 @@ def to_hf(source, destination, dtype=None):
     card = reader.details or {"base_model": str(source)}
     # A model that was not trained here keeps the chat template that it came with.
     template = None if "prompts" in card else tokenizer.chat_template
-    weights.save_hf(
+    safetensors.save_hf(
         reader,
         tokenizer,
         destination,
@@ -56,18 +57,18 @@ def to_hf(source, destination, dtype=None):
 
 def from_hf(source, destination, dtype=None):
     """Writes `source` as an Orbax checkpoint, in its own dtype or another, a part of a tensor at a time."""
-    destination = checkpoints.located(destination)
-    with checkpoints.usable(destination):
+    destination = storage.located(destination)
+    with storage.usable(destination):
         destination.mkdir(parents=True, exist_ok=True)
         # In an object store there is no folder before there is a file in it.
         if destination.exists() and any(destination.iterdir()):
             raise UserError(f"{destination} is not empty: give a new place")
     reader, tokenizer = models.open_source(source)
     layer, dtype = reader.pivot_layer, np.dtype(dtype or reader.dtype)
-    params = weights.lazy_params(reader, pivot_layer=layer, pivot_head=layer > 0, dtype=dtype)
+    params = lazy_params(reader, pivot_layer=layer, pivot_head=layer > 0, dtype=dtype)
     details = reader.details or {"base_model": str(source)}
-    description = checkpoints.Description(reader.config, layer, dtype.name, details)
-    checkpoints.write(destination, description, tokenizer, params)
+    description = Description(reader.config, layer, dtype.name, details)
+    orbax.write(destination, description, tokenizer, params)
 
 
 if __name__ == "__main__":

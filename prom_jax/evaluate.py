@@ -14,16 +14,16 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
 from prom_jax.evaluation import harness
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.decode import PLACES
 from prom_jax.evaluation.lm import HarnessModel
 from prom_jax.parallel import flags
-from prom_jax.parallel.multihost import first_alone
+from prom_jax.parallel.multihost import main_process_first
 from prom_jax.parallel.sharding import describe
-from prom_jax.tokenization import auto as tokenizer
+from prom_jax.tokenization import folder as tokenizer
 from prom_jax.utils import cli
 from prom_jax.utils.console import console
 from prom_jax.utils.workdir import check_shared, make_directory, write_json, write_text
@@ -39,7 +39,7 @@ def main(argv=None):
 def evaluate(arguments: argparse.Namespace):
     """Answers all tasks and writes what came out; several processes go through this in step."""
     out = Path(arguments.out)
-    with first_alone("out"):
+    with main_process_first("out"):
         make_directory(out)
         check_shared(out)
     tasks = harness.load_tasks(arguments.tasks, arguments.data_dir)  # before any weights

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from prom_jax import config as configuration
 from prom_jax.analysis.interference import COMPARED, cosines, draw, inner_products, only, summary
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Records, prepare
 from prom_jax.models import decoder as llama

@@ -20,9 +20,11 @@ import optax
 from rich.table import Table
 
 from prom_jax.analysis import regulation
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
-from prom_jax.checkpoints.training import Checkpoints, Description, describe, placed
+from prom_jax.checkpoints.description import Description, describe
+from prom_jax.checkpoints.params import placed
+from prom_jax.checkpoints.training import Checkpoints
 from prom_jax.data import card
 from prom_jax.data.chat import chat_template
 from prom_jax.evaluation import samples
@@ -38,7 +40,7 @@ from prom_jax.training.trackers import MetricsLog
 from prom_jax.utils import cli
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
-from prom_jax.utils.process import REQUEUE
+from prom_jax.utils.process import REQUEUE, is_main_process
 from prom_jax.utils.workdir import CONFIG_FILE, write_json
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
@@ -334,7 +336,7 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
         "seconds": seconds,
         "export": str(job.workdir / "hf"),
     }
-    if not distributed.is_first():
+    if not is_main_process():
         return summary
     write_json(job.workdir / "summary.json", summary)
     learning_curves(log.rows, job.workdir / "curves.png")

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 import prom_jax
 from prom_jax import convert
-from prom_jax.checkpoints import reader as readers
-from prom_jax.checkpoints import safetensors as weights
-from prom_jax.checkpoints import training as checkpoints
+from prom_jax.checkpoints import params as weights
+from prom_jax.checkpoints.description import find
+from prom_jax.checkpoints.orbax import CheckpointReader
+from prom_jax.checkpoints.pretrained import open_reader
+from prom_jax.checkpoints.safetensors import SafetensorsReader
 from prom_jax.data.chat import chat_template
 from prom_jax.models import decoder as llama
 from prom_jax.parallel import sharding
@@ -62,7 +64,7 @@ def test_another_dtype(tmp_path, byte_level):
 def test_a_pivot_head_travels(tmp_path, byte_level):
     source = folder(tmp_path / "source", byte_level, torch.float32, False)
     model, tokenizer = prom_jax.load(source)
-    params = weights.load_params(readers.open_reader(source), pivot_layer=3, pivot_head=True)
+    params = weights.load_params(open_reader(source), pivot_layer=3, pivot_head=True)
     params["pivot_head"] = params["pivot_head"] + 1
     split = llama.abstract(model.config, pivot_layer=3, pivot_head=True)
     prom_jax.save_hf(llama.with_params(split, params), tokenizer, tmp_path / "hf")
@@ -81,11 +83,11 @@ def test_details_travel_with_an_export(tmp_path, byte_level):
     card = {"base_model": "owner/base", "method": "prom", "pivot.weight": 0.1, "prompts": "sw", "seed": 0}
     template = chat_template(tokenizer, "sw")
     prom_jax.save_hf(model, tokenizer, tmp_path / "hf", card=card, template=template)
-    assert readers.open_reader(tmp_path / "hf").details == card
-    assert readers.open_reader(tmp_path / "source").details == {}
+    assert open_reader(tmp_path / "hf").details == card
+    assert open_reader(tmp_path / "source").details == {}
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").prom_jax == card
     convert.from_hf(tmp_path / "hf", tmp_path / "orbax")
-    assert checkpoints.CheckpointReader(tmp_path / "orbax").details == card
+    assert CheckpointReader(tmp_path / "orbax").details == card
     convert.to_hf(tmp_path / "orbax", tmp_path / "back")
     for path in (tmp_path / "hf").iterdir():
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes(), path.name
@@ -94,7 +96,7 @@ def test_details_travel_with_an_export(tmp_path, byte_level):
 def test_a_checkpoint_is_read_in_parts(tmp_path, byte_level):
     source = folder(tmp_path / "source", byte_level, torch.bfloat16, False)
     convert.from_hf(source, tmp_path / "orbax")
-    folder_reader, reader = readers.open_reader(source), checkpoints.CheckpointReader(tmp_path / "orbax")
+    folder_reader, reader = open_reader(source), CheckpointReader(tmp_path / "orbax")
     assert reader.names == folder_reader.names and reader.dtype == folder_reader.dtype
     for name in reader.names:
         index = tuple(slice(size // 4, size // 2) for size in reader.shape(name))
@@ -108,7 +110,7 @@ def test_a_stack_is_never_read_whole(tmp_path, byte_level, monkeypatch):
     """What is asked of a source at a time is one layer at most, going there and coming back."""
     source = folder(tmp_path / "source", byte_level, torch.float32, False)
     asked = []
-    for owner in (readers.SafetensorsReader, checkpoints.CheckpointReader):
+    for owner in (SafetensorsReader, CheckpointReader):
         read = owner.read
 
         def spy(self, name, index, read=read):
@@ -150,5 +152,5 @@ def test_a_folder_without_a_whole_step_is_refused(tmp_path, byte_level):
     shutil.rmtree(tmp_path / "orbax" / "0")
     with pytest.raises(UserError, match="holds no whole checkpoint"):
         convert.to_hf(tmp_path / "orbax", tmp_path / "back")
-    assert checkpoints.find(tmp_path / "orbax") == tmp_path / "orbax"
-    assert checkpoints.find(tmp_path) is None
+    assert find(tmp_path / "orbax") == tmp_path / "orbax"
+    assert find(tmp_path) is None

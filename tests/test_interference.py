@@ -10,8 +10,8 @@ from PIL import Image
 
 import prom_jax
 from prom_jax import interference as door
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Records
 from prom_jax.models import decoder as llama

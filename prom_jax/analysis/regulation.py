@@ -6,9 +6,9 @@ from pathlib import Path
 
 from prom_jax.analysis.cloze import Table, read_table
 from prom_jax.analysis.probe import probe
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import safetensors as weights
-from prom_jax.tokenization.auto import fingerprint
+from prom_jax.tokenization.folder import fingerprint
 from prom_jax.training.regulation import FILE, is_probed
 from prom_jax.training.setup import BaseModel
 from prom_jax.utils.console import console

@@ -2,27 +2,55 @@
 
 import jax
 
-from prom_jax.checkpoints import reader as readers
-from prom_jax.checkpoints import safetensors as weights
-from prom_jax.checkpoints import training as checkpoints
+from prom_jax.checkpoints import gguf, params, safetensors
+from prom_jax.checkpoints.description import DESCRIPTION, Description, find, read_tokenizer
+from prom_jax.checkpoints.hub import local_path
+from prom_jax.checkpoints.orbax import CheckpointReader
+from prom_jax.checkpoints.reader import Reader
 from prom_jax.data.chat import chat_template
 from prom_jax.models import decoder as llama
-from prom_jax.tokenization import auto as tokenizer
+from prom_jax.tokenization import folder
+from prom_jax.tokenization import gguf as gguf_tokenizer
 
 
 def open_source(source):
-    """What a model can be read from: a Hugging Face directory, hub id, `.gguf` file or Orbax checkpoint.
+    """Opens a Hugging Face directory, hub id, `.gguf` file or Orbax checkpoint.
 
     An Orbax checkpoint is a directory of steps, of which the latest is read, or one step of it.
-    Returns: its reader (config, dtype, pivot_layer and slices of tensors) and its tokenizer.
+
+    Returns:
+      Its reader and its tokenizer.
     Raises:
       UserError: if it cannot be reached or read, or is of a model that is not supported.
     """
-    directory = checkpoints.find(source)
+    directory = find(source)
     if directory:
-        reader = checkpoints.CheckpointReader(directory)
-        return reader, checkpoints.load_tokenizer(reader.source)
-    return readers.open_reader(source), tokenizer.load(source)
+        reader = CheckpointReader(directory)
+        return reader, read_tokenizer(reader.source)
+    return open_reader(source), load_tokenizer(source)
+
+
+def open_reader(source) -> Reader:
+    """A reader of the weights of a Hugging Face directory, a hub id or a `.gguf` file.
+
+    Raises:
+      UserError: if they cannot be reached or read, or are of a model that is not supported.
+    """
+    path = local_path(source)
+    return gguf.GGUFReader(path) if path.is_file() else safetensors.SafetensorsReader(path)
+
+
+def load_tokenizer(source):
+    """The tokenizer of a Hugging Face directory, a hub id or a `.gguf` file, which adds BOS and EOS exactly
+    where the model's own does.
+
+    Raises:
+      UserError: if there is no tokenizer, it is of a kind that is not supported, or it has no EOS token.
+    """
+    path = local_path(source)
+    if path.is_file():
+        return gguf_tokenizer.load(gguf.open_gguf(path).metadata, path, source)
+    return folder.load(path, source)
 
 
 def default_compute_dtype() -> str:
@@ -38,7 +66,9 @@ def load(source, mesh=None, compute_dtype: str | None = None, param_dtype: str |
       mesh: of `sharding.make_mesh`; None for one device.
       compute_dtype: 'float32' or 'bfloat16'; None for float32 on CPU and bfloat16 elsewhere.
       param_dtype: of the parameters; None for the source's.
-    Returns: a `llama.Llama`, with a pivot head if the source has one, and a transformers tokenizer.
+
+    Returns:
+      a `llama.Llama`, with a pivot head if the source has one, and a transformers tokenizer.
     Raises:
       UserError: as `open_source`, and for missing or misshapen tensors.
     """
@@ -46,12 +76,14 @@ def load(source, mesh=None, compute_dtype: str | None = None, param_dtype: str |
     return build(reader, mesh, compute_dtype, param_dtype), model_tokenizer
 
 
-def build(reader, mesh=None, compute_dtype: str | None = None, param_dtype: str | None = None) -> llama.Llama:
+def build(
+    reader: Reader, mesh=None, compute_dtype: str | None = None, param_dtype: str | None = None
+) -> llama.Llama:
     """The model of a reader that `open_source` gave; the arguments are those of `load`."""
     compute = llama.Compute(dtype=compute_dtype or default_compute_dtype())
     pivot = {"pivot_layer": reader.pivot_layer, "pivot_head": reader.pivot_layer > 0}
-    params = weights.load_params(reader, mesh, dtype=param_dtype, **pivot)
-    return llama.with_params(llama.abstract(reader.config, compute=compute, **pivot), params)
+    loaded = params.load_params(reader, mesh, dtype=param_dtype, **pivot)
+    return llama.with_params(llama.abstract(reader.config, compute=compute, **pivot), loaded)
 
 
 def save_hf(model: llama.Llama, model_tokenizer, directory, *, dtype=None, card=None, template=None):
@@ -67,8 +99,8 @@ def save_hf(model: llama.Llama, model_tokenizer, directory, *, dtype=None, card=
     Raises:
       UserError: if the directory holds something else, or cannot be written.
     """
-    reader = weights.ParamsReader(llama.to_params(model), model.config)
-    weights.save_hf(
+    reader = params.ParamsReader(llama.to_params(model), model.config)
+    safetensors.save_hf(
         reader,
         model_tokenizer,
         directory,
@@ -91,10 +123,10 @@ def open_config(source):
     Raises:
       UserError: if it cannot be reached or read, or is of a model that is not supported.
     """
-    directory = checkpoints.find(source)
+    directory = find(source)
     if directory:
-        directory = directory if (directory / checkpoints.DESCRIPTION).is_file() else directory.parent
-        return checkpoints.Description.read(directory).config, checkpoints.load_tokenizer(directory)
-    path = readers.local_path(source, weights=False)
-    config = readers.open_reader(path).config if path.is_file() else readers.read_config(path)[0]
-    return config, tokenizer.load(path)
+        directory = directory if (directory / DESCRIPTION).is_file() else directory.parent
+        return Description.read(directory).config, read_tokenizer(directory)
+    path = local_path(source, weights=False)
+    config = gguf.GGUFReader(path).config if path.is_file() else safetensors.read_config(path)[0]
+    return config, load_tokenizer(path)

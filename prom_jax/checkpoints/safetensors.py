@@ -1,219 +1,180 @@
-"""Weights in and out: from a reader into the model's shards, and out as a Hugging Face directory."""
+"""Hugging Face folders of safetensors, in and out."""
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 
-from prom_jax.checkpoints.reader import DETAILS_KEY, PIVOT_FILE, PIVOT_NAME, TENSORS
+from prom_jax.checkpoints import hub
+from prom_jax.checkpoints.names import PIVOT_NAME
+from prom_jax.checkpoints.params import check_tensors, hf_shapes
+from prom_jax.checkpoints.reader import Reader
 from prom_jax.models import decoder as llama
 from prom_jax.models.config import LlamaConfig
-from prom_jax.parallel.multihost import is_first
-from prom_jax.parallel.sharding import param_sharding, path_keys
-from prom_jax.tokenization import auto as tokenizer
+from prom_jax.tokenization import folder
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import is_main_process
 
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-ADAPTED = (
-    "A language model adapted to another language by instruction tuning with prom_jax.\n"
-    "Prompts follow the chat template of its tokenizer."
-)
-CONVERTED = "A language model converted by prom_jax."
-_CARD_TAG = "- prom_jax"  # in its model card marks a folder as an export, which the next may replace
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyArray:
-    """An array that is read when its values are needed: `read` gives a part, `index` one slice an axis."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[tuple[slice, ...]], np.ndarray]
+PIVOT_FILE = "pivot_head.safetensors"  # beside the weights; its layer is in its metadata
+# What the model card tells, in `config.json` under a key that transformers keeps and does not read.
+DETAILS_KEY = "prom_jax"
+_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+_DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def lazy_params(reader, *, pivot_layer: int = 0, pivot_head: bool = False, dtype=None) -> dict:
-    """A model's parameters as `LazyArray`s: their values are still where the reader has them.
+class SafetensorsReader:
+    """A Hugging Face directory with one or many safetensors files."""
 
-    Args:
-      reader: where from, see `readers`.
-      pivot_layer: n, where the blocks are split into two stacks; 0 for one stack.
-      pivot_head: whether to have one: that beside the weights if there is one, otherwise a copy of lm_head
-        (of the embedding where they are tied).
-      dtype: of the parameters, default the source's.
-    Returns: a nested dict like that of `llama.to_params`.
-    Raises:
-      UserError: if a tensor is missing, unknown, or not of the shape that the config gives it, or the pivot
-        head beside the weights belongs to another layer.
-    """
-    dtype = np.dtype(dtype or reader.dtype)
-    params = llama.to_params(
-        llama.abstract(reader.config, pivot_layer=pivot_layer, pivot_head=pivot_head, param_dtype=dtype)
-    )
-    shapes = hf_shapes(params)
-    sources = defaultdict(list)  # of each path its tensors in the order of layers
-    for name, path, _ in hf_tensors(params):
-        sources[path].append(name)
-    if pivot_head:
-        name = _pivot_source(reader, pivot_layer)
-        sources[("pivot_head",)] = [name]
-        shapes[name] = params["pivot_head"].shape
-    _check_tensors(reader, shapes)
+    def __init__(self, directory):
+        self.source = Path(directory)
+        self.config, self.details = read_config(self.source)
+        self._files = {}  # tensor -> the open file it is in, and that file's path
+        for path, names in self._shards():
+            file = _open_safetensors(path)
+            held = set(file.keys())
+            for name in held if names is None else names:
+                if name not in held:
+                    raise UserError(f"{path} lacks {name}, which the index places there; fetch both again")
+                self._files[name] = (file, path)
+        if not self._files:
+            raise UserError(f"{self.source} has no tensors: expected a whole model; fetch it again")
+        dtypes = {self._dtype(name) for name in self._files}
+        self.dtype = np.dtype(functools.reduce(jnp.promote_types, dtypes))
+        self.config = self._resolve_tie()
+        self.pivot_layer = self._open_pivot_head()
 
-    def lazy(path, param):
-        read = functools.partial(_read_part, reader, sources[path_keys(path)], param)
-        return LazyArray(param.shape, dtype, read)
-
-    return jax.tree.map_with_path(lazy, params)
-
-
-def load_params(reader, mesh=None, **settings) -> dict:
-    """Reads a model's parameters, one after the other; each device's shard is read on its own.
-
-    Args: reader: where from, see `readers`; mesh: where to, None for one device; settings: of `lazy_params`.
-    Returns: the nested dict of arrays that `llama.with_params` takes.
-    Raises:
-      UserError: as `lazy_params`.
-    """
-
-    def load(path, param):
-        one = SingleDeviceSharding(jax.devices()[0])
-        sharding = param_sharding(mesh, path_keys(path), param.shape) if mesh else one
-        return jax.make_array_from_callback(param.shape, sharding, param.read)
-
-    return jax.tree.map_with_path(load, lazy_params(reader, **settings))
-
-
-def fingerprint(reader) -> str:
-    """16 hexadecimal digits that change with the architecture or with the rows of any tensor that are read
-    here, 16 spread over it, to tell one model's weights from another's without reading them all."""
-    digest = hashlib.sha256(repr(reader.config).encode())
-    for name in sorted(reader.names):
-        rows, *others = reader.shape(name)
-        for row in np.unique(np.linspace(0, rows - 1, 16).astype(int)).tolist() if others else [None]:
-            first = slice(row, row + 1) if others else slice(None)
-            part = reader.read(name, (first, *(slice(None) for _ in others)))
-            digest.update(np.ascontiguousarray(part, np.float32).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def hf_tensors(params: dict) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """Each Hugging Face tensor: its name, the path of our parameter, and the index of its layer in there."""
-    for ours, name, _ in TENSORS:
-        if ours in params:
-            yield name, (ours,), ()
-    stacks = [stack for stack in ("lower", "upper") if stack in params]
-    layers = [(stack, i) for stack in stacks for i in range(params[stack]["q_proj"].shape[0])]
-    for layer, (stack, i) in enumerate(layers):
-        for ours, name, _ in TENSORS:
-            if ours in params[stack]:
-                yield name.format(layer=layer), (stack, ours), (i,)
-
-
-def hf_shapes(params: dict) -> dict[str, tuple[int, ...]]:
-    """The shape of each Hugging Face tensor."""
-    return {name: _at(params, path).shape[len(index) :] for name, path, index in hf_tensors(params)}
-
-
-def _at(params: dict, path: tuple[str, ...]):
-    for key in path:
-        params = params[key]
-    return params
-
-
-def _pivot_source(reader, pivot_layer: int) -> str:
-    """The tensor that a pivot head after block `pivot_layer` starts from."""
-    if not reader.pivot_layer:
-        tied = reader.config.tie_word_embeddings
-        return "model.embed_tokens.weight" if tied else "lm_head.weight"
-    if reader.pivot_layer != pivot_layer:
-        raise UserError(
-            f"{reader.where(PIVOT_NAME)} was trained for layer {reader.pivot_layer}, but pivot.layer is "
-            f"{pivot_layer}: expected the same layer; delete the file to start from the main head"
-        )
-    return PIVOT_NAME
-
-
-def _check_tensors(reader, shapes: Mapping[str, tuple[int, ...]]):
-    held = reader.names | ({PIVOT_NAME} if reader.pivot_layer else set())
-    if missing := sorted(shapes.keys() - held):
-        raise UserError(
-            f"{reader.source} lacks {_some(missing)}: expected all tensors of a model of "
-            f"{reader.config.num_hidden_layers} layers; fetch it again"
-        )
-    if unknown := sorted(reader.names - shapes.keys()):
-        raise UserError(
-            f"{reader.source} holds {_some(unknown)}, unknown to this model: expected a plain Llama or "
-            "Mistral without biases, adapters or quantised layers"
-        )
-    for name, shape in shapes.items():
-        if (found := reader.shape(name)) != shape:
-            raise UserError(
-                f"{reader.where(name)}: {name} has the shape {list(found)}, the config says {list(shape)}: "
-                "expected files of one model; fetch both again"
-            )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _read_part(reader, names: list[str], param, index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index` of a parameter, which stacks the tensors `names` or is the only one."""
-    if len(param.shape) == len(reader.shape(names[0])):
-        return reader.read(names[0], index).astype(param.dtype, copy=False)
-    sizes = [len(range(*part.indices(size))) for part, size in zip(index, param.shape, strict=True)]
-    shard = np.empty(sizes, param.dtype)
-    for layer, name in zip(shard, names[index[0]], strict=True):
-        layer[...] = reader.read(name, index[1:])
-    return shard
-
-
-class ParamsReader:
-    """Parameters on devices behind the interface of `readers`; all processes must read the same parts.
-
-    Args: params: nested dict of arrays, as `llama.to_params` gives it; config: of the model.
-    """
-
-    def __init__(self, params: dict, config: LlamaConfig):
-        self.source, self.config, self.details = "the model", config, {}
-        self.pivot_layer = params["lower"]["q_proj"].shape[0] if "pivot_head" in params else 0
-        self.dtype = np.dtype(params["embed_tokens"].dtype)
-        places = {name: (path, index) for name, path, index in hf_tensors(params)}
-        self.names = set(places)
-        self._params, self._places = params, places | {PIVOT_NAME: (("pivot_head",), ())}
+    @property
+    def names(self) -> set[str]:
+        # Old LLaMA folders carry the rotary frequencies, which follow from the config.
+        ours = {PIVOT_NAME} | ({"lm_head.weight"} if self.config.tie_word_embeddings else set())
+        return {n for n in self._files if n not in ours and not n.endswith(".rotary_emb.inv_freq")}
 
     def shape(self, name) -> tuple[int, ...]:
-        """Of a tensor, by its Hugging Face name."""
-        path, layer = self._places[name]
-        return _at(self._params, path).shape[len(layer) :]
+        return tuple(self._slice(name).get_shape())
 
-    def where(self, name) -> str:
-        """What holds a tensor."""
-        return self.source
+    def where(self, name) -> Path:
+        return self._files[name][1]
 
     def read(self, name, index) -> np.ndarray:
-        """A part of a tensor, gathered from the devices of all processes."""
-        path, layer = self._places[name]
-        part = _at(self._params, path)[(*layer, *index)]
-        if not part.is_fully_addressable:
-            part = multihost_utils.process_allgather(part, tiled=True)
-        return np.asarray(part)
+        return self._slice(name)[index]
+
+    def _slice(self, name):
+        return self._files[name][0].get_slice(name)
+
+    def _dtype(self, name):
+        dtype = self._slice(name).get_dtype()
+        if dtype not in _DTYPES:
+            raise UserError(
+                f"{self.where(name)}: {name} is of type {dtype}, expected one of "
+                f"{', '.join(_DTYPES)}; use the unquantised model"
+            )
+        return _DTYPES[dtype]
+
+    def _shards(self):
+        """Pairs of a file and the tensors to take from it (None: all)."""
+        index = self.source / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index} has no object `weight_map`: fetch the file again")
+            shards = {}
+            for tensor, name in weight_map.items():
+                if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                    raise UserError(
+                        f"{index} names {name!r:.100}: expected safetensors files in the same folder; "
+                        "do not use this folder unless you know who made it"
+                    )
+                shards.setdefault(name, []).append(tensor)
+            yield from ((self.source / name, tensors) for name, tensors in sorted(shards.items()))
+        elif (self.source / "model.safetensors").exists():
+            yield self.source / "model.safetensors", None
+        elif any(f.suffix in (".bin", ".pt", ".pth") for f in self.source.iterdir()):
+            raise UserError(
+                f"{self.source} has weights as pickle alone, which is never read (it can run code): expected "
+                "model.safetensors; load it with transformers where you trust it, and save it again with "
+                "`save_pretrained`"
+            )
+        else:
+            raise UserError(f"{self.source} has no weights: expected model.safetensors or its index in it")
+
+    def _resolve_tie(self) -> LlamaConfig:
+        """transformers (5) ties only where the file does not contradict: an lm_head that differs stays."""
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if not self.config.tie_word_embeddings or not {head, embedding} <= set(self._files):
+            return self.config
+        rows = self.config.vocab_size
+        parts = ((slice(i, min(i + 4096, rows)),) for i in range(0, rows, 4096))  # not all in memory at once
+        equal = self.shape(head) == self.shape(embedding) == (rows, self.config.hidden_size) and all(
+            np.array_equal(self.read(head, part), self.read(embedding, part)) for part in parts
+        )
+        return dataclasses.replace(self.config, tie_word_embeddings=equal)
+
+    def _open_pivot_head(self) -> int:
+        path = self.source / PIVOT_FILE
+        if not path.exists():
+            return 0
+        file = _open_safetensors(path)
+        layer = (file.metadata() or {}).get("pivot_layer", "")
+        if PIVOT_NAME not in file.keys() or not re.fullmatch("[1-9][0-9]{0,4}", layer):  # noqa: SIM118 (no mapping)
+            raise UserError(
+                f"{path}: expected a tensor {PIVOT_NAME!r} and its layer as metadata 'pivot_layer'; "
+                "delete the file to do without its pivot head"
+            )
+        self._files[PIVOT_NAME] = (file, path)
+        return int(layer)
+
+
+def read_config(directory: Path) -> tuple[LlamaConfig, dict]:
+    """The architecture in a Hugging Face directory, and how the model was made (see `Reader.details`)."""
+    config = _read_json(directory / "config.json")
+    details = config.pop(DETAILS_KEY, {})
+    if not isinstance(details, dict):
+        raise UserError(
+            f"{directory / 'config.json'} sets {DETAILS_KEY}={details!r}: expected an object, as in an "
+            "export; remove the key"
+        )
+    return LlamaConfig.from_hf(config), details
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: expected a whole Hugging Face model folder") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): fetch the file again") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds {type(content).__name__}: expected a JSON object; fetch the file again"
+        )
+    return content
+
+
+def _open_safetensors(path: Path):
+    try:
+        return safe_open(path, framework="numpy")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist, though the index names it: fetch it again") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}): it was cut short or damaged, fetch it again"
+        ) from error
 
 
 def save_hf(
-    reader,
+    reader: Reader,
     model_tokenizer: PreTrainedTokenizerFast,
     directory,
     *,
@@ -228,7 +189,7 @@ def save_hf(
     into a file of its own, which transformers ignores. One tensor at a time is held in host memory.
 
     Args:
-      reader: of the model, see `readers`; `ParamsReader` for one in memory.
+      reader: of the model; `ParamsReader` for one in memory.
       model_tokenizer: its tokenizer; its EOS token ends generation.
       directory: to write.
       dtype: of the written tensors: float32, float16 or bfloat16, by name or as a numpy dtype.
@@ -240,16 +201,16 @@ def save_hf(
       UserError: for another dtype, if the reader's tensors are not those of its config, or if the directory
         holds something else or cannot be written.
     """
-    if str(dtype) not in _SAFETENSORS_DTYPES:
-        raise UserError(f"export.dtype={str(dtype)!r}: expected one of {', '.join(_SAFETENSORS_DTYPES)}")
-    directory, dtype, card = Path(directory).resolve(), np.dtype(dtype), _public(card)
+    if str(dtype) not in _DTYPE_NAMES:
+        raise UserError(f"export.dtype={str(dtype)!r}: expected one of {', '.join(_DTYPE_NAMES)}")
+    directory, dtype, card = Path(directory).resolve(), np.dtype(dtype), hub.public(card)
     shapes = hf_shapes(llama.to_params(llama.abstract(reader.config)))
-    _check_tensors(reader, shapes)
+    check_tensors(reader, shapes)
     partial = directory.with_name(f".{directory.name}.partial")
-    writer = is_first()
+    writer = is_main_process()
     try:
         if writer:
-            _prepare(directory, partial, dtype.itemsize * sum(map(math.prod, shapes.values())))
+            hub.prepare_folder(directory, partial, dtype.itemsize * sum(map(math.prod, shapes.values())))
             _write_small_files(partial, reader.config, dtype, model_tokenizer, chat_template, card)
         shards = _split(shapes, dtype, max_shard_bytes)
         for file_name, names in shards.items():
@@ -262,7 +223,7 @@ def save_hf(
         if writer:
             if len(shards) > 1:
                 _write_index(partial, shards, shapes, dtype)
-            _replace(directory, partial)
+            hub.replace_folder(directory, partial)
     except OSError as error:
         raise UserError(
             f"{directory} could not be written ({error}): make room or choose another place; "
@@ -273,35 +234,6 @@ def save_hf(
             shutil.rmtree(partial, ignore_errors=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_hf")
-
-
-def _prepare(directory: Path, partial: Path, num_bytes: int):
-    """Makes the folder to write in, having made sure that it can take its place and that it fits."""
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory} is a file: expected a directory; choose another place")
-    card = directory / "README.md"
-    ours = card.exists() and _CARD_TAG in card.read_text(encoding="utf-8", errors="replace").splitlines()
-    if directory.exists() and any(directory.iterdir()) and not ours:
-        raise UserError(
-            f"{directory} is not empty and no earlier export: expected a new place; choose another one"
-        )
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    free = shutil.disk_usage(partial).free
-    if free < num_bytes:
-        raise UserError(
-            f"{directory} needs {num_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there: "
-            "make room or choose another place"
-        )
-
-
-def _replace(directory: Path, partial: Path):
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _split(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, max_bytes: int) -> dict[str, list[str]]:
@@ -338,7 +270,7 @@ def _write_safetensors(path, reader, names: list[str], dtype: np.dtype, metadata
     for name in names:
         end = start + math.prod(reader.shape(name)) * dtype.itemsize
         header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[dtype.name],
+            "dtype": _DTYPE_NAMES[dtype.name],
             "shape": list(reader.shape(name)),
             "data_offsets": [start, end],
         }
@@ -372,42 +304,9 @@ def _write_small_files(
     }
     generation = {key: value for key, value in generation.items() if value is not None}
     _write_json(directory / "generation_config.json", generation)
-    tokenizer.save(model_tokenizer, directory, chat_template)
-    (directory / "README.md").write_text(_model_card(card), encoding="utf-8")
+    folder.save(model_tokenizer, directory, chat_template)
+    (directory / "README.md").write_text(hub.model_card(card), encoding="utf-8")
 
 
 def _write_json(path: Path, content: dict):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _public(card: Mapping[str, object]) -> dict:
-    """A model card whose base model is no place on this machine, which says nothing to others."""
-    base = str(card.get("base_model", ""))
-    return {**card, "base_model": Path(base).name} if base and Path(base).exists() else dict(card)
-
-
-def _model_card(card: Mapping[str, object]) -> str:
-    base = str(card.get("base_model", ""))
-    front = {"base_model": base if "/" in base else "", "language": card.get("language", "")}
-    front = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value]
-    rows = [f"| {key} | {value} |" for key, value in card.items()]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags:",
-            _CARD_TAG,
-            *front,
-            "---",
-            "",
-            "# Model card",
-            "",
-            ADAPTED if "method" in card else CONVERTED,
-            "",
-            "| | |",
-            "|---|---|",
-            *rows,
-            "",
-        ]
-    )

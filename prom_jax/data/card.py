@@ -2,8 +2,8 @@
 
 from prom_jax.data.records import COUNTS, ROLES
 from prom_jax.data.translation.checks import script
-from prom_jax.parallel.multihost import is_first
 from prom_jax.reporting.plots import length_histogram
+from prom_jax.utils.process import is_main_process
 from prom_jax.utils.workdir import write_json, write_text
 
 # Scripts that put no space between words, so that "words" are not counted.
@@ -15,7 +15,7 @@ def write(experiment) -> dict:
     """Writes `data_card.json`, `data_card.md` and `lengths.png` into the work directory of an
     `experiment.Experiment`, in process 0; returns the card (see `make`)."""
     card = make(experiment)
-    if not is_first():
+    if not is_main_process():
         return card
     write_json(experiment.workdir / "data_card.json", card)
     write_text(experiment.workdir / "data_card.md", as_markdown(card))

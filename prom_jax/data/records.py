@@ -30,7 +30,7 @@ from prom_jax.data import templates as prompts
 from prom_jax.data.examples import Example, Recipe, read_examples
 from prom_jax.data.shared_prefixes import NONE, Beginnings, common_prompt
 from prom_jax.data.tokens import Side, encode
-from prom_jax.tokenization import auto as tokenizers
+from prom_jax.tokenization import folder as tokenizers
 from prom_jax.utils.console import track
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.workdir import make_directory

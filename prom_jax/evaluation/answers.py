@@ -4,8 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from prom_jax.parallel.multihost import barrier, first_alone, is_first
+from prom_jax.parallel.multihost import barrier, main_process_first
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import is_main_process
 from prom_jax.utils.workdir import make_directory
 
 
@@ -28,10 +29,10 @@ class Answers:
             return
         make_directory(path.parent)
         try:
-            with first_alone("answers"):
+            with main_process_first("answers"):
                 self._read(path, settings)
             barrier("answers read")
-            if is_first():
+            if is_main_process():
                 self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (it stays open)
                 if not self._file.tell():
                     self._write({"settings": settings})
@@ -69,7 +70,7 @@ class Answers:
         """Reads what is there; a line that a kill cut short is cut off."""
         whole = path.read_bytes() if path.exists() else b""
         kept = whole[: whole.rfind(b"\n") + 1]
-        if kept != whole and is_first():
+        if kept != whole and is_main_process():
             with open(path, "r+b") as file:
                 file.truncate(len(kept))
         try:

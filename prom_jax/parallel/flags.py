@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from prom_jax.parallel.multihost import together
+from prom_jax.parallel.multihost import run_distributed
 from prom_jax.parallel.sharding import AXES, make_mesh
 from prom_jax.utils import cli
 
@@ -68,8 +68,8 @@ def add_processes(parser):
 
 def processes(arguments: argparse.Namespace):
     """A context in which this process runs in step with those that the flags of `add_processes` or the
-    environment tell of; see `multihost.together`."""
-    return together(
+    environment tell of; see `multihost.run_distributed`."""
+    return run_distributed(
         arguments.coordinator,
         arguments.num_processes,
         arguments.process_id,

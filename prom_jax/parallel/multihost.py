@@ -18,14 +18,14 @@ from jax._src import distributed as runtime  # the coordinator's key-value store
 
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
-from prom_jax.utils.process import LOST, MISTAKE, is_first
+from prom_jax.utils.process import LOST, MISTAKE, is_main_process
 
-TICK = 2.0  # seconds between two signs of life
-SILENCE = 8  # so many ticks without one, and a process is lost
-FAREWELL = 3  # seconds in which the others may take notice of a failure
+HEARTBEAT_SECONDS = 2.0  # between two signs of life
+MAX_MISSED = 8  # heartbeats; after so many without a sign, a process is lost
+SHUTDOWN_GRACE = 3  # seconds in which the others may take notice of a failure
 # JAX itself ends processes that have lost another, but says so in a page of its own words. It looks for signs
 # of life every half of this time, so that it comes 25 to 50 s after the loss: after us, and within a minute.
-HEARTBEAT = 50
+JAX_HEARTBEAT_SECONDS = 50
 _FAILURE, _ALIVE = "prom_jax/failure", "prom_jax/alive/"
 
 _watch: "_Watch | None" = None
@@ -38,12 +38,12 @@ def barrier(name: str):
 
 
 @contextlib.contextmanager
-def first_alone(name: str):
+def main_process_first(name: str):
     """Process 0 goes through the block alone, then the others, who find what it has left there."""
-    if not is_first():
+    if not is_main_process():
         barrier(name)
     yield
-    if is_first():
+    if is_main_process():
         barrier(name)
 
 
@@ -54,7 +54,7 @@ def progress(where: str | None):
 
 
 @contextlib.contextmanager
-def together(
+def run_distributed(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -69,7 +69,9 @@ def together(
     why, else with LOST.
 
     Args:
-      coordinator: host:port of process 0; num_processes: how many there are; process_id: which this is.
+      coordinator: host:port of process 0.
+      num_processes: how many there are.
+      process_id: which this is.
       connect_timeout: seconds to wait until all have come.
       hang_timeout: seconds that one thing of which `progress` tells may take; 0 for any time.
     Raises:
@@ -77,7 +79,7 @@ def together(
     """
     global _watch
     joined = _join(coordinator, num_processes, process_id, connect_timeout)
-    console.quiet = not is_first()
+    console.quiet = not is_main_process()
     _watch = _Watch(hang_timeout)
     _watch.start()
     try:
@@ -106,9 +108,9 @@ def _join(coordinator, num_processes, process_id, timeout: float) -> bool:
     try:
         jax.distributed.initialize(
             *given,
-            initialization_timeout=int(timeout) + HEARTBEAT,  # ours is first, and speaks plainly
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
+            initialization_timeout=int(timeout) + JAX_HEARTBEAT_SECONDS,  # ours is first, and speaks plainly
+            heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=JAX_HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         if given == (None, None, None) and isinstance(error, ValueError):
@@ -162,14 +164,20 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return LOST, "interrupted"
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-        time.sleep((SILENCE + 2) * TICK)  # the loss of another process shows so: let the watch name it
+        # The loss of another process shows so: let the watch name it.
+        time.sleep((MAX_MISSED + 2) * HEARTBEAT_SECONDS)
     with contextlib.suppress(OSError):
         traceback.print_exception(error)
     return LOST, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
+def _silence() -> float:
+    """Seconds without a sign of life after which a process is lost."""
+    return MAX_MISSED * HEARTBEAT_SECONDS
+
+
 class _Watch(threading.Thread):
-    """Looks at this process and at the others every TICK seconds."""
+    """Looks at this process and at the others every HEARTBEAT_SECONDS."""
 
     def __init__(self, hang_timeout: float):
         super().__init__(name="watch", daemon=True)
@@ -177,7 +185,7 @@ class _Watch(threading.Thread):
         self._limit, self._where, self._since = hang_timeout, None, 0.0
         self._stopped = threading.Event()
         self._ending = threading.Lock()
-        self._ticks = 0
+        self._beats = 0
         self._heard: dict[int, tuple[str, int]] = {}  # of each process: its last sign, and how often seen
 
     def progress(self, where: str | None):
@@ -191,8 +199,8 @@ class _Watch(threading.Thread):
             self.join()
 
     def run(self):
-        while not self._stopped.wait(TICK):
-            unanswered = threading.Timer(SILENCE * TICK, self._end_unanswered)
+        while not self._stopped.wait(HEARTBEAT_SECONDS):
+            unanswered = threading.Timer(_silence(), self._end_unanswered)
             unanswered.daemon = True
             unanswered.start()
             try:
@@ -208,16 +216,16 @@ class _Watch(threading.Thread):
         if self._ending.locked():  # it has answered, and waits for the others to take notice
             return
         _print_error(
-            f"process {self._process}: process 0, the coordinator, has not answered for {SILENCE * TICK:g} "
-            "s: it was stopped, or its host is lost; run the same command to go on from the last checkpoint"
+            f"process {self._process}: process 0, the coordinator, has not answered for {_silence():g} s: it "
+            "was stopped, or its host is lost; run the same command to go on from the last checkpoint"
         )
         os._exit(LOST)
 
     def _look(self):
         where, since = self._where, self._since
         if self._client:
-            self._ticks += 1
-            sign = f"{self._ticks} {where}"
+            self._beats += 1
+            sign = f"{self._beats} {where}"
             self._client.key_value_set(f"{_ALIVE}{self._process}", sign, allow_overwrite=True)
             if self._failure():
                 self.fail(LOST, "")
@@ -241,17 +249,16 @@ class _Watch(threading.Thread):
         return {process: sign.partition(" ")[2] for process, sign in self._signs().items()}
 
     def _listen(self):
-        """Ends the run if a process has been silent for SILENCE ticks of this one."""
+        """Ends the run if a process has been silent for MAX_MISSED heartbeats of this one."""
         for process, sign in self._signs().items():
             before, seen = self._heard.get(process, ("", 0))
             self._heard[process] = sign, seen + 1 if sign == before else 0
-        lost = [str(process) for process, (_, seen) in self._heard.items() if seen >= SILENCE]
+        lost = [str(process) for process, (_, seen) in self._heard.items() if seen >= MAX_MISSED]
         if lost:
             self.fail(
                 LOST,
-                f"process {', '.join(lost)} has given no sign of life for {SILENCE * TICK:g} s: it was "
-                "killed or stopped, or its host is lost; run the same command to go on from the last "
-                "checkpoint",
+                f"process {', '.join(lost)} has given no sign of life for {_silence():g} s: it was killed or "
+                "stopped, or its host is lost; run the same command to go on from the last checkpoint",
             )
 
     def _failure(self) -> str:
@@ -260,7 +267,7 @@ class _Watch(threading.Thread):
     def fail(self, code: int, message: str):
         """Ends all processes, with the first failure that any of them has told of."""
         if not self._ending.acquire(blocking=False):  # another thread does so
-            time.sleep(2 * FAREWELL)
+            time.sleep(2 * SHUTDOWN_GRACE)
         if self._client:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._client.key_value_set(f"{_FAILURE}/0", f"{code} {self._process} {message}")
@@ -270,7 +277,7 @@ class _Watch(threading.Thread):
         _print_error(message)
         if self._client:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                self._client.wait_at_barrier(f"{_FAILURE}/known", timeout_in_ms=FAREWELL * 1000)
+                self._client.wait_at_barrier(f"{_FAILURE}/known", timeout_in_ms=SHUTDOWN_GRACE * 1000)
             if self._process == 0:  # with it goes the coordinator
                 time.sleep(0.5)
         os._exit(code)

@@ -17,6 +17,7 @@ from prom_jax.training.objective import Objective
 from prom_jax.training.regulation import Regulation, decide
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import is_main_process
 from prom_jax.utils.workdir import FORMAT, as_dict, check_same_config, check_shared
 
 
@@ -145,8 +146,8 @@ def resolve(config, workdir: Path, base: BaseModel, measured: dict | None = None
             f"WARNING   data.seq_len={config.data.seq_len} is more than the "
             f"{base.config.max_position_embeddings} positions that the model was made for"
         )
-    with distributed.first_alone("records"):
-        if not distributed.is_first():
+    with distributed.main_process_first("records"):
+        if not is_main_process():
             check_shared(workdir / "records")
         data = prepare(recipe(config, objective), base.tokenizer, workdir / "records")
     batches = Batches(

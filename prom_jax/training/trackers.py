@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from prom_jax.parallel.multihost import is_first
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import is_main_process
 
 if _hide_torch := "torch" not in sys.modules:  # tensorboardX would import it, which takes seconds
     sys.modules["torch"] = None
@@ -26,7 +26,7 @@ class MetricsLog:
         path = Path(workdir) / "metrics.jsonl"
         self.rows = [row for row in read(path) if row["step"] <= step]
         self._file = self._board = None
-        if not is_first():
+        if not is_main_process():
             return
         repaired = path.with_suffix(".partial")
         repaired.write_text("".join(json.dumps(row) + "\n" for row in self.rows))

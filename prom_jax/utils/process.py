@@ -7,6 +7,6 @@ LOST = 69  # EX_UNAVAILABLE: a process was lost, or nothing moves any more; run 
 REQUEUE = 75  # EX_TEMPFAIL: saved on SIGTERM or SIGINT; run the same command again
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is process 0, which alone writes and prints."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from prom_jax.utils.errors import UserError
-from prom_jax.utils.process import is_first
+from prom_jax.utils.process import is_main_process
 
 # What may change between a run and its resumption, as it does not change the result.
 MAY_CHANGE = ("mesh", "checkpoint", "export", "remat", "attention", "batch.accumulation", "eval.every")
@@ -73,7 +73,7 @@ def write_json(path: Path, content):
 
 def write_text(path: Path, text: str):
     """Writes a file whole or not at all; process 0 does."""
-    if not is_first():
+    if not is_main_process():
         return
     make_directory(path.parent)
     try:

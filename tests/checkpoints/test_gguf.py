@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from prom_jax.checkpoints.reader import open_gguf, open_reader
-from prom_jax.checkpoints.safetensors import load_params
+from prom_jax.checkpoints.gguf import open_gguf
+from prom_jax.checkpoints.params import load_params
+from prom_jax.checkpoints.pretrained import open_reader
 from prom_jax.parallel import sharding
 from prom_jax.utils.errors import UserError
 from tests.checkpoints.test_safetensors import SIZES, hf_model, save, tensors

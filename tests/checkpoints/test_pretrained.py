@@ -6,7 +6,7 @@ import huggingface_hub
 
 from prom_jax import convert
 from prom_jax.checkpoints import pretrained
-from prom_jax.tokenization.auto import fingerprint
+from prom_jax.tokenization.folder import fingerprint
 from tests.checkpoints.test_gguf import to_gguf
 from tests.reference import hf_model
 
@@ -41,5 +41,5 @@ def test_a_checkpoint_without_its_steps(tiny, tmp_path):
 
 def test_a_gguf_file(tmp_path, monkeypatch):
     path = to_gguf(hf_model("llama3"), tmp_path / "model.gguf")
-    monkeypatch.setattr(pretrained.tokenizer, "load", lambda source: str(source))
+    monkeypatch.setattr(pretrained, "load_tokenizer", str)
     assert pretrained.open_config(path) == (pretrained.open_source(path)[0].config, str(path))

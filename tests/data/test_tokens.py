@@ -8,7 +8,7 @@ from prom_jax.data import templates as prompts
 from prom_jax.data.sources import Turn
 from prom_jax.data.templates import Span
 from prom_jax.data.tokens import encode
-from prom_jax.tokenization import auto as tokenizers
+from prom_jax.tokenization import folder as tokenizers
 from tests.tiny import sentencepiece_model
 
 ENGLISH = prompts.wording("en")

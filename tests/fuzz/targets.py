@@ -18,14 +18,14 @@ from safetensors.numpy import save
 from sentencepiece import sentencepiece_model_pb2
 
 from prom_jax.analysis import cloze
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints import reader as readers
-from prom_jax.checkpoints import safetensors as weights
+from prom_jax.checkpoints.names import PIVOT_NAME
 from prom_jax.data import sources, tokens
 from prom_jax.data.templates import plain
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.tasks import documents
-from prom_jax.tokenization import auto as tokenizer
+from prom_jax.tokenization.folder import fingerprint
 from prom_jax.utils.errors import UserError
 from tests.fuzz import mutation
 
@@ -98,7 +98,7 @@ TENSORS = {
     "model.embed_tokens.weight": (24, 8), "lm_head.weight": (24, 8), "model.norm.weight": (8,),
 }  # fmt: skip
 WEIGHTS = save({name: np.ones(shape, np.float32) for name, shape in TENSORS.items()})
-PIVOT = save({readers.PIVOT_NAME: np.ones((24, 8), np.float32)}, {"pivot_layer": "1"})
+PIVOT = save({PIVOT_NAME: np.ones((24, 8), np.float32)}, {"pivot_layer": "1"})
 HALF = save({name: np.ones(TENSORS[name], np.float16) for name in sorted(TENSORS)[:9]})
 OTHER_HALF = save({name: np.ones(TENSORS[name], np.float16) for name in sorted(TENSORS)[9:]})
 SHARDS = {"a.safetensors": HALF, "b.safetensors": OTHER_HALF, "pytorch_model.bin": b"\x80\x04."}
@@ -110,7 +110,7 @@ INDEX = {
 
 def read_model(folder: Path):
     """A model with all of its weights, each through half a slice and whole."""
-    reader = readers.open_reader(next(folder.glob("*.gguf"), folder))
+    reader = models.open_reader(next(folder.glob("*.gguf"), folder))
     pivot = {"pivot_layer": reader.pivot_layer, "pivot_head": reader.pivot_layer > 0}
     for param in jax.tree.leaves(weights.lazy_params(reader, **pivot)):
         param.read(tuple(slice(0, size) for size in param.shape))
@@ -299,8 +299,8 @@ ELSEWHERE = {
 
 def read_tokenizer(folder: Path):
     """A tokenizer, and what training and evaluation ask of it."""
-    loaded = tokenizer.load(next(folder.glob("*.gguf"), folder))
-    tokenizer.fingerprint(loaded)
+    loaded = models.load_tokenizer(next(folder.glob("*.gguf"), folder))
+    fingerprint(loaded)
     tokens.encode(loaded, [plain("habari ya asubuhi"), plain("")], 16)
     loaded.decode(loaded("aba\n")["input_ids"], skip_special_tokens=True)
 

@@ -18,10 +18,10 @@ SCRIPT = """
 import os, sys, time
 from prom_jax.parallel import multihost as distributed
 from prom_jax.utils.errors import UserError
-distributed.TICK = 0.1
+distributed.HEARTBEAT_SECONDS = 0.1
 process, address, work = int(sys.argv[1]), f"localhost:{sys.argv[2]}", sys.argv[3]
 timeouts = {"connect_timeout": float(sys.argv[4]), "hang_timeout": 1}
-with distributed.together(address, 2, process, **timeouts):
+with distributed.run_distributed(address, 2, process, **timeouts):
     exec(work)
 """
 
@@ -59,7 +59,7 @@ def ended(processes, timeout=60):
 
 def test_process_0_goes_first(start, tmp_path):
     work = """
-with distributed.first_alone("x"):
+with distributed.main_process_first("x"):
     if process == 0:
         time.sleep(0.5)
     open("order", "a").write(str(process))

@@ -1,0 +1,111 @@
+"""What the checkpoints of a directory are: `model.json` and `tokenizer/` beside the steps."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from prom_jax.checkpoints.storage import STORE_ERRORS, is_remote, located, quiet, reason, usable
+from prom_jax.models import decoder as llama
+from prom_jax.models.config import LlamaConfig
+from prom_jax.tokenization import folder
+from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import is_main_process
+
+DESCRIPTION, TOKENIZER = "model.json", "tokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a checkpoint's arrays are.
+
+    config: the architecture; pivot_layer: n, above which the second stack begins and whose output the pivot
+    head reads (0: one stack and no such head); dtype: of the source's weights, the default of an export;
+    details: for the model card.
+    """
+
+    config: LlamaConfig
+    pivot_layer: int
+    dtype: str
+    details: dict
+
+    def write(self, directory):
+        """Writes `model.json`."""
+        fields = dataclasses.asdict(self) | {"config": self.config.to_hf()}
+        (located(directory) / DESCRIPTION).write_text(json.dumps(fields, indent=2, ensure_ascii=False))
+
+    @classmethod
+    def read(cls, directory) -> "Description":
+        """Reads `model.json`.
+
+        Raises:
+          UserError: if it is damaged.
+        """
+        path = located(directory) / DESCRIPTION
+        try:
+            fields = json.loads(path.read_text())
+            for name, kind in (("config", dict), ("pivot_layer", int), ("dtype", str), ("details", dict)):
+                if not isinstance(fields[name], kind):
+                    raise TypeError(f"{name} is {fields[name]!r:.100}")
+            if not jnp.issubdtype(np.dtype(fields["dtype"]), jnp.floating):
+                raise TypeError(f"dtype is {fields['dtype']!r:.100}")
+            return cls(**fields | {"config": LlamaConfig.from_hf(fields["config"])})
+        except (*STORE_ERRORS, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({reason(error)}): give another source") from error
+
+    def abstract(self, **kwargs) -> llama.Llama:
+        """The model in shapes; the keywords are `llama.Llama`'s."""
+        pivot = {"pivot_layer": self.pivot_layer, "pivot_head": self.pivot_layer > 0}
+        return llama.abstract(self.config, **pivot, **kwargs)
+
+
+def describe(directory, description: Description, model_tokenizer):
+    """Writes what the checkpoints in `directory` are, and their tokenizer; process 0 does.
+
+    Raises:
+      UserError: if they cannot be written.
+    """
+    if not is_main_process():
+        return
+    directory = located(directory)
+    with usable(directory), tempfile.TemporaryDirectory() as local:
+        (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)
+        folder.save(model_tokenizer, Path(local), model_tokenizer.chat_template)
+        for path in Path(local).iterdir():
+            (directory / TOKENIZER / path.name).write_bytes(path.read_bytes())
+    description.write(directory)
+
+
+def read_tokenizer(directory):
+    """The tokenizer beside the checkpoints in `directory`."""
+    with tempfile.TemporaryDirectory() as local:
+        for path in (located(directory) / TOKENIZER).iterdir():
+            (Path(local) / path.name).write_bytes(path.read_bytes())
+        return folder.load(local)
+
+
+def find(source) -> epath.Path | None:
+    """The checkpoint directory that `source` is or holds as `checkpoints`, or the one step that it is; None
+    if it is none of these.
+
+    Raises:
+      UserError: if it is a place in an object store that is none of these or cannot be read.
+    """
+    place = located(source)
+    quiet()
+    with usable(place):
+        for directory in (place, place / "checkpoints"):
+            if (directory / DESCRIPTION).is_file():
+                return directory
+        if place.name.isdecimal() and (place.parent / DESCRIPTION).is_file():
+            return place
+    if is_remote(place):
+        raise UserError(
+            f"{place} holds no checkpoint, or its bucket is not there: expected one that prom_jax wrote; "
+            "other models must lie on this machine"
+        )
+    return None

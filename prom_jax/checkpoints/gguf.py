@@ -1,0 +1,239 @@
+"""GGUF files of Llama and Mistral."""
+
+import dataclasses
+import functools
+import os
+import sys
+from pathlib import Path
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+
+from prom_jax.checkpoints.names import TENSORS
+from prom_jax.models.config import LlamaConfig, RopeScaling
+from prom_jax.models.decoder import rope_frequencies
+from prom_jax.utils.errors import UserError
+
+_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+_TYPES = (*_DTYPES, "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+_SETTINGS = {
+    "block_count", "embedding_length", "feed_forward_length", "context_length", "vocab_size",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.dimension_count",
+    "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+    "rope.scaling.finetuned", "tensor_data_layout",
+}  # fmt: skip
+
+
+class GGUFReader:
+    """A `.gguf` file of a Llama or Mistral, plain or quantised; values are dequantised as they are read."""
+
+    pivot_layer = 0
+
+    def __init__(self, path):
+        self.source, self.details = Path(path), {}
+        file = open_gguf(path)
+        tensors = {tensor.name: tensor for tensor in file.tensors}
+        for tensor in file.tensors:
+            if tensor.tensor_type.name not in _TYPES:
+                raise UserError(
+                    f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, expected one of "
+                    f"{', '.join(_TYPES)}; use another quantisation of the model"
+                )
+            if len(tensor.shape) not in (1, 2):
+                raise UserError(
+                    f"{path}: {tensor.name} has {len(tensor.shape)} dimensions, expected 1 or 2; fetch the "
+                    "file again"
+                )
+        self.config = _config(path, file.metadata, tensors)
+        tensors.pop("rope_freqs.weight", None)
+        hf_names = {
+            theirs.format(layer=layer): hf.format(layer=layer)
+            for _, hf, theirs in TENSORS
+            for layer in range(self.config.num_hidden_layers)
+        }
+        self._tensors = {hf_names.get(name, name): tensor for name, tensor in tensors.items()}
+        self.names = set(self._tensors)
+        # Norms are float32 in every file: the matrices tell what the file is.
+        types = {t.tensor_type.name for t in tensors.values() if len(t.shape) > 1}
+        self.dtype = np.dtype(_DTYPES.get(types.pop(), jnp.float32) if len(types) == 1 else jnp.float32)
+
+    def shape(self, name) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+    def where(self, name) -> Path:
+        return self.source
+
+    def read(self, name, index) -> np.ndarray:
+        tensor, shape = self._tensors[name], self.shape(name)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        data = tensor.data.view(np.uint8)
+        if len(shape) == 1:
+            return gguf.dequantize(data, tensor.tensor_type)[index]
+        rows = np.arange(shape[0])
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # GGUF interleaves the two halves that RoPE turns into each other; Hugging Face has one after
+            # the other.
+            rows = rows.reshape(-1, self.config.head_dim // 2, 2).swapaxes(1, 2).ravel()
+        row_slice, column_slice = (*index, slice(None))[:2]
+        start, stop, _ = column_slice.indices(shape[1])
+        first, last = start // block, -(-stop // block)  # whole blocks that cover the columns
+        data = data[rows[row_slice], first * block_bytes : last * block_bytes]
+        return gguf.dequantize(data, tensor.tensor_type)[:, start - first * block : stop - first * block]
+
+
+def open_gguf(path) -> "_WholeFile":
+    """A GGUF file, parsed once for weights and tokenizer: that takes seconds for a large vocabulary.
+
+    Raises:
+      UserError: if it is not one whole GGUF file.
+    """
+    status = os.stat(path)
+    return _parse(str(path), status.st_mtime_ns, status.st_size)
+
+
+class _WholeFile(gguf.GGUFReader):
+    """The package's reader, kept within the file: it believes every length, takes a kilobyte for each element
+    of an array, and follows arrays in arrays.
+
+    `metadata`: the key-value pairs as Python values.
+    """
+
+    def __init__(self, path):
+        super().__init__(path)
+        if sum(tensor.n_bytes for tensor in self.tensors) > len(self.data):
+            raise ValueError("its tensors overlap")
+        self.metadata = {key: field.contents() for key, field in self.fields.items()}
+        self.fields.clear()
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError("it ends early")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs, raw_type):
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        of, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        kind, at = gguf.GGUFValueType(of[0]), orig_offs + 12
+        if kind == gguf.GGUFValueType.STRING:
+            elements = list(self._strings(at, int(length[0])))
+            size = sum(8 + len(element) for element in elements)
+        elif kind in self.gguf_scalar_to_np:
+            elements = [self._get(at, self.gguf_scalar_to_np[kind], length[0])]
+            size = elements[0].nbytes
+        else:
+            raise ValueError("it has arrays in arrays")
+        places = list(range(2, 2 + len(elements)))
+        return 12 + size, [of, length, *elements], places, [gguf.GGUFValueType.ARRAY, kind]
+
+    def _strings(self, at: int, count: int):
+        data = memoryview(self.data)
+        for _ in range(count):
+            end = at + 8 + int.from_bytes(data[at : at + 8], sys.byteorder)
+            if end > len(data):
+                raise ValueError("it ends early")
+            yield data[at + 8 : end]
+            at = end
+
+
+@functools.lru_cache(maxsize=1)
+def _parse(path: str, *state_of_the_file: int) -> _WholeFile:
+    try:
+        file = _WholeFile(path)
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
+        raise UserError(
+            f"{path} is not a whole GGUF file ({error}): it was cut short or damaged, fetch it again"
+        ) from error
+    parts = file.metadata.get("split.count", 1)
+    if parts not in (0, 1):  # 0: joined
+        raise UserError(
+            f"{path} is one of {parts!r:.100} parts: expected one file; join them with "
+            "`llama-gguf-split --merge`"
+        )
+    return file
+
+
+def _config(path, metadata: dict, tensors: dict) -> LlamaConfig:
+    """The config in GGUF metadata, in the terms of a `config.json`."""
+    architecture = metadata.get("general.architecture")
+    if architecture not in ("llama", "mistral"):
+        raise UserError(
+            f"{path} holds a model of architecture {architecture!r:.100}: expected 'llama' or 'mistral'"
+        )
+    prefix = architecture + "."
+    settings = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    for key, value in settings.items():
+        if isinstance(value, list) or (key not in _SETTINGS and value):
+            raise UserError(f"{path} sets {prefix}{key:.100}={value!r:.100}, which is not supported")
+
+    def need(key):
+        if key not in settings:
+            raise UserError(f"{path} lacks the setting {prefix}{key}: expected a whole model; fetch it again")
+        return settings[key]
+
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{path} lacks the tensor token_embd.weight: expected a whole model; fetch it again")
+    heads = need("attention.head_count")
+    window = settings.get("attention.sliding_window") or None
+    mistral = {"model_type": "mistral", "sliding_window": window}
+    config = LlamaConfig.from_hf(
+        {
+            **(mistral if window or architecture == "mistral" else {"model_type": "llama"}),
+            "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
+            "hidden_size": need("embedding_length"),
+            "intermediate_size": need("feed_forward_length"),
+            "num_hidden_layers": need("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": settings.get("attention.head_count_kv", heads),
+            "head_dim": settings.get("attention.key_length"),
+            "rms_norm_eps": _decimal(need("attention.layer_norm_rms_epsilon")),
+            "rope_theta": _decimal(settings.get("rope.freq_base", 10000.0)),
+            "rope_scaling": _rope_scaling(settings),
+            "max_position_embeddings": need("context_length"),
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        }
+    )
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if settings.get(key, config.head_dim) != config.head_dim:
+            raise UserError(
+                f"{path} sets {prefix}{key}={settings[key]!r:.100}: expected the head dimension, "
+                f"{config.head_dim}"
+            )
+    return _with_rope_factors(path, config, tensors.get("rope_freqs.weight"))
+
+
+def _decimal(value):
+    """The shortest decimal of a number stored in float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _rope_scaling(settings: dict) -> dict | None:
+    kind = settings.get("rope.scaling.type", "none")
+    return None if kind == "none" else {"rope_type": kind, "factor": settings.get("rope.scaling.factor")}
+
+
+def _with_rope_factors(path, config: LlamaConfig, tensor) -> LlamaConfig:
+    """Llama-3's rope scaling, which GGUF keeps as one divisor a frequency in the tensor `rope_freqs`."""
+    if tensor is None:
+        return config
+    divisors = np.asarray(tensor.data, np.float32)
+    if divisors.shape != (config.head_dim // 2,) or not np.all((divisors > 0) & (divisors < 1e6)):
+        raise UserError(
+            f"{path} has rope_freqs of the shape {list(divisors.shape)}, or not all above 0: expected a "
+            f"divisor for each of {config.head_dim // 2} frequencies; fetch the file again"
+        )
+    # All published models have the low and high frequency factors 1 and 4 over 8192 positions, which are
+    # `RopeScaling`'s defaults; the longest wave is divided by the whole factor.
+    scaled = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", _decimal(float(divisors.max()))))
+    expected = rope_frequencies(config) / rope_frequencies(scaled)
+    if not np.allclose(divisors, expected, rtol=1e-4):
+        raise UserError(
+            f"{path} has rope_freqs of an unknown rope scaling: expected Llama-3's; "
+            "use the model's Hugging Face directory instead"
+        )
+    return scaled

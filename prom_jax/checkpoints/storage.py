@@ -1,0 +1,82 @@
+"""Places on this machine and in an object store, and what goes wrong there."""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import sys
+
+from etils import epath
+
+from prom_jax.utils.errors import UserError
+
+# What Orbax, TensorStore and the system raise where files cannot be read or written. What an object store's
+# clients raise has no kind in common, so that they are caught as `Exception`.
+STORE_ERRORS = (OSError, ValueError, KeyError, TypeError)
+REMOTE = "gs://"
+
+
+def located(path) -> epath.Path:
+    """A place on this machine, made absolute, or in an object store.
+
+    Raises:
+      UserError: for an object store that is not supported, or for which a package is missing.
+    """
+    scheme = re.match(r"\w+://", str(path))
+    if not scheme:
+        return epath.Path(os.path.abspath(path))
+    if scheme[0] != REMOTE:
+        raise UserError(f"{path} is in no place that is supported: expected a path or gs://bucket/…")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{path} needs the package gcsfs: pip install -e '.[gcs]'")
+    return epath.Path(path)
+
+
+def is_remote(place) -> bool:
+    """Whether a place is in an object store."""
+    return str(place).startswith(REMOTE)
+
+
+def errors(directory):
+    """What tells that a directory, which may be in an object store, cannot be used."""
+    return (Exception,) if is_remote(directory) else STORE_ERRORS
+
+
+@contextlib.contextmanager
+def usable(directory):
+    """Raises UserError where the block finds that a directory cannot be made, read or written."""
+    try:
+        yield
+    except UserError:
+        raise
+    except errors(directory) as error:
+        remedy = "make room or choose another place"
+        if is_remote(directory):
+            remedy = (
+                "see that the bucket is there and open to you, log in with "
+                "`gcloud auth application-default login`, or choose another place"
+            )
+        raise UserError(f"{directory} cannot be used ({reason(error)}): {remedy}") from error
+
+
+def reason(error: Exception) -> str:
+    """The gist of an error: TensorStore's tell of every layer, the system's word is in them somewhere."""
+    if code := re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", str(error)):
+        return os.strerror(int(code[1] or code[2]))
+    missing = "not found: " * isinstance(error, FileNotFoundError)  # gcsfs tells the address alone
+    return missing + next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def quiet():
+    """Orbax tells of every file it touches; it and gcsfs print the trace of each error that they raise, and
+    TensorStore one for each part of an array whose writing nobody waits for any more."""
+    for library in ("absl", "gcsfs", "fsspec"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _tell_unraisable
+
+
+def _tell_unraisable(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
