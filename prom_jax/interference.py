@@ -32,10 +32,19 @@ from prom_jax.utils.workdir import as_dict, make_directory, write_json
 
 
 def measure(config, workdir: Path, model: str, out: Path, methods: list[str], number: int) -> dict:
-    """Runs the measurement and writes what it gives; returns the content of interference.json.
+    """Runs the measurement and writes what it gives.
 
-    Args: config: see `prom_jax.config`; workdir: of the run, whose records are used; model: whatever
-      `models.open_source` takes; methods: of COMPARED; number: of batches.
+    Args:
+      config: see `prom_jax.config`.
+      workdir: of the run, whose records are used.
+      model: whatever `models.open_source` takes.
+      out: the folder for the results.
+      methods: of COMPARED.
+      number: of batches.
+
+    Returns:
+      The content of interference.json.
+
     Raises:
       UserError: for input that cannot be used.
     """

@@ -30,8 +30,7 @@ from prom_jax.data.chat import chat_template
 from prom_jax.evaluation import samples
 from prom_jax.evaluation.heldout import HeldOut
 from prom_jax.models import decoder as llama
-from prom_jax.parallel import flags, sharding
-from prom_jax.parallel import multihost as distributed
+from prom_jax.parallel import flags, multihost, sharding
 from prom_jax.reporting.plots import learning_curves
 from prom_jax.training import budget
 from prom_jax.training.setup import Experiment, open_base, resolve
@@ -44,6 +43,7 @@ from prom_jax.utils.process import REQUEUE, is_main_process
 from prom_jax.utils.workdir import CONFIG_FILE, write_json
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
+SPEEDS = ("tokens_per_second", "model_flops_per_second")  # of each update
 
 
 def train(config, workdir, dry_run: bool = False) -> dict:
@@ -209,12 +209,15 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
       SystemExit: with REQUEUE, after a save, on SIGTERM, SIGINT or SIGUSR1.
     """
     config, num_steps = job.config, job.batches.num_steps
-    due = lambda step, every: step == num_steps or (every and step % every == 0)
+
+    def is_due(step, every):
+        return step == num_steps or (every and step % every == 0)
+
     upcoming = batch_iterator(job, start)
     batch, tokens = next(upcoming, (None, 0))
     with progress(num_steps, start) as show, caught_signals() as stopping:
         for step in range(start + 1, num_steps + 1):
-            distributed.progress(f"step {step}")
+            multihost.progress(f"step {step}")
             begun = time.perf_counter()
             stops = sharding.by_process(job.mesh, bool(stopping))
             with jax.transfer_guard("disallow"):
@@ -229,16 +232,16 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
             metrics["model_flops_per_second"] = job.flops / num_steps / seconds
             log.write(step, metrics)
             show(step, f"loss {metrics['loss']:.3f}  {done / seconds:,.0f} tokens/s")
-            if due(step, config.eval.every):
+            if is_due(step, config.eval.every):
                 evaluate(job, params, log, step)
-            if due(step, config.checkpoint.every) or stop:
+            if is_due(step, config.checkpoint.every) or stop:
                 loss = (log.evaluation(step) or {}).get("eval_target_nats")
                 checkpoints.save(step, loss, params=params, opt_state=opt_state)
             if stop:
                 checkpoints.close()
                 console.print(f"stopped after step {step}, which is saved; run the same command to go on")
                 raise SystemExit(REQUEUE)
-    distributed.progress(None)
+    multihost.progress(None)
     return params
 
 
@@ -264,7 +267,7 @@ def batch_iterator(job: Job, start: int):
             batch = next(batches)
         except Exception as error:  # of whatever reads and decodes
             raise UserError(
-                f"the data of step {step + 1} cannot be read ({type(error).__name__}: {error}): mend or "
+                f"the data of step {step + 1} cannot be read ({type(error).__name__}: {error}): fix or "
                 f"remove {job.workdir}/records, and run the same command to go on"
             ) from error
         yield sharding.place_rows(job.mesh, batch, parts), job.batches.tokens(step)
@@ -324,15 +327,14 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
     summary."""
     num_steps = job.batches.num_steps
     steps = [row for row in log.rows if "loss" in row]
-    median = lambda key: statistics.median(row[key] for row in steps)
+    speeds = {key: statistics.median(row[key] for row in steps) for key in SPEEDS}
     base, final = log.evaluation(0), log.evaluation(num_steps)
     summary = job.details | {
         "regulation_probe": job.regulation.measured,
         "base": base,
         "final": final,
         "loss": steps[-1]["loss"],
-        "tokens_per_second": median("tokens_per_second"),
-        "model_flops_per_second": median("model_flops_per_second"),
+        **speeds,
         "seconds": seconds,
         "export": str(job.workdir / "hf"),
     }

@@ -11,7 +11,7 @@ from prom_jax.data.loader import Batches
 from prom_jax.data.records import Prepared, prepare
 from prom_jax.models import decoder as llama
 from prom_jax.ops import attention
-from prom_jax.parallel import multihost as distributed
+from prom_jax.parallel.multihost import main_process_first
 from prom_jax.training import budget
 from prom_jax.training.objective import Objective
 from prom_jax.training.regulation import Regulation, decide
@@ -146,7 +146,7 @@ def resolve(config, workdir: Path, base: BaseModel, measured: dict | None = None
             f"WARNING   data.seq_len={config.data.seq_len} is more than the "
             f"{base.config.max_position_embeddings} positions that the model was made for"
         )
-    with distributed.main_process_first("records"):
+    with main_process_first("records"):
         if not is_main_process():
             check_shared(workdir / "records")
         data = prepare(recipe(config, objective), base.tokenizer, workdir / "records")

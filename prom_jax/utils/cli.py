@@ -186,15 +186,14 @@ def guard(main: Callable[[], object]):
 
 
 def _with_underscores(arguments: list[str]) -> list[str]:
-    """The arguments with `_` for `-` in names of flags, up to `--`, which ends them."""
+    """The arguments with `_` for `-` in names of flags, up to `--`, which ends these."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    written = [
-        _FLAG.sub(lambda flag: f"--{flag[0][2:].replace('-', '_')}", argument, count=1)
-        if _FLAG.match(argument)
-        else argument
-        for argument in arguments[:end]
-    ]
-    return written + list(arguments[end:])
+    return [*map(_with_underscore_name, arguments[:end]), *arguments[end:]]
+
+
+def _with_underscore_name(argument: str) -> str:
+    flag = _FLAG.match(argument)
+    return f"--{flag[0][2:].replace('-', '_')}{argument[flag.end() :]}" if flag else argument
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
