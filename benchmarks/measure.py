@@ -14,8 +14,7 @@ from pathlib import Path
 from rich.table import Table
 
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.training import budget
-from prom_jax.utils import cli
+from prom_jax.utils import cli, command
 from prom_jax.utils.console import console
 
 PACKAGES = ("jax", "torch", "transformers", "tokenizers", "datasets", "tensorflow-datasets", "grain")
@@ -23,7 +22,7 @@ PACKAGES = ("jax", "torch", "transformers", "tokenizers", "datasets", "tensorflo
 
 def configuration(steps: int):
     """The command line's, for a run of `steps` updates, with λ as it says whatever a probe would."""
-    budget.keep_freed_memory()  # which works before JAX is asked for its devices
+    command.keep_freed_memory()  # which works before JAX is asked for its devices
     config = cli.config()
     config.pivot.regulate = "never"
     config.steps = steps

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import signal
 import statistics
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,7 +38,7 @@ from prom_jax.training import budget
 from prom_jax.training.setup import Experiment, resolve
 from prom_jax.training.step import abstract_state, make_optimizer, make_schedule, make_update
 from prom_jax.training.trackers import MetricsLog
-from prom_jax.utils import cli
+from prom_jax.utils import cli, command
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
@@ -95,7 +96,6 @@ class Job(Experiment):
 
 def plan(config, workdir: Path) -> Job:
     """Mesh, model and data, with a line on each; writes nothing but records, card and regulation."""
-    budget.keep_freed_memory()
     mesh = sharding.make_mesh(**config.mesh)
     experiment = resolve(config, workdir)
     objective, data, batches = experiment.objective, experiment.data, experiment.batches
@@ -267,13 +267,17 @@ def feed(job: Job, start: int):
 def caught_signals():
     """A list that fills when SIGTERM, SIGINT or SIGUSR1 comes, so that the step under way can be saved.
 
-    mpirun passes SIGUSR1 on; of SIGTERM it makes a SIGKILL within seconds.
+    mpirun passes SIGUSR1 on; of SIGTERM it makes a SIGKILL within seconds. Outside of the main thread no
+    signal can be caught, and none is.
     """
     caught = []
-    before = {
-        number: signal.signal(number, lambda number, _: caught.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    }
+
+    def catch(number, _):
+        caught.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if main else ()
+    before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
     finally:
@@ -353,6 +357,8 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
 
 def main():
     """The command."""
+    command.keep_freed_memory()
+    command.import_tensorboard()
     with cli.processes():
         train(cli.config(), cli.workdir(), DRY_RUN.value)
 

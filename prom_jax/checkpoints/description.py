@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from prom_jax.checkpoints.storage import STORE_ERRORS, is_remote, located, quiet, reason, usable
+from prom_jax.checkpoints.storage import STORE_ERRORS, is_remote, located, reason, usable
 from prom_jax.models import decoder as llama
 from prom_jax.models.config import LlamaConfig
 from prom_jax.tokenization import folder
@@ -96,7 +96,6 @@ def find(source) -> epath.Path | None:
       UserError: if it is a place in an object store that is none of these or cannot be read.
     """
     place = located(source)
-    quiet()
     with usable(place):
         for directory in (place, place / "checkpoints"):
             if (directory / DESCRIPTION).is_file():

@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh
 from prom_jax.checkpoints.description import DESCRIPTION, Description, describe
 from prom_jax.checkpoints.names import PIVOT_NAME
 from prom_jax.checkpoints.params import LazyArray, hf_tensors
-from prom_jax.checkpoints.storage import STORE_ERRORS, located, quiet, reason, usable
+from prom_jax.checkpoints.storage import STORE_ERRORS, located, reason, usable
 from prom_jax.models import decoder as llama
 from prom_jax.parallel.sharding import AXES, param_sharding
 from prom_jax.utils.errors import UserError
@@ -90,7 +90,6 @@ def write(directory, description: Description, model_tokenizer, params: dict):
     Raises:
       UserError: if it cannot be written.
     """
-    quiet()
     describe(directory, description, model_tokenizer)
     path = located(directory) / "0" / "params"
     args = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=FILE_BYTES)

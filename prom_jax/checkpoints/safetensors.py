@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerFast
 
 from prom_jax.checkpoints import hub
 from prom_jax.checkpoints.names import PIVOT_NAME
@@ -23,7 +22,7 @@ from prom_jax.checkpoints.params import check_tensors, hf_shapes
 from prom_jax.checkpoints.reader import Reader
 from prom_jax.models import decoder as llama
 from prom_jax.models.config import LlamaConfig
-from prom_jax.tokenization import folder
+from prom_jax.tokenization import PreTrainedTokenizerFast, folder
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
 

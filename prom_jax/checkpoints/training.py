@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from prom_jax.checkpoints.orbax import FILE_BYTES, Manager, save_args
-from prom_jax.checkpoints.storage import STORE_ERRORS, errors, is_remote, located, quiet, reason, usable
+from prom_jax.checkpoints.storage import STORE_ERRORS, errors, is_remote, located, reason, usable
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
@@ -39,7 +39,6 @@ class Checkpoints:
     """
 
     def __init__(self, directory, keep: int | None = None, keep_best: int = 0, keep_every: int = 0):
-        quiet()
         self.directory = located(directory)
         policies = [LatestN(keep)]
         if keep_best:

@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from prom_jax.parallel.multihost import MISTAKE, run_distributed
 from prom_jax.parallel.sharding import AXES, make_mesh
+from prom_jax.utils import command
 from prom_jax.utils.errors import UserError
 
 # What commands compile is kept, small programs too, as there are dozens of them; the environment may say
@@ -130,6 +131,7 @@ def versions(*more: str) -> dict[str, str]:
 def guard(main):
     """Runs `main()`, keeping what it compiles for the next time; a user's mistake ends it with one line and
     exit status 2."""
+    command.quiet_libraries()
     for name, value in COMPILED.items():
         if name not in os.environ:
             jax.config.update(name.lower(), value)
