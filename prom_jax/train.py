@@ -42,7 +42,7 @@ from prom_jax.utils import cli, command
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
-from prom_jax.utils.workdir import CONFIG_FILE, write_json
+from prom_jax.utils.workdir import write_config, write_json
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
 
@@ -71,7 +71,7 @@ def train(config, workdir, dry_run: bool = False) -> dict:
             state = begin(job, checkpoints, base.result() if base else load(job), abstract)
         params, opt_state = state
         log = MetricsLog(workdir, start or BEFORE_BASE)
-        write_json(workdir / CONFIG_FILE, job.identity)
+        write_config(workdir, job.identity)
         if not start:
             evaluate(job, params, log, 0)
             respond(job, params, "base")
@@ -257,7 +257,7 @@ def feed(job: Job, start: int):
             batch = next(batches)
         except Exception as error:  # of whatever reads and decodes
             raise UserError(
-                f"the data of step {step + 1} cannot be read ({type(error).__name__}: {error}): mend or "
+                f"the data of step {step + 1} cannot be read ({type(error).__name__}: {error}): fix or "
                 f"remove {job.workdir}/records, and run the same command to go on"
             ) from error
         yield sharding.place_rows(job.mesh, batch, parts), job.batches.tokens(step)

@@ -15,7 +15,7 @@ STORE_ERRORS = (OSError, ValueError, KeyError, TypeError)
 REMOTE = "gs://"
 
 
-def located(path) -> epath.Path:
+def resolve_path(path) -> epath.Path:
     """A place on this machine, made absolute, or in an object store.
 
     Raises:
@@ -42,7 +42,7 @@ def errors(directory):
 
 
 @contextlib.contextmanager
-def usable(directory):
+def reraise_storage_errors(directory):
     """Raises UserError where the block finds that a directory cannot be made, read or written."""
     try:
         yield

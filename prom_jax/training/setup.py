@@ -18,7 +18,7 @@ from prom_jax.training.regulation import Regulation, decide
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
-from prom_jax.utils.workdir import as_dict, check_owner, check_shared
+from prom_jax.utils.workdir import as_dict, check_same_config, check_shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def resolve(config, workdir: Path) -> Experiment:
         another run.
     """
     configuration.check(config)
-    check_owner(workdir, as_dict(config))
+    check_same_config(workdir, as_dict(config))
     reader, tokenizer = models.open_source(config.model)
     layers = reader.config.num_hidden_layers
     layer = configuration.pivot_layer(config, layers)
@@ -134,7 +134,7 @@ def resolve(config, workdir: Path) -> Experiment:
         batches=batches,
         flops=flops,
     )
-    check_owner(workdir, experiment.identity)
+    check_same_config(workdir, experiment.identity)
     return experiment
 
 

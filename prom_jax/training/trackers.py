@@ -69,5 +69,5 @@ def read(path: Path) -> list[dict]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise UserError(f"{path}, line {number} is not JSON: mend or remove the file") from error
+                raise UserError(f"{path}, line {number} is not JSON: fix or remove the file") from error
     return rows

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and writing into it without leaving halves behind."""
+"""Work directory: configuration check and atomic writes."""
 
 import json
 import os
@@ -14,8 +14,10 @@ from prom_jax.utils.process import is_main_process
 # What may change between a run and its resumption, as it does not change the result.
 MAY_CHANGE = ("mesh", "checkpoint", "export", "remat", "attention", "batch.accumulation", "eval.every")
 
-
 CONFIG_FILE = "config.json"
+# Of what a run keeps: the trees of parameters and optimizer state, and the records. 1, which no file says: up
+# to commit f878607.
+FORMAT = 2
 
 
 def as_dict(config) -> dict:
@@ -23,14 +25,54 @@ def as_dict(config) -> dict:
     return json.loads(config.to_json())
 
 
-def check_owner(workdir: Path, config: dict):
-    """Raises UserError if the folder holds a run of another configuration; what differs is named."""
+def write_config(workdir: Path, config: dict):
+    """Writes the configuration that a run has from its start, for `check_same_config`; process 0 does.
+
+    Args:
+      workdir: of the run.
+      config: as `as_dict` gives it, and what else must stay the same.
+    Raises:
+      UserError: if it cannot be written.
+    """
+    write_json(workdir / CONFIG_FILE, {"format": FORMAT} | config)
+
+
+def check_format(path, number):
+    """Checks that what a run has kept can be read by this version.
+
+    Args:
+      path: the file that says its format.
+      number: the format that it says; None where it says none.
+    Raises:
+      UserError: if the format is another one.
+    """
+    if number != FORMAT:
+        found = 1 if number is None else number
+        raise UserError(
+            f"{path} is of a run or checkpoint of format {found!r:.100}, this version has {FORMAT} and "
+            "cannot go on with it: give another --workdir or checkpoint.directory to start anew, or use the "
+            "version that wrote it; a Hugging Face export of it loads (hf/ of the run, or what "
+            "`python -m prom_jax.convert to_hf` of that version makes)"
+        )
+
+
+def check_same_config(workdir: Path, config: dict):
+    """Checks that a folder holds no run of another configuration.
+
+    Args:
+      workdir: of the run.
+      config: what must be the same, as `as_dict` gives it; a part of what `write_config` wrote suffices.
+    Raises:
+      UserError: if there is one, or one of another version of prom_jax; what differs is named.
+    """
     path = workdir / CONFIG_FILE
     if path.exists():
         try:
-            theirs = _flat(json.loads(path.read_text(encoding="utf-8")))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is damaged ({error}): remove it, or give another --workdir") from error
+        check_format(path, content.get("format"))
+        theirs = _flat(content)
         for key, value in _flat(config).items():
             if theirs.get(key) != value and not key.startswith(MAY_CHANGE):
                 raise UserError(
