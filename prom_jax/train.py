@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import signal
 import statistics
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,11 +37,11 @@ from prom_jax.training import budget
 from prom_jax.training.setup import Experiment, open_base, resolve
 from prom_jax.training.step import abstract_state, make_optimizer, make_schedule, make_update
 from prom_jax.training.trackers import MetricsLog
-from prom_jax.utils import cli
+from prom_jax.utils import cli, command
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import REQUEUE, is_main_process
-from prom_jax.utils.workdir import CONFIG_FILE, write_json
+from prom_jax.utils.workdir import write_config, write_json
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
 SPEEDS = ("tokens_per_second", "model_flops_per_second")  # of each update
@@ -76,7 +77,7 @@ def train(config, workdir, dry_run: bool = False) -> dict:
             state = init_state(job, checkpoints, base.result() if base else load(job), abstract)
         params, opt_state = state
         log = MetricsLog(workdir, start or BEFORE_BASE)
-        write_json(workdir / CONFIG_FILE, job.identity)
+        write_config(workdir, job.identity)
         if not start:
             evaluate(job, params, log, 0)
             write_samples(job, params, "base")
@@ -101,7 +102,6 @@ class Job(Experiment):
 
 def plan(config, workdir: Path) -> Job:
     """Mesh, model and data, with a line on each; writes nothing but records, card and regulation."""
-    budget.keep_freed_memory()
     mesh = sharding.make_mesh(**config.mesh)
     base = open_base(config, workdir)
     experiment = resolve(config, workdir, base, regulation.measured(config, base, workdir, mesh))
@@ -277,13 +277,17 @@ def batch_iterator(job: Job, start: int):
 def caught_signals():
     """A list that fills when SIGTERM, SIGINT or SIGUSR1 comes, so that the step under way can be saved.
 
-    mpirun passes SIGUSR1 on; of SIGTERM it makes a SIGKILL within seconds.
+    mpirun passes SIGUSR1 on; of SIGTERM it makes a SIGKILL within seconds. Outside of the main thread no
+    signal can be caught, and none is.
     """
     caught = []
-    before = {
-        number: signal.signal(number, lambda number, _: caught.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    }
+
+    def catch(number, _):
+        caught.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if main else ()
+    before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
     finally:
@@ -363,6 +367,8 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
 def main(argv=None):
     """Reads the command line and trains."""
     arguments = parse(argv)
+    command.keep_freed_memory()
+    command.import_tensorboard()
     with flags.processes(arguments):
         train(arguments.config, arguments.workdir, arguments.dry_run)
 

@@ -275,18 +275,16 @@ def test_another_configuration_is_refused(finished, config):
         door.train(config, finished[0])
 
 
-@pytest.mark.parametrize(
-    ("number", "told"), [(None, "without a format number, expected format"), (1, "format 1, expected format")]
-)
-def test_a_run_of_another_version_is_not_continued(finished, config, tmp_path, number, told):
+@pytest.mark.parametrize("number", [None, 99])
+def test_a_run_of_another_version_is_not_continued(finished, config, tmp_path, number):
     kept = json.loads((finished[0] / CONFIG_FILE).read_text())
     assert kept.pop("format") == FORMAT
     (tmp_path / CONFIG_FILE).write_text(json.dumps(kept | ({"format": number} if number else {})))
-    with pytest.raises(
-        UserError, match=rf"another version of prom_jax \({told} .*cannot be continued"
-    ) as error:
+    told = (
+        f"of format {number or 1}, this version has {FORMAT} and cannot go on with it: give another --workdir"
+    )
+    with pytest.raises(UserError, match=told):
         door.train(config, tmp_path)
-    assert "give another --workdir" in str(error.value) and f"{tmp_path}/hf, still loads" in str(error.value)
 
 
 def test_changed_data_is_another_run(config, tmp_path):

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -106,10 +107,11 @@ def test_the_folder_is_whole(tmp_path):
     out = tmp_path / "new" / "out"
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "eos_token_id": [2, 5]}
-    card = (out / "README.md").read_text()
-    assert 'base_model: "owner/base"' in card
-    assert 'language: "sw"' in card
-    assert "| learning_rate | 2e-05 |" in card
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == "owner/base"
+    assert card.data.language == "sw"
+    assert card.data.tags == ["prom_jax"]
+    assert "| learning_rate | 2e-05 |" in card.text
     assert AutoTokenizer.from_pretrained(out).chat_template == "ours"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in tensors(out).values())
@@ -296,6 +298,37 @@ def test_terminal_codes_of_a_file_show_as_escapes(tmp_path):
     with pytest.raises(UserError) as raised:
         open_reader(tmp_path)
     assert r"\x1b[31m" in str(raised.value) and str(raised.value).isprintable()
+
+
+# The model card of an export of commit f878607, up to its rows, and what that wrote into config.json.
+FIRST_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- prom_jax
+base_model: "owner/base"
+language: "sw"
+---
+"""
+FIRST_DETAILS = {"base_model": "owner/base", "language": "sw", "method": "prom", "pivot.layer": 3, "seed": 0}
+
+
+def test_an_export_of_the_first_version_loads_and_is_replaced(tmp_path):
+    hf_model().save_pretrained(tmp_path)
+    config = open_reader(tmp_path).config.to_hf()
+    first = {"torch_dtype": "float32", "prom_jax": FIRST_DETAILS}
+    (tmp_path / "config.json").write_text(json.dumps(config | first))
+    (tmp_path / "README.md").write_text(FIRST_CARD)
+    head = np.random.default_rng(0).standard_normal((64, 32), np.float32)
+    save_file({"pivot_head.weight": head}, tmp_path / "pivot_head.safetensors", {"pivot_layer": "3"})
+    reader = open_reader(tmp_path)
+    assert reader.pivot_layer == 3 and reader.details == FIRST_DETAILS
+    params = load_params(reader, pivot_layer=3, pivot_head=True)
+    np.testing.assert_array_equal(params["pivot_head"], head)
+    before = tensors(tmp_path)
+    save(params, reader, tmp_path)
+    assert tensors(tmp_path) == before
+    assert open_reader(tmp_path).pivot_layer == 3
 
 
 TWO_PROCESSES = """

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from prom_jax.evaluation.metrics import NUMBER, last_number
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.temporary import quiet_loggers
 
 WORDS = Path(__file__).with_name("words.json")
 
@@ -167,8 +168,8 @@ def _find(directory: str, name: str) -> Path:
 def _hub_data_set(name: str, repository: str, config: str, split: str) -> tuple[str, Iterable[dict]]:
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises too
-    rows = _fetched(repository, name, lambda: datasets.load_dataset(repository, config, split=split))
+    with quiet_loggers("datasets"):  # what it logs, it raises too
+        rows = _fetched(repository, name, lambda: datasets.load_dataset(repository, config, split=split))
     # MGSM's rows have no id of their own
     return f"{repository}:{config}", ({"id": f"problem {n}", **row} for n, row in enumerate(rows, 1))
 
