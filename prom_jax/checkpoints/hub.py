@@ -21,7 +21,7 @@ _CARD_TAG = "prom_jax"  # marks a folder as an export, which the next may replac
 
 
 def local_path(source) -> Path:
-    """Where a model lies on this machine: a directory or a `.gguf` file, downloaded if `source` is a hub id.
+    """The path of a model on this machine: a directory or a `.gguf` file, downloaded if `source` is a hub id.
 
     Raises:
       UserError: if there is no such path, and no such model on the hub or no access to it.

@@ -1,6 +1,6 @@
 """What tensors are called: in our trees of parameters, by Hugging Face and in GGUF."""
 
-# Every tensor by its three names: ours, Hugging Face's, GGUF's. Those with a layer lie stacked in ours.
+# Every tensor by its three names: ours, Hugging Face's, GGUF's. Those with a layer are stacked in ours.
 TENSORS = (
     ("embed_tokens", "model.embed_tokens.weight", "token_embd.weight"),
     ("input_layernorm", "model.layers.{layer}.input_layernorm.weight", "blk.{layer}.attn_norm.weight"),

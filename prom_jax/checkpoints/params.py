@@ -34,13 +34,14 @@ def lazy_params(reader: Reader, *, pivot_layer: int = 0, pivot_head: bool = Fals
     Args:
       reader: where from.
       pivot_layer: n, where the blocks are split into two stacks; 0 for one stack.
-      pivot_head: whether to have one: that beside the weights if there is one, otherwise a copy of lm_head
+      pivot_head: whether to have one: that of the source if it has one, otherwise a copy of lm_head
         (of the embedding where they are tied).
       dtype: of the parameters, default the source's.
-    Returns: a nested dict like that of `llama.to_params`.
+    Returns:
+      A nested dict like that of `llama.to_params`.
     Raises:
-      UserError: if a tensor is missing, unknown, or not of the shape that the config gives it, or the pivot
-        head beside the weights belongs to another layer.
+      UserError: if a tensor is missing, unknown, or not of the shape that the config gives it, or the
+        source's pivot head belongs to another layer.
     """
     dtype = np.dtype(dtype or reader.dtype)
     params = llama.to_params(
@@ -66,8 +67,12 @@ def lazy_params(reader: Reader, *, pivot_layer: int = 0, pivot_head: bool = Fals
 def load_params(reader: Reader, mesh=None, **settings) -> dict:
     """Reads a model's parameters, one after the other; each device's shard is read on its own.
 
-    Args: reader: where from; mesh: where to, None for one device; settings: of `lazy_params`.
-    Returns: the nested dict of arrays that `llama.with_params` takes.
+    Args:
+      reader: where from.
+      mesh: where to, None for one device.
+      settings: of `lazy_params`.
+    Returns:
+      The nested dict of arrays that `llama.with_params` takes.
     Raises:
       UserError: as `lazy_params`.
     """
@@ -178,7 +183,9 @@ def _read_part(reader: Reader, names: list[str], param, index: tuple[slice, ...]
 class ParamsReader:
     """Parameters on devices behind a reader's interface; all processes must read the same parts.
 
-    Args: params: nested dict of arrays, as `llama.to_params` gives it; config: of the model.
+    Args:
+      params: nested dict of arrays, as `llama.to_params` gives it.
+      config: of the model.
     """
 
     def __init__(self, params: dict, config: LlamaConfig):
