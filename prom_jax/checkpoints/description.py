@@ -1,4 +1,4 @@
-"""What the checkpoints of a directory are: `model.json` and `tokenizer/` beside the steps."""
+"""What the checkpoints of a directory are: `model.json` and `tokenizer/` next to the steps."""
 
 import contextlib
 import dataclasses
@@ -92,8 +92,12 @@ def _naming_damage(path):
 
 
 def describe(directory, description: Description, model_tokenizer):
-    """Writes what the checkpoints in `directory` are, and their tokenizer; process 0 does.
+    """Writes what the checkpoints in a directory are, and their tokenizer; process 0 does.
 
+    Args:
+      directory: of the steps.
+      description: what the arrays are.
+      model_tokenizer: the model's.
     Raises:
       UserError: if they cannot be written.
     """
@@ -109,7 +113,7 @@ def describe(directory, description: Description, model_tokenizer):
 
 
 def read_tokenizer(directory):
-    """The tokenizer beside the checkpoints in `directory`."""
+    """The tokenizer that is saved with the checkpoints in `directory`."""
     with tempfile.TemporaryDirectory() as local:
         for path in (resolve_path(directory) / TOKENIZER).iterdir():
             (Path(local) / path.name).write_bytes(path.read_bytes())
@@ -117,9 +121,12 @@ def read_tokenizer(directory):
 
 
 def find(source) -> epath.Path | None:
-    """The checkpoint directory that `source` is or holds as `checkpoints`, or the one step that it is; None
-    if it is none of these.
+    """Finds an Orbax checkpoint.
 
+    Args:
+      source: a directory of steps, one that holds such a directory as `checkpoints`, or one step.
+    Returns:
+      The directory of steps, or the one step; None if the source is none of these.
     Raises:
       UserError: if it is a place in an object store that is none of these or cannot be read.
     """
@@ -133,6 +140,6 @@ def find(source) -> epath.Path | None:
     if is_remote(place):
         raise UserError(
             f"{place} holds no checkpoint, or its bucket is not there: expected one that prom_jax wrote; "
-            "other models must lie on this machine"
+            "other models must be on this machine"
         )
     return None

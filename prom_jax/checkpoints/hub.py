@@ -20,8 +20,8 @@ CONVERTED = "A language model converted by prom_jax."
 _CARD_TAG = "prom_jax"  # marks a folder as an export, which the next may replace
 
 
-def local_path(source, weights: bool = True) -> Path:
-    """Where a model lies on this machine: a directory or a `.gguf` file, downloaded if `source` is a hub id.
+def local_path(source) -> Path:
+    """The path of a model on this machine: a directory or a `.gguf` file, downloaded if `source` is a hub id.
 
     Args:
       source: a path or a hub id.

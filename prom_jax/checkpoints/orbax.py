@@ -32,7 +32,7 @@ PENDING = 2  # parts of a lazy array that are being written while the next is re
 
 
 class Manager(ocp.CheckpointManager):
-    """Keeps at hand why the writing of this process's part has failed: Orbax tells only after the others have
+    """Keeps the error that ended this process's part of a save: Orbax raises it only after the others have
     ended theirs, and they wait for this one's."""
 
     failure: Exception | None = None
@@ -47,7 +47,10 @@ class Manager(ocp.CheckpointManager):
 
 def save_args(item):
     """How the arrays of a tree are cut: stacks by layer, so that a layer can be read without the others."""
-    args = lambda x: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if x.ndim > 2 else ())
+
+    def args(x):
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if x.ndim > 2 else ())
+
     return jax.tree.map(args, item)
 
 
@@ -104,7 +107,8 @@ def write(directory, description: Description, model_tokenizer, params: dict):
 class CheckpointReader:
     """A step's parameters, behind a reader's interface; of arrays, only the asked part is read.
 
-    Args: place: as `find` gives it: a directory, of which the latest step is read, or one step of it.
+    Args:
+      place: as `find` gives it: a directory, of which the latest step is read, or one step of it.
     Raises:
       UserError: if there is no such whole step, or where it turns out to be damaged.
     """

@@ -88,8 +88,8 @@ def build(
 def save_hf(model: decoder.Decoder, model_tokenizer, directory, *, dtype=None, card=None, template=None):
     """Writes a directory that transformers' `from_pretrained` loads as it is.
 
-    The tokenizer gets the training prompt as its chat template. A pivot head goes into a file beside, which
-    `load` picks up.
+    The tokenizer gets the training prompt as its chat template. A pivot head goes into a file of its own,
+    which `load` picks up.
 
     Args:
       dtype: of the tensors, default that of the parameters.

@@ -26,7 +26,7 @@ from prom_jax.tokenization import PreTrainedTokenizerFast, folder
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
 
-# What the model card tells, in `config.json` under a key that transformers keeps and does not read.
+# The rows of the model card, in `config.json` under a key that transformers keeps and does not read.
 DETAILS_KEY = "prom_jax"
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

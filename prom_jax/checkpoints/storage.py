@@ -37,7 +37,7 @@ def is_remote(place) -> bool:
 
 
 def errors(directory):
-    """What tells that a directory, which may be in an object store, cannot be used."""
+    """The exceptions that say that a directory, which may be in an object store, cannot be used."""
     return (Exception,) if is_remote(directory) else STORE_ERRORS
 
 
@@ -59,8 +59,8 @@ def reraise_storage_errors(directory):
 
 
 def reason(error: Exception) -> str:
-    """The gist of an error: TensorStore's tell of every layer, the system's word is in them somewhere."""
+    """The gist of an error: TensorStore's name every layer, and the errno is embedded in the message."""
     if code := re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", str(error)):
         return os.strerror(int(code[1] or code[2]))
-    missing = "not found: " * isinstance(error, FileNotFoundError)  # gcsfs tells the address alone
+    missing = "not found: " * isinstance(error, FileNotFoundError)  # gcsfs gives the address alone
     return missing + next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -1,4 +1,4 @@
-"""The training state of some steps, and beside them what the model is.
+"""The training state of some steps, and with them what the model is.
 
     checkpoints/
       model.json     architecture, pivot layer, dtype of the source, how it was made
@@ -40,8 +40,8 @@ class Checkpoints:
     Args:
       directory: made if missing.
       keep: how many of the latest steps stay (None: all).
-      keep_best: how many of those with the lowest held-out loss stay besides.
-      keep_every: steps that are multiples of it stay besides; 0: none.
+      keep_best: how many of those with the lowest held-out loss stay too.
+      keep_every: steps that are multiples of it stay too; 0: none.
     Raises:
       UserError: if the directory cannot be made or read, or holds steps of another version of prom_jax.
     """
@@ -170,7 +170,7 @@ class Checkpoints:
         if jax.process_count() > 1:  # the others wait for this one's part of the step
             raise UserError(message) from error
         self._failure = message
-        with contextlib.suppress(*errors(self.directory)):  # it tells of the same again
+        with contextlib.suppress(*errors(self.directory)):  # it raises the same again
             self._manager.close()
         with contextlib.suppress(UserError):  # an object store may be out of reach for longer
             self._open()  # forgets the step, and removes what there is of it

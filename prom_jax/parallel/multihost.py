@@ -1,8 +1,8 @@
 """Many processes as one run: joining, waiting for one another, ending together when one cannot go on.
 
-Each process has a thread that tells the others, through JAX's coordinator in process 0, that it is there and
-where it is in its work. What it finds wrong ends all processes at once with the same message and exit status,
-whatever their main threads are waiting for.
+Each process has a thread that reports to the others, through JAX's coordinator in process 0, that it is alive
+and where it is in its work. What it finds wrong ends all processes at once with the same message and exit
+status, whatever their main threads are waiting for.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ def run_distributed(
       num_processes: how many there are.
       process_id: which this is.
       connect_timeout: seconds to wait until all have come.
-      hang_timeout: seconds that one thing of which `progress` tells may take; 0 for any time.
+      hang_timeout: seconds that one thing that `progress` reports may take; 0 for any time.
     Raises:
       UserError: for some but not all of the first three, where the environment has not the rest.
     """
@@ -100,6 +100,7 @@ def run_distributed(
 
 def _join(coordinator, num_processes, process_id, timeout: float) -> bool:
     """Starts `jax.distributed` if this is one of several processes; whether it is."""
+    preemption = jax.config.jax_enable_preemption_service
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
     given = coordinator, num_processes, process_id
     late = threading.Timer(timeout, _end_unconnected, [timeout])
@@ -121,6 +122,7 @@ def _join(coordinator, num_processes, process_id, timeout: float) -> bool:
         ) from error
     finally:
         late.cancel()
+        jax.config.update("jax_enable_preemption_service", preemption)
     if _alone_on_its_host() and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         for platform in ("cuda", "rocm"):  # JAX took one device, as if there were a process for each
             jax.config.update(f"jax_{platform}_visible_devices", "all")

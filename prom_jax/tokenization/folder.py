@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders: read, saved and told apart."""
+"""Tokenizers of Hugging Face folders: read, saved, and a fingerprint."""
 
 import hashlib
 import json

@@ -12,7 +12,9 @@ class MetricsLog:
     """Appends one JSON object a line to `metrics.jsonl`, and the same numbers to TensorBoard; other processes
     than 0 keep the rows in memory alone.
 
-    Args: workdir; step: rows after it, and a torn last line, are removed: they will be made again.
+    Args:
+      workdir: of the run.
+      step: rows after it, and a torn last line, are removed: they will be made again.
     """
 
     def __init__(self, workdir: Path, step: int):
