@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.training import budget
+from prom_jax.utils import command
 from prom_jax.utils.console import console
 
 PACKAGES = ("jax", "torch", "transformers", "tokenizers", "datasets", "tensorflow-datasets", "grain")
@@ -22,7 +22,7 @@ PACKAGES = ("jax", "torch", "transformers", "tokenizers", "datasets", "tensorflo
 
 def configuration(config, steps: int):
     """A configuration for a run of `steps` updates, with λ as it says whatever a probe would."""
-    budget.keep_freed_memory()  # which works before JAX is asked for its devices
+    command.keep_freed_memory()  # which works before JAX is asked for its devices
     config.pivot.regulate = "never"
     config.steps = steps
     config.compute_dtype = config.compute_dtype or models.default_compute_dtype()

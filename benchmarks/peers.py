@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from prom_jax.training import budget
+from prom_jax.utils import command
 
 IGNORED = -100  # a label that bears no loss
 PADDED_ROWS = 4  # padded rows that are computed together: Alpaca's batch on a device
@@ -111,7 +111,7 @@ class Peer:
 
     def __init__(self, source: str, layout: str, objective, pivot_layer: int, config, compiled: bool):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        budget.keep_freed_memory()  # as our side does
+        command.keep_freed_memory()  # as our side does
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.layout, self.objective, self.pivot_layer, self.config = (
             LAYOUTS[layout],

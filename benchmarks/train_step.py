@@ -29,7 +29,7 @@ from prom_jax.checkpoints import pretrained as models
 from prom_jax.ops import attention
 from prom_jax.parallel import sharding
 from prom_jax.training import budget
-from prom_jax.utils import cli
+from prom_jax.utils import cli, command
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 
@@ -96,6 +96,7 @@ class Ours:
 
     def __init__(self, config, workdir: str):
         console.quiet = True  # the parent has told all
+        command.keep_freed_memory()
         self.job = train.plan(config, Path(workdir))
         jax.set_mesh(self.job.mesh)
         self.update, abstract = train.compile_update(self.job)

@@ -21,8 +21,7 @@ import transformers
 from benchmarks import measure, peers, train_step
 from prom_jax import train
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.training import budget
-from prom_jax.utils import cli
+from prom_jax.utils import cli, command
 from prom_jax.utils.errors import UserError
 
 
@@ -125,7 +124,7 @@ class Trained(Timed, transformers.TrainerCallback):
 
     def _train(self):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        budget.keep_freed_memory()
+        command.keep_freed_memory()
         try:
             self.trainer.train()
         except BaseException as error:  # which the thread would keep to itself

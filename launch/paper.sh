@@ -26,7 +26,7 @@ for argument; do
     --parameters=*) parameters=$value ;;
     --device-flops=*) device_flops=$value ;;
     --mfu=*) mfu=$value ;;
-    --data-dir=* | --limit=*) evaluation+=("$argument") ;;
+    --data-dir=* | --data_dir=* | --limit=*) evaluation+=("$argument") ;;
     --config=* | --workdir=* | --config.seed=* | --config.language=*) unknown=$argument ;;
     --config.*) training+=("$argument") ;;
     *) unknown=$argument ;;

@@ -6,12 +6,7 @@ hiddens_NBTD = model.hidden_states(tokens_BT)
 prom_jax.save_hf(model, tokenizer, "directory")
 """
 
-import os
-
 __all__ = ["load", "save_hf"]
-
-# transformers is here for tokenizers and configurations; that it finds no torch is as it should be.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def __getattr__(name):

@@ -171,7 +171,7 @@ def apply_variant(config: ConfigDict, variant: str, variants: dict | None = None
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for values that no run could use; each module validates its own keys."""
+    """Raises UserError for values that no run could use; each module checks its own keys."""
     at_least = {
         "data.seq_len": 2, "batch.sequences": 1, "batch.accumulation": 1, "steps": 0, "pivot.layer": 0,
         "optimizer.learning_rate": 0, "optimizer.warmup_ratio": 0, "optimizer.weight_decay": 0,

@@ -57,8 +57,8 @@ def to_hf(source, destination, dtype=None):
 
 def from_hf(source, destination, dtype=None):
     """Writes `source` as an Orbax checkpoint, in its own dtype or another, a part of a tensor at a time."""
-    destination = storage.located(destination)
-    with storage.usable(destination):
+    destination = storage.resolve_path(destination)
+    with storage.reraise_storage_errors(destination):
         destination.mkdir(parents=True, exist_ok=True)
         # In an object store there is no folder before there is a file in it.
         if destination.exists() and any(destination.iterdir()):

@@ -33,15 +33,19 @@ from prom_jax.utils.workdir import as_dict, make_directory, write_json
 
 
 def measure(config, workdir: Path, model: str, out: Path, methods: list[str], number: int) -> dict:
-    """Runs the measurement and writes what it gives; returns the content of interference.json.
+    """Runs the measurement and writes what it gives.
 
     Args:
       config: see `prom_jax.config`.
       workdir: of the run, whose records are used.
-      model: whatever `pretrained.open_source` takes.
-      out: a folder for the results.
+      model: whatever `models.open_source` takes.
+      out: the folder for the results.
       methods: names of methods.
       number: of batches.
+
+    Returns:
+      The content of interference.json.
+
     Raises:
       UserError: for input that cannot be used.
     """

@@ -64,10 +64,18 @@ def prepare(config, workdir: Path, inspect: int = 0, run: str = "") -> dict:
 
 
 def translate_sources(config, engine: engines.Engine, cache: translate.Cache, agreed, dry_run: bool) -> bool:
-    """Writes data.target from data.english; what cannot be used goes into a file beside it.
+    """Writes data.target from data.english; what cannot be used goes into a second file.
 
-    Args: agreed: a function that is asked before anything that costs money; dry_run: tell the cost alone.
-    Returns: whether it was written.
+    Args:
+      config: see `prom_jax.config`.
+      engine: what translates.
+      cache: the translations made so far.
+      agreed: a function that is asked before anything that costs money.
+      dry_run: tell the cost alone.
+
+    Returns:
+      Whether it was written.
+
     Raises:
       UserError: data.target is not one new .jsonl file; what `translate.translate` raises.
     """
@@ -97,11 +105,11 @@ def translate_sources(config, engine: engines.Engine, cache: translate.Cache, ag
     write_text(path, text)
     console.print(f"translate {len(result.rows):,} rows: {path}")
     if result.rejected:
-        beside = path.with_suffix(".rejected.jsonl")
-        write_text(beside, "".join(map(_line, map(dataclasses.asdict, result.rejected))))
+        rejected = path.with_suffix(".rejected.jsonl")
+        write_text(rejected, "".join(map(_line, map(dataclasses.asdict, result.rejected))))
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in result.counts.items())
         left_out = len(rows) - len(result.rows)
-        console.print(f"          {left_out:,} rows left out ({reasons}): {beside}")
+        console.print(f"          {left_out:,} rows left out ({reasons}): {rejected}")
     return True
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import signal
 import statistics
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,8 +30,7 @@ from prom_jax.data.chat import chat_template
 from prom_jax.evaluation import samples
 from prom_jax.evaluation.heldout import HeldOut
 from prom_jax.models import decoder
-from prom_jax.parallel import flags, sharding
-from prom_jax.parallel import multihost as distributed
+from prom_jax.parallel import flags, multihost, sharding
 from prom_jax.reporting.card import write as write_card
 from prom_jax.reporting.plots import learning_curves
 from prom_jax.training import budget
@@ -38,13 +38,14 @@ from prom_jax.training.optimizer import abstract_state, make_optimizer, make_sch
 from prom_jax.training.setup import Experiment, open_base, resolve
 from prom_jax.training.step import make_update, trained_params
 from prom_jax.training.trackers import MetricsLog
-from prom_jax.utils import cli
+from prom_jax.utils import cli, command
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import REQUEUE, is_main_process
-from prom_jax.utils.workdir import CONFIG_FILE, write_json
+from prom_jax.utils.workdir import write_config, write_json
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
+SPEEDS = ("tokens_per_second", "model_flops_per_second")  # of each update
 
 
 def train(config, workdir, dry_run: bool = False) -> dict:
@@ -77,7 +78,7 @@ def train(config, workdir, dry_run: bool = False) -> dict:
             state = init_state(job, checkpoints, base.result() if base else load(job), abstract)
         params, opt_state = state
         log = MetricsLog(workdir, start or BEFORE_BASE)
-        write_json(workdir / CONFIG_FILE, job.identity)
+        write_config(workdir, job.identity)
         if not start:
             evaluate(job, params, log, 0)
             write_samples(job, params, "base")
@@ -102,7 +103,6 @@ class Job(Experiment):
 
 def plan(config, workdir: Path) -> Job:
     """Mesh, model and data, with a line on each; writes nothing but records, card and regulation."""
-    budget.keep_freed_memory()
     mesh = sharding.make_mesh(**config.mesh)
     base = open_base(config, workdir)
     experiment = resolve(config, workdir, base, regulation.measured(config, base, workdir, mesh))
@@ -214,14 +214,14 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
     """
     config, num_steps = job.config, job.batches.num_steps
 
-    def due(step, every):
+    def is_due(step, every):
         return step == num_steps or (every and step % every == 0)
 
     upcoming = batch_iterator(job, start)
     batch, tokens = next(upcoming, (None, 0))
     with progress(num_steps, start) as show, caught_signals() as stopping:
         for step in range(start + 1, num_steps + 1):
-            distributed.progress(f"step {step}")
+            multihost.progress(f"step {step}")
             begun = time.perf_counter()
             stops = sharding.by_process(job.mesh, bool(stopping))
             with jax.transfer_guard("disallow"):
@@ -237,16 +237,16 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
             metrics["model_flops_per_second"] = job.flops / num_steps / seconds
             log.write(step, metrics)
             show(step, f"loss {metrics['loss']:.3f}  {done / seconds:,.0f} tokens/s")
-            if due(step, config.eval.every):
+            if is_due(step, config.eval.every):
                 evaluate(job, params, log, step)
-            if due(step, config.checkpoint.every) or stop:
+            if is_due(step, config.checkpoint.every) or stop:
                 loss = (log.evaluation(step) or {}).get("eval_target_nats")
                 checkpoints.save(step, loss, params=params, opt_state=opt_state)
             if stop:
                 checkpoints.close()
                 console.print(f"stopped after step {step}, which is saved; run the same command to go on")
                 raise SystemExit(REQUEUE)
-    distributed.progress(None)
+    multihost.progress(None)
     return params
 
 
@@ -292,13 +292,17 @@ def batch_iterator(job: Job, start: int):
 def caught_signals():
     """A list that fills when SIGTERM, SIGINT or SIGUSR1 comes, so that the step under way can be saved.
 
-    mpirun passes SIGUSR1 on; of SIGTERM it makes a SIGKILL within seconds.
+    mpirun passes SIGUSR1 on; of SIGTERM it makes a SIGKILL within seconds. Outside of the main thread no
+    signal can be caught, and none is.
     """
     caught = []
-    before = {
-        number: signal.signal(number, lambda number, _: caught.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    }
+
+    def catch(number, _):
+        caught.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if main else ()
+    before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
     finally:
@@ -342,18 +346,14 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
     summary."""
     num_steps = job.batches.num_steps
     steps = [row for row in log.rows if "loss" in row]
-
-    def median(key):
-        return statistics.median(row[key] for row in steps)
-
+    speeds = {key: statistics.median(row[key] for row in steps) for key in SPEEDS}
     base, final = log.evaluation(0), log.evaluation(num_steps)
     summary = job.details | {
         "regulation_probe": job.regulation.measured,
         "base": base,
         "final": final,
         "loss": steps[-1]["loss"],
-        "tokens_per_second": median("tokens_per_second"),
-        "model_flops_per_second": median("model_flops_per_second"),
+        **speeds,
         "seconds": seconds,
         "export": str(job.workdir / "hf"),
     }
@@ -382,6 +382,8 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
 def main(argv=None):
     """Reads the command line and trains."""
     arguments = parse(argv)
+    command.keep_freed_memory()
+    command.import_tensorboard()
     with flags.processes(arguments):
         train(arguments.config, arguments.workdir, arguments.dry_run)
 

@@ -24,6 +24,7 @@ from prom_jax.data.records import prepare
 from prom_jax.training.methods import find_method
 from prom_jax.training.setup import recipe
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import CONFIG_FILE, FORMAT
 from tests.tiny import tiny_config
 
 TIMINGS = {"tokens_per_second", "model_flops_per_second"}
@@ -275,6 +276,18 @@ def test_another_configuration_is_refused(finished, config):
     config.optimizer.learning_rate = 1.0
     with pytest.raises(UserError, match=r"holds a run with optimizer.learning_rate=0.003, now 1.0"):
         door.train(config, finished[0])
+
+
+@pytest.mark.parametrize("number", [None, 99])
+def test_a_run_of_another_version_is_not_continued(finished, config, tmp_path, number):
+    kept = json.loads((finished[0] / CONFIG_FILE).read_text())
+    assert kept.pop("format") == FORMAT
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(kept | ({"format": number} if number else {})))
+    told = (
+        f"of format {number or 1}, this version has {FORMAT} and cannot go on with it: give another --workdir"
+    )
+    with pytest.raises(UserError, match=told):
+        door.train(config, tmp_path)
 
 
 def test_changed_data_is_another_run(config, tmp_path):

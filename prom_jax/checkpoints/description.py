@@ -1,5 +1,6 @@
 """What the checkpoints of a directory are: `model.json` and `tokenizer/` beside the steps."""
 
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from prom_jax.checkpoints.storage import STORE_ERRORS, is_remote, located, quiet, reason, usable
+from prom_jax.checkpoints.storage import STORE_ERRORS, is_remote, reason, reraise_storage_errors, resolve_path
 from prom_jax.models.auto import config_from_hf, config_to_hf
 from prom_jax.models.config import DecoderConfig
 from prom_jax.tokenization import folder
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
+from prom_jax.utils.workdir import FORMAT, check_format
 
 DESCRIPTION, TOKENIZER = "model.json", "tokenizer"
 
@@ -37,27 +39,56 @@ class Description:
 
     def write(self, directory):
         """Writes `model.json`."""
-        fields = dataclasses.asdict(self) | {"config": config_to_hf(self.config)}
-        (located(directory) / DESCRIPTION).write_text(json.dumps(fields, indent=2, ensure_ascii=False))
+        fields = {"format": FORMAT} | dataclasses.asdict(self) | {"config": config_to_hf(self.config)}
+        (resolve_path(directory) / DESCRIPTION).write_text(json.dumps(fields, indent=2, ensure_ascii=False))
 
     @classmethod
     def read(cls, directory) -> "Description":
         """Reads `model.json`.
 
         Raises:
-          UserError: if it is damaged.
+          UserError: if it is damaged, or of another version of prom_jax.
         """
-        path = located(directory) / DESCRIPTION
-        try:
-            fields = json.loads(path.read_text())
+        fields, path = _read(directory), resolve_path(directory) / DESCRIPTION
+        with _naming_damage(path):
             for name, kind in (("config", dict), ("heads", dict), ("dtype", str), ("details", dict)):
                 if not isinstance(fields[name], kind):
                     raise TypeError(f"{name} is {fields[name]!r:.100}")
             if not jnp.issubdtype(np.dtype(fields["dtype"]), jnp.floating):
                 raise TypeError(f"dtype is {fields['dtype']!r:.100}")
             return cls(**fields | {"config": config_from_hf(fields["config"])})
-        except (*STORE_ERRORS, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({reason(error)}): give another source") from error
+
+
+def check_readable(directory):
+    """Checks that the checkpoints in a directory, if it has any, are of the format of this version.
+
+    Args:
+      directory: of the steps.
+    Raises:
+      UserError: if they are of another one, or `model.json` is damaged.
+    """
+    with reraise_storage_errors(directory):
+        described = (resolve_path(directory) / DESCRIPTION).is_file()
+    if described:
+        _read(directory)
+
+
+def _read(directory) -> dict:
+    """The fields of `model.json`, whose format is this version's."""
+    path = resolve_path(directory) / DESCRIPTION
+    with _naming_damage(path):
+        fields = json.loads(path.read_text())
+        number = fields.pop("format", None)
+    check_format(path, number)
+    return fields
+
+
+@contextlib.contextmanager
+def _naming_damage(path):
+    try:
+        yield
+    except (*STORE_ERRORS, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({reason(error)}): give another source") from error
 
 
 def describe(directory, description: Description, model_tokenizer):
@@ -68,8 +99,8 @@ def describe(directory, description: Description, model_tokenizer):
     """
     if not is_main_process():
         return
-    directory = located(directory)
-    with usable(directory), tempfile.TemporaryDirectory() as local:
+    directory = resolve_path(directory)
+    with reraise_storage_errors(directory), tempfile.TemporaryDirectory() as local:
         (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)
         folder.save(model_tokenizer, Path(local), model_tokenizer.chat_template)
         for path in Path(local).iterdir():
@@ -80,7 +111,7 @@ def describe(directory, description: Description, model_tokenizer):
 def read_tokenizer(directory):
     """The tokenizer beside the checkpoints in `directory`."""
     with tempfile.TemporaryDirectory() as local:
-        for path in (located(directory) / TOKENIZER).iterdir():
+        for path in (resolve_path(directory) / TOKENIZER).iterdir():
             (Path(local) / path.name).write_bytes(path.read_bytes())
         return folder.load(local)
 
@@ -92,9 +123,8 @@ def find(source) -> epath.Path | None:
     Raises:
       UserError: if it is a place in an object store that is none of these or cannot be read.
     """
-    place = located(source)
-    quiet()
-    with usable(place):
+    place = resolve_path(source)
+    with reraise_storage_errors(place):
         for directory in (place, place / "checkpoints"):
             if (directory / DESCRIPTION).is_file():
                 return directory

@@ -1,6 +1,5 @@
 """Models as Hugging Face has them: finding a folder or fetching it, and the model card of an export."""
 
-import json
 import os
 import re
 import shutil
@@ -8,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import GatedRepoError
 
 from prom_jax.utils.errors import UserError
@@ -17,11 +17,18 @@ ADAPTED = (
     "Prompts follow the chat template of its tokenizer."
 )
 CONVERTED = "A language model converted by prom_jax."
-_CARD_TAG = "- prom_jax"  # in its model card marks a folder as an export, which the next may replace
+_CARD_TAG = "prom_jax"  # marks a folder as an export, which the next may replace
 
 
 def local_path(source, weights: bool = True) -> Path:
     """Where a model lies on this machine: a directory or a `.gguf` file, downloaded if `source` is a hub id.
+
+    Args:
+      source: a path or a hub id.
+      weights: whether they are downloaded too.
+
+    Returns:
+      The path.
 
     Raises:
       UserError: if there is no such path, and no such model on the hub or no access to it.
@@ -75,11 +82,21 @@ def _check_entries(folder: Path):
 
 
 def prepare_folder(directory: Path, partial: Path, num_bytes: int):
-    """Makes the folder to write in, having made sure that it can take its place and that it fits."""
+    """Makes the folder to write in, having made sure that it can take its place and that it fits.
+
+    Args:
+      directory: where the folder is to be in the end.
+      partial: the folder to write in.
+      num_bytes: that will be written.
+    Raises:
+      UserError: if `directory` is anything but a new place or an earlier export, or the disk is too full.
+    """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file: expected a directory; choose another place")
     card = directory / "README.md"
-    ours = card.exists() and _CARD_TAG in card.read_text(encoding="utf-8", errors="replace").splitlines()
+    # By its line: a README of others' may be none that ModelCard reads.
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.exists() else []
+    ours = f"- {_CARD_TAG}" in lines
     if directory.exists() and any(directory.iterdir()) and not ours:
         raise UserError(
             f"{directory} is not empty and no earlier export: expected a new place; choose another one"
@@ -95,6 +112,7 @@ def prepare_folder(directory: Path, partial: Path, num_bytes: int):
 
 
 def replace_folder(directory: Path, partial: Path):
+    """Puts a folder in its place, where an earlier export may be."""
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
@@ -104,33 +122,33 @@ def replace_folder(directory: Path, partial: Path):
 
 
 def public(card: Mapping[str, object]) -> dict:
-    """A model card whose base model is no place on this machine, which says nothing to others."""
+    """A model card's rows, without the path of a base model on this machine, which says nothing to others.
+
+    Args:
+      card: the rows.
+    Returns:
+      The same, with the last name of the path in place of it.
+    """
     base = str(card.get("base_model", ""))
     return {**card, "base_model": Path(base).name} if base and Path(base).exists() else dict(card)
 
 
 def model_card(card: Mapping[str, object]) -> str:
+    """A model card, whose tag marks its folder as an export.
+
+    Args:
+      card: its rows; 'base_model', where it is a hub id, and 'language' are told to the hub as well.
+    Returns:
+      The content of a `README.md`.
+    """
     base = str(card.get("base_model", ""))
-    front = {"base_model": base if "/" in base else "", "language": card.get("language", "")}
-    front = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value]
-    rows = [f"| {key} | {value} |" for key, value in card.items()]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags:",
-            _CARD_TAG,
-            *front,
-            "---",
-            "",
-            "# Model card",
-            "",
-            ADAPTED if "method" in card else CONVERTED,
-            "",
-            "| | |",
-            "|---|---|",
-            *rows,
-            "",
-        ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[_CARD_TAG],
+        base_model=base if "/" in base else None,
+        language=str(card.get("language", "")) or None,
     )
+    about = ADAPTED if "method" in card else CONVERTED
+    rows = "".join(f"| {key} | {value} |\n" for key, value in card.items())
+    return str(ModelCard(f"---\n{data}\n---\n\n# Model card\n\n{about}\n\n| | |\n|---|---|\n{rows}"))

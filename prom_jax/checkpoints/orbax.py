@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh
 
 from prom_jax.checkpoints.description import DESCRIPTION, Description, describe
 from prom_jax.checkpoints.params import LazyArray, head_tensor, hf_tensors
-from prom_jax.checkpoints.storage import STORE_ERRORS, located, quiet, reason, usable
+from prom_jax.checkpoints.storage import STORE_ERRORS, reason, reraise_storage_errors, resolve_path
 from prom_jax.models import decoder
 from prom_jax.parallel.sharding import AXES, param_sharding
 from prom_jax.utils.errors import UserError
@@ -89,16 +89,15 @@ def write(directory, description: Description, model_tokenizer, params: dict):
     Raises:
       UserError: if it cannot be written.
     """
-    quiet()
     describe(directory, description, model_tokenizer)
-    path = located(directory) / "0" / "params"
+    path = resolve_path(directory) / "0" / "params"
     args = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=FILE_BYTES)
     registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _LazyHandler()))
     options = {
         "options": ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
         "item_handlers": {"params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)},
     }
-    with usable(path), ocp.CheckpointManager(located(directory), **options) as manager:
+    with reraise_storage_errors(path), ocp.CheckpointManager(resolve_path(directory), **options) as manager:
         manager.save(0, args=ocp.args.Composite(params=args))
 
 
@@ -111,7 +110,7 @@ class CheckpointReader:
     """
 
     def __init__(self, place):
-        place = located(place)
+        place = resolve_path(place)
         directory = place if (place / DESCRIPTION).is_file() else place.parent
         description = Description.read(directory)
         self.source, self.config, self.dtype = directory, description.config, np.dtype(description.dtype)

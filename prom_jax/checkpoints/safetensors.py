@@ -13,16 +13,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerFast
 
 from prom_jax.checkpoints import hub
 from prom_jax.checkpoints.params import check_tensors, head_tensor, hf_shapes
 from prom_jax.checkpoints.reader import Reader
 from prom_jax.models.auto import config_from_hf, config_to_hf
 from prom_jax.models.config import DecoderConfig
-from prom_jax.tokenization import folder
+from prom_jax.tokenization import PreTrainedTokenizerFast, folder
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
 
@@ -214,8 +214,13 @@ def save_hf(
         if writer:
             hub.prepare_folder(directory, partial, dtype.itemsize * sum(map(math.prod, shapes.values())))
             _write_small_files(partial, reader.config, dtype, model_tokenizer, chat_template, card)
-        shards = _split(shapes, dtype, max_shard_bytes)
-        for file_name, names in shards.items():
+        split = split_state_dict_into_shards_factory(
+            shapes,
+            get_storage_size=lambda shape: math.prod(shape) * dtype.itemsize,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_bytes,
+        )
+        for file_name, names in split.filename_to_tensors.items():
             path = partial / file_name if writer else os.devnull
             _write_safetensors(path, reader, names, dtype, {"format": "pt"})
         for head, layer in reader.heads.items():
@@ -223,8 +228,10 @@ def save_hf(
             metadata = {"format": "pt", "pivot_layer": str(layer)}
             _write_safetensors(path, reader, [head_tensor(head)], dtype, metadata)
         if writer:
-            if len(shards) > 1:
-                _write_index(partial, shards, shapes, dtype)
+            if split.is_sharded:
+                total = {"total_parameters": sum(map(math.prod, shapes.values()))}
+                index = {"metadata": total | split.metadata, "weight_map": split.tensor_to_filename}
+                _write_json(partial / "model.safetensors.index.json", index)
             hub.replace_folder(directory, partial)
     except OSError as error:
         raise UserError(
@@ -236,31 +243,6 @@ def save_hf(
             shutil.rmtree(partial, ignore_errors=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_hf")
-
-
-def _split(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, max_bytes: int) -> dict[str, list[str]]:
-    """The tensors of each file, under Hugging Face's names for one or many."""
-    shards, size = [[]], 0
-    for name, shape in shapes.items():
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if shards[-1] and size + num_bytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += num_bytes
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    count = len(shards)
-    return {f"model-{i:05}-of-{count:05}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def _write_index(directory: Path, shards: dict[str, list[str]], shapes: Mapping, dtype: np.dtype):
-    total = sum(map(math.prod, shapes.values()))
-    index = {
-        "metadata": {"total_parameters": total, "total_size": total * dtype.itemsize},
-        "weight_map": {name: file_name for file_name, names in shards.items() for name in names},
-    }
-    _write_json(directory / "model.safetensors.index.json", index)
 
 
 def _write_safetensors(path, reader, names: list[str], dtype: np.dtype, metadata: dict[str, str]):

@@ -2,10 +2,8 @@
 
 import contextlib
 import importlib.util
-import logging
 import os
 import re
-import sys
 
 from etils import epath
 
@@ -17,7 +15,7 @@ STORE_ERRORS = (OSError, ValueError, KeyError, TypeError)
 REMOTE = "gs://"
 
 
-def located(path) -> epath.Path:
+def resolve_path(path) -> epath.Path:
     """A place on this machine, made absolute, or in an object store.
 
     Raises:
@@ -44,7 +42,7 @@ def errors(directory):
 
 
 @contextlib.contextmanager
-def usable(directory):
+def reraise_storage_errors(directory):
     """Raises UserError where the block finds that a directory cannot be made, read or written."""
     try:
         yield
@@ -66,17 +64,3 @@ def reason(error: Exception) -> str:
         return os.strerror(int(code[1] or code[2]))
     missing = "not found: " * isinstance(error, FileNotFoundError)  # gcsfs tells the address alone
     return missing + next(iter(str(error).splitlines()), type(error).__name__)[:200]
-
-
-def quiet():
-    """Orbax tells of every file it touches; it and gcsfs print the trace of each error that they raise, and
-    TensorStore one for each part of an array whose writing nobody waits for any more."""
-    for library in ("absl", "gcsfs", "fsspec"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _tell_unraisable
-
-
-def _tell_unraisable(unraisable):
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)

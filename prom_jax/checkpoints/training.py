@@ -17,8 +17,16 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
+from prom_jax.checkpoints.description import check_readable
 from prom_jax.checkpoints.orbax import FILE_BYTES, Manager, save_args
-from prom_jax.checkpoints.storage import STORE_ERRORS, errors, is_remote, located, quiet, reason, usable
+from prom_jax.checkpoints.storage import (
+    STORE_ERRORS,
+    errors,
+    is_remote,
+    reason,
+    reraise_storage_errors,
+    resolve_path,
+)
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
@@ -35,12 +43,12 @@ class Checkpoints:
       keep_best: how many of those with the lowest held-out loss stay besides.
       keep_every: steps that are multiples of it stay besides; 0: none.
     Raises:
-      UserError: if the directory cannot be made or read.
+      UserError: if the directory cannot be made or read, or holds steps of another version of prom_jax.
     """
 
     def __init__(self, directory, keep: int | None = None, keep_best: int = 0, keep_every: int = 0):
-        quiet()
-        self.directory = located(directory)
+        self.directory = resolve_path(directory)
+        check_readable(self.directory)
         policies = [LatestN(keep)]
         if keep_best:
             best = {"get_metric_fn": lambda metrics: metrics["loss"], "reverse": True}
@@ -58,7 +66,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=not remote,  # there it would remove every folder but the steps
         )
-        with usable(self.directory):
+        with reraise_storage_errors(self.directory):
             self._manager = Manager(self.directory, options=options)
             if remote and is_main_process() and self.directory.exists():
                 whole = set(map(str, self._manager.all_steps()))
@@ -76,7 +84,10 @@ class Checkpoints:
         If the save before failed, or this one cannot begin, a warning says so and the caller goes on:
         earlier steps are whole, and the next save tries again.
 
-        Args: loss: held-out, by which the best steps are told.
+        Args:
+          step: its number.
+          loss: held-out, by which the best steps are chosen.
+          items: trees of arrays.
         Raises:
           UserError: with several processes, if a save failed.
         """
@@ -92,20 +103,22 @@ class Checkpoints:
             self._failed(error)
 
     def resume(self, **items):
-        """Reads the last step that is whole; damaged ones are named and put aside as `<step>.damaged`.
+        """Reads the last step that is whole; damaged ones are named and renamed to `<step>.damaged`.
 
-        Args: items: abstract trees, whose shapes, dtypes and shardings the results have.
-        Returns: the step and the items, a tuple in their order; 0 and None where there is no whole step.
+        Args:
+          items: abstract trees, whose shapes, dtypes and shardings the results have.
+        Returns:
+          The step and the items, a tuple in their order; 0 and None where there is no whole step.
         Raises:
           UserError: with several processes, for a damaged step: run again to go on from the one before; if
             the directory cannot be read at all.
         """
-        with usable(self.directory):
+        with reraise_storage_errors(self.directory):
             while step := self.latest():
                 try:
                     restored = self.restore(step, **items)
                 except STORE_ERRORS as error:
-                    self._put_aside(step, error)
+                    self._quarantine(step, error)
                 else:
                     console.print(f"resumed   after step {step}")
                     return step, restored
@@ -150,13 +163,13 @@ class Checkpoints:
             self._failed(error)
 
     def _failed(self, error: Exception):
-        told = (
+        message = (
             f"{self.directory}: step {self._step} could not be saved ({reason(error)}): make room or choose "
             "another checkpoint.directory"
         )
         if jax.process_count() > 1:  # the others wait for this one's part of the step
-            raise UserError(told) from error
-        self._failure = told
+            raise UserError(message) from error
+        self._failure = message
         with contextlib.suppress(*errors(self.directory)):  # it tells of the same again
             self._manager.close()
         with contextlib.suppress(UserError):  # an object store may be out of reach for longer
@@ -164,18 +177,18 @@ class Checkpoints:
             self._failure += f"; the last whole step is {self.latest() or 'none'}"
         console.print(f"WARNING   {self._failure}")
 
-    def _put_aside(self, step: int, error: Exception):
+    def _quarantine(self, step: int, error: Exception):
         place, aside = self.directory / str(step), self.directory / f"{step}.damaged"
         with contextlib.suppress(FileNotFoundError, FileExistsError):  # another process may be first
             if place.exists() and aside.exists():
                 aside.rmtree()
             place.rename(aside)
-        told = f"{self.directory}: step {step} is damaged ({reason(error)}), it is now {aside.name}"
+        message = f"{self.directory}: step {step} is damaged ({reason(error)}), it is now {aside.name}"
         if jax.process_count() > 1:  # the others may have read their parts of it
-            raise UserError(f"{told}: run the same command to go on from the step before") from error
+            raise UserError(f"{message}: run the same command to go on from the step before") from error
         self._manager.close()
         self._open()
-        console.print(f"WARNING   {told}; going on from step {self.latest() or 'none'}")
+        console.print(f"WARNING   {message}; going on from step {self.latest() or 'none'}")
 
 
 def checksums(tree) -> dict[str, int]:

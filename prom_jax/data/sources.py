@@ -23,6 +23,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.temporary import quiet_loggers
 
 csv.field_size_limit(1 << 27)
 MOST_COLUMNS = 1000  # of a CSV file; a row is filled up to as many as the header has
@@ -364,9 +365,9 @@ def _load_hub(name: str):
 def _load(what: str, remedy: str, *args, split: str = "train", **kwargs):
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises too
     try:
-        return datasets.load_dataset(*args, split=split, **kwargs)
+        with quiet_loggers("datasets"):  # what it logs, it raises too
+            return datasets.load_dataset(*args, split=split, **kwargs)
     except Exception as error:  # the library raises a dozen kinds, and not all of them its own
         raise _unreadable(what, error.__cause__ or error, remedy) from error
 

@@ -1,14 +1,15 @@
 """lm-evaluation-harness: its tasks and ours, and what comes out of them."""
 
+import contextlib
 import logging
 from pathlib import Path
 
-import datasets
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 
 from prom_jax.evaluation.lm import HarnessModel
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.temporary import no_progress_bars, quiet_loggers
 
 TASKS = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234  # the harness's own
@@ -25,17 +26,20 @@ def load_tasks(names: list[str], data_dir: str | None = None) -> dict:
     names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     if not names:
         raise UserError("--tasks is empty: for example --tasks=xquad_th,mgsm_th")
-    for noisy in ("lm_eval", "datasets", "root"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    manage = lambda defaults: TaskManager(
-        include_path=str(TASKS), include_defaults=defaults, metadata={"data_dir": data_dir}
-    )
+    with _quiet():
+        return _load_tasks(names, data_dir)
+
+
+def _load_tasks(names: list[str], data_dir: str | None) -> dict:
+    def manage(defaults: bool) -> TaskManager:
+        return TaskManager(
+            include_path=str(TASKS), include_defaults=defaults, metadata={"data_dir": data_dir}
+        )
+
     manager = manage(False)
     ours = set(manager.all_tasks)
-    known = lambda: all(name in manager.task_index or Path(name).suffix == ".yaml" for name in names)
-    if not known():  # the harness has thousands, whose names take seconds to read
-        manager = manage(True)
+    if not all(name in manager.task_index or Path(name).suffix == ".yaml" for name in names):
+        manager = manage(True)  # the harness has thousands, whose names take seconds to read
     tasks = {}
     for name in names:
         if name not in manager.task_index and not Path(name).is_file():
@@ -51,7 +55,7 @@ def load_tasks(names: list[str], data_dir: str | None = None) -> dict:
             cause = str(error).strip().splitlines()
             raise UserError(
                 f"--tasks: {name!r} cannot be loaded ({type(error).__name__}: {cause[0] if cause else ''}): "
-                "its data may not be reachable; for our own tasks give --data-dir"
+                "its data may not be reachable; for our own tasks give --data_dir"
             ) from error
     return tasks
 
@@ -67,10 +71,18 @@ def evaluate(lm: HarnessModel, tasks: dict, limit: int | None = None) -> tuple[d
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(FEWSHOT_SEED)
-    results = evaluator.evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=RESAMPLES)
+    with _quiet():
+        results = evaluator.evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=RESAMPLES)
     samples = {task: _samples(task, results["samples"][task]) for task in tasks}
     summaries = {task: _summary(results["results"][task], samples[task]) for task in tasks}
     return summaries, [sample for task in tasks for sample in samples[task]]
+
+
+@contextlib.contextmanager
+def _quiet():
+    """In the block, the harness and what it stands on report errors alone."""
+    with quiet_loggers("lm_eval", "datasets", "root", level=logging.ERROR), no_progress_bars():
+        yield
 
 
 def _samples(task: str, logged: list[dict]) -> list[dict]:

@@ -8,13 +8,14 @@ these for equal.
 """
 
 import functools
-import os
 import re
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
+
+from prom_jax.utils.temporary import environment
 
 Tokens = Callable[[str], list[str]]
 
@@ -107,10 +108,12 @@ def thai_tokens(text: str) -> list[str]:
 @functools.cache
 def _thai_words() -> Tokens:
     # It would make a directory for downloads in the user's home, and its dictionary needs none.
-    os.environ.setdefault("PYTHAINLP_READ_ONLY", "1")
-    from pythainlp.tokenize import word_tokenize
+    with environment(PYTHAINLP_READ_ONLY="1"):
+        from pythainlp.tokenize import word_tokenize
 
-    return functools.partial(word_tokenize, engine="newmm", keep_whitespace=False)
+        words = functools.partial(word_tokenize, engine="newmm", keep_whitespace=False)
+        words("ไทย")  # which reads the dictionary
+    return words
 
 
 def last_integer(text: str) -> Decimal | None:

@@ -5,9 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
-
-from prom_jax.tokenization import sentencepiece
+from prom_jax.tokenization import PreTrainedTokenizerFast, sentencepiece
 from prom_jax.tokenization.checks import load_checked
 from prom_jax.utils.errors import UserError
 

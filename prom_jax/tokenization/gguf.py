@@ -4,8 +4,9 @@ import functools
 from collections.abc import Mapping
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import LlamaTokenizer
 
+from prom_jax.tokenization import PreTrainedTokenizerFast
 from prom_jax.tokenization.checks import check_lengths, load_checked
 from prom_jax.tokenization.sentencepiece import ranked_merges
 from prom_jax.utils.errors import UserError

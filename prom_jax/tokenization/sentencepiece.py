@@ -5,8 +5,9 @@ from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import models
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import LlamaTokenizer
 
+from prom_jax.tokenization import PreTrainedTokenizerFast
 from prom_jax.tokenization.checks import check_lengths
 
 

@@ -1,7 +1,5 @@
 """What a run costs, known before any weight is loaded: FLOPs, bytes, and whether they fit."""
 
-import ctypes
-import importlib.util
 import os
 from collections import Counter
 
@@ -77,21 +75,6 @@ def available_bytes() -> int:
         return statistics["bytes_limit"]
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return host // jax.local_device_count()
-
-
-def keep_freed_memory() -> None:
-    """Where there is no accelerator, keeps the memory of an update for the next one; before JAX has threads.
-
-    glibc would give the system back what an update frees at its end, 1.5 GiB in the demo, and new pages of it
-    cost the next update up to a tenth of its time.
-    """
-    libc = ctypes.CDLL(None)
-    accelerators = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
-    if not accelerators and hasattr(libc, "gnu_get_libc_version"):
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h: M_TRIM_THRESHOLD and so on
-        libc.mallopt(trim_threshold, -1)  # never
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(arena_max, 1)
 
 
 def summary(needed: dict[str, int]) -> str:

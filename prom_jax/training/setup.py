@@ -19,7 +19,7 @@ from prom_jax.training.objective import Method
 from prom_jax.training.regulation import Regulation, decide
 from prom_jax.utils.console import console
 from prom_jax.utils.process import is_main_process
-from prom_jax.utils.workdir import FORMAT, as_dict, check_same_config, check_shared
+from prom_jax.utils.workdir import as_dict, check_same_config, check_shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,7 @@ class Experiment:
     def identity(self) -> dict:
         """What a work directory remembers of its run: the configuration, and what its sources hold."""
         shared = self.batches.share_prompts  # with 'auto' it depends on `attention`, which may change
-        kept = {"format": FORMAT, **as_dict(self.config)}
-        return kept | {"records": self.data.fingerprint, "prompts_shared": shared}
+        return as_dict(self.config) | {"records": self.data.fingerprint, "prompts_shared": shared}
 
     @property
     def details(self) -> dict:

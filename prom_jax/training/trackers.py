@@ -1,18 +1,11 @@
 """What a run reports: metrics.jsonl and TensorBoard, and the learning curves drawn from them."""
 
 import json
-import sys
 from pathlib import Path
 
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
-
-if _hide_torch := "torch" not in sys.modules:  # tensorboardX would import it, which takes seconds
-    sys.modules["torch"] = None
-from tensorboardX import SummaryWriter
-
-if _hide_torch:
-    del sys.modules["torch"]
+from prom_jax.utils.temporary import environment
 
 
 class MetricsLog:
@@ -28,6 +21,9 @@ class MetricsLog:
         self._file = self._board = None
         if not is_main_process():
             return
+        with environment(CRC32C_SW_MODE="auto"):  # which the package would leave set
+            from tensorboardX import SummaryWriter  # imports torch where there is one: seconds
+
         repaired = path.with_suffix(".partial")
         repaired.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         repaired.replace(path)
@@ -73,5 +69,5 @@ def read(path: Path) -> list[dict]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise UserError(f"{path}, line {number} is not JSON: mend or remove the file") from error
+                raise UserError(f"{path}, line {number} is not JSON: fix or remove the file") from error
     return rows

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from prom_jax.utils import config_file
+from prom_jax.utils import command, config_file
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import MISTAKE
 
@@ -33,13 +33,13 @@ class Parser(argparse.ArgumentParser):
     nearest known one, and --help tells the default of each.
 
     Args:
-      command: the module that is run, such as 'prom_jax.train'.
+      module: the one that is run, such as 'prom_jax.train'.
       about: its docstring: how it is called, and what it does.
     """
 
-    def __init__(self, command: str, about: str):
+    def __init__(self, module: str, about: str):
         super().__init__(
-            prog=f"python -m {command}",
+            prog=f"python -m {module}",
             usage=argparse.SUPPRESS,  # the docstring begins with it
             description=about,
             epilog="Flags are given as --name=value or --name value; - and _ in names are alike.",
@@ -175,6 +175,7 @@ def versions(*more: str) -> dict[str, str]:
 def guard(main: Callable[[], object]):
     """Runs `main()`, keeping what it compiles for the next time; a user's mistake ends it with one line and
     exit status 2."""
+    command.quiet_libraries()
     for name, value in COMPILED.items():
         if name not in os.environ:
             jax.config.update(name.lower(), value)
@@ -186,15 +187,14 @@ def guard(main: Callable[[], object]):
 
 
 def _with_underscores(arguments: list[str]) -> list[str]:
-    """The arguments with `_` for `-` in names of flags, up to `--`, which ends them."""
+    """The arguments with `_` for `-` in names of flags, up to `--`, which ends these."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    written = [
-        _FLAG.sub(lambda flag: f"--{flag[0][2:].replace('-', '_')}", argument, count=1)
-        if _FLAG.match(argument)
-        else argument
-        for argument in arguments[:end]
-    ]
-    return written + list(arguments[end:])
+    return [*map(_with_underscore_name, arguments[:end]), *arguments[end:]]
+
+
+def _with_underscore_name(argument: str) -> str:
+    flag = _FLAG.match(argument)
+    return f"--{flag[0][2:].replace('-', '_')}{argument[flag.end() :]}" if flag else argument
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -24,7 +24,11 @@ def progress(total: int, start: int = 0, what: str = "step"):
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total, completed=start, text="")
-        yield lambda number, text: bar.update(task, completed=number, text=text)
+
+        def update(number, text):
+            bar.update(task, completed=number, text=text)
+
+        yield update
 
 
 def track(items, what: str, total: int | None = None):

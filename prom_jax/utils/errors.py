@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Something the user can mend: names the offending value, what was expected, and the remedy.
+    """Something the user can fix: names the offending value, what was expected, and the remedy.
 
     Line breaks and terminal codes, which may come out of a stranger's file, show as escapes.
     """

@@ -1,4 +1,4 @@
-"""Work directory: the check that it holds no other run, and atomic writes."""
+"""Work directory: configuration check and atomic writes."""
 
 import json
 import os
@@ -15,7 +15,8 @@ from prom_jax.utils.process import is_main_process
 MAY_CHANGE = ("mesh", "checkpoint", "export", "remat", "attention", "batch.accumulation", "eval.every")
 
 CONFIG_FILE = "config.json"
-# Of what a run keeps in its work directory; another number for every change after which it cannot go on.
+# Of what a run keeps: the trees of parameters and optimizer state, and the records. 1, which no file says: up
+# to commit f878607.
 FORMAT = 2
 
 
@@ -24,23 +25,54 @@ def as_dict(config) -> dict:
     return json.loads(config.to_json())
 
 
+def write_config(workdir: Path, config: dict):
+    """Writes the configuration that a run has from its start, for `check_same_config`; process 0 does.
+
+    Args:
+      workdir: of the run.
+      config: as `as_dict` gives it, and what else must stay the same.
+    Raises:
+      UserError: if it cannot be written.
+    """
+    write_json(workdir / CONFIG_FILE, {"format": FORMAT} | config)
+
+
+def check_format(path, number):
+    """Checks that what a run has kept can be read by this version.
+
+    Args:
+      path: the file that says its format.
+      number: the format that it says; None where it says none.
+    Raises:
+      UserError: if the format is another one.
+    """
+    if number != FORMAT:
+        found = 1 if number is None else number
+        raise UserError(
+            f"{path} is of a run or checkpoint of format {found!r:.100}, this version has {FORMAT} and "
+            "cannot go on with it: give another --workdir or checkpoint.directory to start anew, or use the "
+            "version that wrote it; a Hugging Face export of it loads (hf/ of the run, or what "
+            "`python -m prom_jax.convert to_hf` of that version makes)"
+        )
+
+
 def check_same_config(workdir: Path, config: dict):
-    """Raises UserError if the folder holds a run of another configuration, or of another version of
-    prom_jax; what differs is named."""
+    """Checks that a folder holds no run of another configuration.
+
+    Args:
+      workdir: of the run.
+      config: what must be the same, as `as_dict` gives it; a part of what `write_config` wrote suffices.
+    Raises:
+      UserError: if there is one, or one of another version of prom_jax; what differs is named.
+    """
     path = workdir / CONFIG_FILE
     if path.exists():
         try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            held = theirs.get("format")
-            theirs = _flat(theirs)
-        except (ValueError, AttributeError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
             raise UserError(f"{path} is damaged ({error}): remove it, or give another --workdir") from error
-        if held != FORMAT:
-            raise UserError(
-                f"{workdir} holds a run of another version of prom_jax ({_format(held)}, expected format "
-                f"{FORMAT}), which cannot be continued: give another --workdir; its export, "
-                f"{workdir / 'hf'}, still loads"
-            )
+        check_format(path, content.get("format"))
+        theirs = _flat(content)
         for key, value in _flat(config).items():
             if theirs.get(key) != value and not key.startswith(MAY_CHANGE):
                 raise UserError(
@@ -92,10 +124,6 @@ def write_text(path: Path, text: str):
         raise UserError(
             f"{path} cannot be written ({error.strerror}): make room, or give another place"
         ) from error
-
-
-def _format(number) -> str:
-    return "without a format number" if number is None else f"format {number}"
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

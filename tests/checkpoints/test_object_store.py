@@ -12,7 +12,7 @@ from gcp_storage_emulator.handlers import objects
 from prom_jax import convert
 from prom_jax.checkpoints.description import Description, describe, find
 from prom_jax.checkpoints.orbax import CheckpointReader
-from prom_jax.checkpoints.storage import located
+from prom_jax.checkpoints.storage import resolve_path
 from prom_jax.checkpoints.training import Checkpoints
 from prom_jax.models.config import LlamaConfig
 from prom_jax.utils.errors import UserError
@@ -79,12 +79,12 @@ def saved(place, losses, **policy):
     for step, loss in losses.items():
         store.save(step, loss, **state(make_mesh("fsdp"), step))
     store.close()
-    (located(place) / "tokenizer" / "tokenizer.json").write_text("{}")
+    (resolve_path(place) / "tokenizer" / "tokenizer.json").write_text("{}")
     return store
 
 
 def names(place):
-    return sorted(path.name for path in located(place).iterdir())
+    return sorted(path.name for path in resolve_path(place).iterdir())
 
 
 def test_policy_and_another_mesh(bucket):
@@ -116,7 +116,7 @@ def test_a_step_that_was_not_finished_does_not_count(bucket):
     place = "gs://runs/halves"
     saved(place, {1: None, 2: None})
     bucket.rm(f"{place}/2/commit_success.txt")
-    (located(place) / "notes" / "x").write_text("whatever else lies there")
+    (resolve_path(place) / "notes" / "x").write_text("whatever else lies there")
     assert Checkpoints(place).resume(**abstract(state(make_mesh("one"))))[0] == 1
     assert names(place) == ["1", "notes", "tokenizer"]
 
@@ -172,7 +172,7 @@ def test_a_save_that_is_refused_costs_one_step_alone(closed, bucket, capsys):
 
 def test_what_is_missing_or_not_supported(monkeypatch):
     with pytest.raises(UserError, match="s3://bucket/run is in no place that is supported"):
-        located("s3://bucket/run")
+        resolve_path("s3://bucket/run")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package gcsfs: pip install -e '\.\[gcs\]'"):
         Checkpoints("gs://runs/x")

@@ -1,19 +1,18 @@
-"""Weights in and out, against transformers and plain formulas."""
+"""Folders of safetensors against transformers, byte for byte, and what a reader of them refuses."""
 
 import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.numpy import load_file
+from huggingface_hub import ModelCard
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -28,8 +27,6 @@ from transformers import (
 from prom_jax.checkpoints.params import ParamsReader, load_params
 from prom_jax.checkpoints.pretrained import open_reader
 from prom_jax.checkpoints.safetensors import save_hf
-from prom_jax.models import decoder as llama
-from prom_jax.parallel import sharding
 from prom_jax.utils.errors import UserError
 
 SIZES = {
@@ -103,81 +100,6 @@ def test_round_trip_is_byte_identical(tmp_path, dtype, settings, shards, pivot):
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_pivot_head_starts_as_a_copy_and_comes_back(tmp_path, tied):
-    hf_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
-    reader = open_reader(tmp_path / "base")
-    params = load_params(reader, pivot_layer=3, pivot_head=True)
-    head = params["embed_tokens" if tied else "lm_head"]
-    np.testing.assert_array_equal(params["pivot_head"], head)
-    assert [params[stack]["q_proj"].shape[0] for stack in ("lower", "upper")] == [3, 1]
-
-    params["pivot_head"] = params["pivot_head"] + 1
-    save(params, reader, tmp_path / "out")
-    with safe_open(tmp_path / "out" / "pivot_head.safetensors", "numpy") as file:
-        assert list(file.keys()) == ["pivot_head.weight"]
-        assert file.metadata()["pivot_layer"] == "3"
-    again = open_reader(tmp_path / "out")
-    assert again.pivot_layer == 3
-    trained = load_params(again, pivot_layer=3, pivot_head=True)
-    jax.tree.map(np.testing.assert_array_equal, trained, params)
-    assert "pivot_head" not in load_params(again)
-    with pytest.raises(UserError, match=r"layer 3.*pivot\.layer is 2"):
-        load_params(again, pivot_layer=2, pivot_head=True)
-
-
-def test_parameters_are_where_the_model_wants_them(tmp_path):
-    model = hf_model()
-    model.save_pretrained(tmp_path)
-    reader = open_reader(tmp_path)
-    params = load_params(reader, pivot_layer=1)
-    tokens = np.arange(40)[None] % 64
-    ours = llama.with_params(llama.abstract(reader.config, pivot_layer=1), params)
-    with torch.no_grad():
-        theirs = model(torch.from_numpy(tokens)).logits.numpy()
-    np.testing.assert_allclose(ours(tokens), theirs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_shards_equal_the_whole(tmp_path, sizes):
-    hf_model().save_pretrained(tmp_path / "base")
-    mesh = sharding.make_mesh(**{"fsdp": 1, **sizes})
-    reader = open_reader(tmp_path / "base")
-    whole = load_params(reader, pivot_layer=3, pivot_head=True)
-    parts = load_params(reader, mesh, pivot_layer=3, pivot_head=True)
-    jax.tree.map(np.testing.assert_array_equal, parts, whole)
-    q_proj = parts["lower"]["q_proj"]
-    assert q_proj.sharding == sharding.param_sharding(mesh, ("lower", "q_proj"), q_proj.shape)
-    assert q_proj.addressable_shards[0].data.size < q_proj.size
-    save(parts, reader, tmp_path / "out")
-    assert tensors(tmp_path / "out") == tensors(tmp_path / "base")
-
-
-def test_only_the_asked_part_is_read(tmp_path, monkeypatch):
-    hf_model().save_pretrained(tmp_path)
-    reader = open_reader(tmp_path)
-    read, sizes = reader.read, []
-
-    def spy(name, index):
-        part = read(name, index)
-        sizes.append(part.size / np.prod(reader.shape(name)))
-        return part
-
-    monkeypatch.setattr(reader, "read", spy)
-    load_params(reader, sharding.make_mesh(fsdp=8))
-    assert set(sizes) == {1 / 8}
-
-
-def test_dtype_can_be_chosen(tmp_path):
-    hf_model(torch.bfloat16).save_pretrained(tmp_path / "base")
-    reader = open_reader(tmp_path / "base")
-    assert reader.dtype == jnp.bfloat16
-    params = load_params(reader, dtype=jnp.float32)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
-    save(params, reader, tmp_path / "out")
-    assert tensors(tmp_path / "out") == tensors(tmp_path / "base")
-
-
 def test_the_folder_is_whole(tmp_path):
     hf_model(eos_token_id=[5, 2], bos_token_id=1).save_pretrained(tmp_path / "base")
     reader = open_reader(tmp_path / "base")
@@ -185,10 +107,11 @@ def test_the_folder_is_whole(tmp_path):
     out = tmp_path / "new" / "out"
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "eos_token_id": [2, 5]}
-    card = (out / "README.md").read_text()
-    assert 'base_model: "owner/base"' in card
-    assert 'language: "sw"' in card
-    assert "| learning_rate | 2e-05 |" in card
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == "owner/base"
+    assert card.data.language == "sw"
+    assert card.data.tags == ["prom_jax"]
+    assert "| learning_rate | 2e-05 |" in card.text
     assert AutoTokenizer.from_pretrained(out).chat_template == "ours"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in tensors(out).values())
@@ -229,6 +152,183 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="No space left"):
             save(params, reader, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_lm_head_beside_a_tied_config_as_in_transformers(tmp_path, equal):
+    hf_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    content = load_file(tmp_path / "model.safetensors")
+    embedding = content["model.embed_tokens.weight"]
+    content["lm_head.weight"] = embedding.copy() if equal else embedding + 1
+    content["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)  # of old folders
+    save_file(content, tmp_path / "model.safetensors", {"format": "pt"})
+    reader = open_reader(tmp_path)
+    params = load_params(reader)
+    assert ("lm_head" in params) is not equal
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.detach().numpy()
+    np.testing.assert_array_equal(params["embed_tokens" if equal else "lm_head"], theirs)
+
+
+def edit_config(directory, **settings):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def test_bad_folders_are_refused(tmp_path):
+    good = tmp_path / "good"
+    hf_model().save_pretrained(good)
+    content = load_file(good / "model.safetensors")
+
+    def bad(error, change):
+        folder = tmp_path / "bad"
+        shutil.copytree(good, folder)
+        change(folder)
+        with pytest.raises(UserError, match=error):
+            load_params(open_reader(folder))
+        shutil.rmtree(folder)
+
+    def weights(**changes):
+        changed = {k: v for k, v in {**content, **changes}.items() if v is not None}
+        return lambda folder: save_file(changed, folder / "model.safetensors")
+
+    def cut(size):
+        return lambda folder: os.truncate(folder / "model.safetensors", size)
+
+    def index(file_name):
+        text = json.dumps({"weight_map": {"model.norm.weight": file_name}})
+        return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+    def pickle_alone(folder):
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+    norm = "model.norm.weight"
+    bad(r"model\.safetensors is not a whole safetensors file", cut(20_000))
+    bad(r"model\.safetensors is not a whole safetensors file", cut(5))
+    bad(r"model\.safetensors is not a whole safetensors file", cut(0))
+    bad(r"lacks model\.norm\.weight", weights(**{norm: None}))
+    bad(r"holds model\.norm\.bias", weights(**{"model.norm.bias": content[norm]}))
+    bad(r"model\.norm\.weight has the shape \[31\].*\[32\]", weights(**{norm: content[norm][:31].copy()}))
+    bad(r"model\.norm\.weight is of type I64", weights(**{norm: np.arange(32)}))
+    bad(r"embed_tokens\.weight has the shape", lambda folder: edit_config(folder, vocab_size=65))
+    bad(r"lacks model\.layers\.4\S* \S* \S* and 6 more", lambda f: edit_config(f, num_hidden_layers=5))
+    bad("unsupported architecture", lambda folder: edit_config(folder, model_type="gpt2"))
+    bad(r"config\.json does not exist", lambda folder: (folder / "config.json").unlink())
+    bad(r"config\.json is not valid JSON", lambda folder: (folder / "config.json").write_text("{"))
+    bad("pickle alone", pickle_alone)
+    bad("no weights", lambda folder: (folder / "model.safetensors").unlink())
+    for outside in (
+        "../good/model.safetensors",
+        str(good / "model.safetensors"),
+        "sub/x.safetensors",
+        "x.bin",
+    ):
+        bad("expected safetensors files in the same folder", index(outside))
+    bad("does not exist, though the index", index("gone.safetensors"))
+    (tmp_path / "one.safetensors").write_bytes((good / "model.safetensors").read_bytes())
+    bad("which the index places there", lambda folder: [
+        save_file({"x": content[norm]}, folder / "part.safetensors"), index("part.safetensors")(folder)
+    ])  # fmt: skip
+    bad("pivot_layer", lambda f: save_file({"x": content[norm]}, f / "pivot_head.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: expected 1 to 10000"),
+        ({"vocab_size": 10**12}, "vocab_size=1000000000000: expected a whole number"),
+        ({"hidden_size": [32]}, r"hidden_size=\[32\]: expected a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0: expected a whole number above 0"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads='2': expected a whole number above 0 or null"),
+        ({"head_dim": 7}, "head_dim=7: rotary embeddings need an even number"),
+        ({"intermediate_size": True}, "intermediate_size=True: expected a whole number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: expected a number above 0"),
+        ({"eos_token_id": [1, "2"]}, r"eos_token_id=\[1, '2'\]: expected a token's number or a list"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no': expected true or false"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\]: expected a name"),
+        ({"rope_parameters": 7}, "rope_parameters=7: expected an object"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": "2"}},
+            "factor='2': expected a number above 0",
+        ),
+        ({"auto_map": {"AutoModelForCausalLM": "m.M"}}, "auto_map=.*not supported"),
+        ({"x": "a" * 1000}, "x='a{99}, which"),
+    ],
+)
+def test_values_that_a_config_cannot_have_are_named(tmp_path, settings, error):
+    hf_model().save_pretrained(tmp_path)
+    edit_config(tmp_path, **settings)
+    with pytest.raises(UserError, match=error):
+        open_reader(tmp_path)
+
+
+def test_deep_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(UserError, match="is not valid JSON"):
+        open_reader(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": ["a"]}, {"weight_map": {}}, {"weight_map": {"a": 1}}])
+def test_an_index_that_is_none_is_refused(tmp_path, content):
+    hf_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"weight_map|no tensors|names 1"):
+        open_reader(tmp_path)
+
+
+def test_a_tied_head_of_endless_rows_is_not_compared(tmp_path):
+    """Rows without columns take no bytes, so that a file may have as many as it likes."""
+    hf_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["lm_head.weight"] = {"dtype": "F32", "shape": [10**15, 0], "data_offsets": [0, 0]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(UserError, match=r"lm_head\.weight has the shape"):
+        load_params(open_reader(tmp_path))
+
+
+def test_terminal_codes_of_a_file_show_as_escapes(tmp_path):
+    hf_model().save_pretrained(tmp_path)
+    header = json.dumps(
+        {"a": {"dtype": "\x1b[31m", "shape": [1], "data_offsets": [0, 4]}}, ensure_ascii=False
+    )
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(4))
+    with pytest.raises(UserError) as raised:
+        open_reader(tmp_path)
+    assert r"\x1b[31m" in str(raised.value) and str(raised.value).isprintable()
+
+
+# The model card of an export of commit f878607, up to its rows, and what that wrote into config.json.
+FIRST_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- prom_jax
+base_model: "owner/base"
+language: "sw"
+---
+"""
+FIRST_DETAILS = {"base_model": "owner/base", "language": "sw", "method": "prom", "pivot.layer": 3, "seed": 0}
+
+
+def test_an_export_of_the_first_version_loads_and_is_replaced(tmp_path):
+    hf_model().save_pretrained(tmp_path)
+    config = open_reader(tmp_path).config.to_hf()
+    first = {"torch_dtype": "float32", "prom_jax": FIRST_DETAILS}
+    (tmp_path / "config.json").write_text(json.dumps(config | first))
+    (tmp_path / "README.md").write_text(FIRST_CARD)
+    head = np.random.default_rng(0).standard_normal((64, 32), np.float32)
+    save_file({"pivot_head.weight": head}, tmp_path / "pivot_head.safetensors", {"pivot_layer": "3"})
+    reader = open_reader(tmp_path)
+    assert reader.pivot_layer == 3 and reader.details == FIRST_DETAILS
+    params = load_params(reader, pivot_layer=3, pivot_head=True)
+    np.testing.assert_array_equal(params["pivot_head"], head)
+    before = tensors(tmp_path)
+    save(params, reader, tmp_path)
+    assert tensors(tmp_path) == before
+    assert open_reader(tmp_path).pivot_layer == 3
 
 
 TWO_PROCESSES = """

@@ -12,9 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from prom_jax import train as door
-from prom_jax.checkpoints.description import Description, find
 from prom_jax.checkpoints.orbax import CheckpointReader
-from prom_jax.checkpoints.storage import located
 from prom_jax.checkpoints.training import Checkpoints, checksums
 from prom_jax.parallel import sharding
 from prom_jax.utils.errors import UserError
@@ -205,31 +203,6 @@ def test_room_that_is_made_lets_the_next_save_through(small_disk):
     store.save(2, **state(mesh, 2))
     store.close()
     assert steps(small_disk / "checkpoints") == [2]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"config": {}}, {"pivot_layer": "1"}, {"dtype": "int32"}, {"dtype": 7}, {"details": None}, {"more": 1}],
-)
-def test_a_damaged_description_is_named(tmp_path, settings):
-    config = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
-    config |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    whole = {"config": config, "pivot_layer": 0, "dtype": "float32", "details": {}}
-    path = tmp_path / "model.json"
-    path.write_text(json.dumps(whole))
-    assert Description.read(tmp_path).config.hidden_size == 8
-    for text in (json.dumps(whole | settings), json.dumps(whole)[:-1], "[" * 100_000):
-        path.write_text(text)
-        with pytest.raises(UserError, match=r"model\.json is damaged .*: give another source"):
-            Description.read(tmp_path)
-
-
-def test_places():
-    assert str(located("gs://bucket/run")) == "gs://bucket/run"
-    assert str(located("runs/x")) == os.path.abspath("runs/x")
-    with pytest.raises(UserError, match="in no place that is supported: expected a path or gs://bucket/…"):
-        find("https://example.com/model")
-    assert find("owner/name") is None
 
 
 def test_training_goes_on_from_the_step_before_a_damaged_one(config, tmp_path, capsys):

@@ -223,9 +223,9 @@ def test_files_are_there_once(data_dir):
     path.unlink()
     assert len(load("xquad_el", data_dir).eval_docs) == 3
     (data_dir / path.name).unlink()
-    with pytest.raises(UserError, match=r"no xquad\.el\.json below .*leave --data-dir out to fetch it"):
+    with pytest.raises(UserError, match=r"no xquad\.el\.json below .*leave --data_dir out to fetch it"):
         load("xquad_el", data_dir)
-    with pytest.raises(UserError, match=r"no directory 'nowhere': give --data-dir"):
+    with pytest.raises(UserError, match=r"no directory 'nowhere': give --data_dir"):
         load("xquad_el", "nowhere")
 
 
@@ -270,7 +270,7 @@ def test_the_hub_gives_indicqa_as_files(monkeypatch, data_dir):
 @pytest.mark.parametrize("name", ["xquad_ar", "mlqa_ar", "indicqa_ta", "mgsm_th"])
 def test_without_the_hub_it_says_which_file_it_wants(name):
     # HF_HUB_OFFLINE is set for all tests
-    wanted = rf"cannot be fetched from the hub .*give --data-dir=DIR, .*{re.escape(file_name(name))}"
+    wanted = rf"cannot be fetched from the hub .*give --data_dir=DIR, .*{re.escape(file_name(name))}"
     with pytest.raises(UserError, match=wanted):
         load(name, None)
 

@@ -27,6 +27,7 @@ from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.tasks import documents
 from prom_jax.tokenization.folder import fingerprint
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import FORMAT
 from tests.fuzz import mutation
 
 
@@ -375,7 +376,8 @@ def read_answers(folder: Path):
     Answers(folder / "answers.jsonl", ANSWERS).get("x")
 
 
-DESCRIPTION = {"config": CONFIG, "pivot_layer": 1, "dtype": "float32", "details": {"method": "prom"}}
+DESCRIPTION = {"format": FORMAT, "config": CONFIG, "pivot_layer": 1, "dtype": "float32"}
+DESCRIPTION["details"] = {"method": "prom"}
 
 TARGETS = {
     "config": Target(

@@ -305,8 +305,8 @@ def test_a_third_stream_is_a_term(appended):
     batch = shared_rows(target, english, joined=appended is not None) | {"replay": PACKED["english"]}
     both, _ = gradients(model, method, batch, appended=appended)
     without, _ = gradients(model, RAW, batch, appended=appended)
-    replay = torch_sum(hf, ENGLISH, hf.lm_head, 2, norm=True).item() / both["weight_replay"]
+    replay = torch_sum(hf, ENGLISH, hf.lm_head, 2, norm=True).item() / float(both["weight_replay"])
     assert both["loss_replay"] == pytest.approx(replay, rel=1e-5)
-    assert both["loss"] == pytest.approx(without["loss"] + 0.3 * replay, rel=1e-5)
+    assert both["loss"] == pytest.approx(float(without["loss"]) + 0.3 * replay, rel=1e-5)
     for key in ("loss_target", "loss_english"):
-        assert both[key] == pytest.approx(without[key], rel=1e-5)
+        assert both[key] == pytest.approx(float(without[key]), rel=1e-5)

@@ -12,18 +12,8 @@ from absl import flags
 from prom_jax.utils import cli, config_file
 from prom_jax.utils.errors import UserError
 
-COMMANDS = (
-    "train",
-    "prepare",
-    "regulate",
-    "probe",
-    "interference",
-    "generate",
-    "evaluate",
-    "convert",
-    "report",
-)
 WITH_CONFIG = ("train", "prepare", "regulate", "interference")
+COMMANDS = (*WITH_CONFIG, "probe", "generate", "evaluate", "convert", "report")
 # What a command cannot do without.
 NEEDED = {
     "interference": ["--out=o"],
@@ -120,7 +110,7 @@ def test_flags_are_not_shortened():
 
 @pytest.mark.parametrize("command", [*WITH_CONFIG, "probe", "evaluate", "report"])
 def test_an_unexpected_argument(command):
-    with pytest.raises(UserError, match="^unexpected argument 'x': flags are given as --name=value$"):
+    with pytest.raises(UserError, match=r"^unexpected argument 'x': flags are given as --name=value$"):
         parse(command, "x")
 
 
@@ -217,7 +207,7 @@ def test_configurations_that_cannot_be(given, message):
         ("def get_config(: pass", "SyntaxError"),
         ("def get_config(variant=''):\n    return {}", "returns dict: expected an ml_collections.ConfigDict"),
         (
-            "from prom_jax.config import default\n\n\ndef get_config():\n    c = default()\n    c.steps = 'x'",
+            "from prom_jax.config import default\n\n\ndef get_config():\n    default().steps = 'x'",
             "makes no configuration (TypeError: ",
         ),
     ],

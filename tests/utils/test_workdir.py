@@ -8,7 +8,7 @@ from multiprocessing import get_context
 import pytest
 
 from prom_jax.utils.errors import UserError
-from prom_jax.utils.workdir import write_json
+from prom_jax.utils.workdir import check_same_config, write_config, write_json
 
 
 def write_many(path, value):
@@ -38,3 +38,17 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a.json cannot be written .*No space left.*make room"):
         write_json(path, 2)
     assert json.loads(path.read_text()) == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_of_another_version_is_not_continued(tmp_path):
+    config = {"seed": 0, "batch": {"sequences": 8}}
+    check_same_config(tmp_path, config)
+    write_config(tmp_path, config | {"records": "x"})
+    check_same_config(tmp_path, config)
+    with pytest.raises(UserError, match=r"holds a run with batch\.sequences=8, now 4"):
+        check_same_config(tmp_path, config | {"batch": {"sequences": 4}})
+    write_json(tmp_path / "config.json", config)  # as commit f878607 wrote it
+    with pytest.raises(
+        UserError, match=r"config\.json is of a run or checkpoint of format 1, .* cannot go on with it"
+    ):
+        check_same_config(tmp_path, config)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from prom_jax.evaluation.metrics import NUMBER, last_number
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.temporary import quiet_loggers
 
 WORDS = Path(__file__).with_name("words.json")
 
@@ -149,11 +150,11 @@ def _mgsm_file(directory: str, name: str) -> tuple[str, Iterator[dict]]:
 
 def _find(directory: str, name: str) -> Path:
     if not Path(directory).is_dir():
-        raise UserError(f"There is no directory '{directory}': give --data-dir one that has {name} below it.")
+        raise UserError(f"There is no directory '{directory}': give --data_dir one that has {name} below it.")
     found = sorted(Path(directory).rglob(name))
     if not found:
         raise UserError(
-            f"There is no {name} below '{directory}': put it there, or leave --data-dir out to fetch it."
+            f"There is no {name} below '{directory}': put it there, or leave --data_dir out to fetch it."
         )
     if len(found) > 1:
         places = ", ".join(map(str, found))
@@ -167,8 +168,8 @@ def _find(directory: str, name: str) -> Path:
 def _hub_data_set(name: str, repository: str, config: str, split: str) -> tuple[str, Iterable[dict]]:
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises too
-    rows = _fetched(repository, name, lambda: datasets.load_dataset(repository, config, split=split))
+    with quiet_loggers("datasets"):  # what it logs, it raises too
+        rows = _fetched(repository, name, lambda: datasets.load_dataset(repository, config, split=split))
     # MGSM's rows have no id of their own
     return f"{repository}:{config}", ({"id": f"problem {n}", **row} for n, row in enumerate(rows, 1))
 
@@ -188,5 +189,5 @@ def _fetched(repository: str, name: str, fetch: Callable):
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
             f"{repository} cannot be fetched from the hub ({type(error).__name__}: {reason}): give "
-            f"--data-dir=DIR, a directory that has {name} somewhere below it."
+            f"--data_dir=DIR, a directory that has {name} somewhere below it."
         ) from error

@@ -1,0 +1,45 @@
+"""What is known of a model without its weights."""
+
+import shutil
+
+import huggingface_hub
+
+from prom_jax import convert
+from prom_jax.checkpoints import pretrained
+from prom_jax.tokenization.folder import fingerprint
+from tests.checkpoints.test_gguf import to_gguf
+from tests.reference import hf_model
+
+
+def same(found, expected):
+    """Whether two sources are of one architecture and tokenizer."""
+    return found[0] == expected[0].config and fingerprint(found[1]) == fingerprint(expected[1])
+
+
+def test_a_folder_without_weights(tiny, tmp_path, monkeypatch):
+    whole = pretrained.open_source(tiny / "model")
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny / "model", bare)
+    (bare / "model.safetensors").unlink()
+    assert same(pretrained.open_config(tiny / "model"), whole)
+    assert same(pretrained.open_config(bare), whole)
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **k: asked.update(k) or str(bare))
+    assert same(pretrained.open_config("owner/name"), whole)
+    assert "*.safetensors" not in asked["allow_patterns"] and "*.json" in asked["allow_patterns"]
+
+
+def test_a_checkpoint_without_its_steps(tiny, tmp_path):
+    convert.main(["from_hf", str(tiny / "model"), str(tmp_path / "orbax")])
+    whole = pretrained.open_source(tmp_path / "orbax")
+    (step,) = (path for path in (tmp_path / "orbax").iterdir() if path.name.isdecimal())
+    assert same(pretrained.open_config(step), whole)
+    shutil.rmtree(step)
+    assert same(pretrained.open_config(tmp_path / "orbax"), whole)
+
+
+def test_a_gguf_file(tmp_path, monkeypatch):
+    path = to_gguf(hf_model("llama3"), tmp_path / "model.gguf")
+    monkeypatch.setattr(pretrained, "load_tokenizer", str)
+    assert pretrained.open_config(path) == (pretrained.open_source(path)[0].config, str(path))

@@ -1,0 +1,84 @@
+"""Tokenizers in GGUF metadata against transformers and the tokenizers library."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from prom_jax.checkpoints.pretrained import load_tokenizer
+from prom_jax.utils.errors import UserError
+from tests.tokenization.made_up import (
+    GPT2,
+    SMOLLM,
+    SPECIAL_TEXTS,
+    TEXTS,
+    byte_level_fields,
+    llama_fields,
+    train_byte_level,
+    write_gguf,
+)
+
+
+@pytest.mark.parametrize(("pre", "split"), [("gpt-2", GPT2), ("default", GPT2), ("smollm", SMOLLM)])
+def test_byte_level_gguf_equals_the_tokenizer_it_was_made_of(tmp_path, pre, split):
+    original = train_byte_level(split)
+    path = write_gguf(tmp_path / "m.gguf", **byte_level_fields(original, pre))
+    loaded = load_tokenizer(path)
+    for text in TEXTS + SPECIAL_TEXTS:
+        ids = loaded(text).input_ids
+        assert ids == original.encode(text).ids
+        assert loaded.decode(ids) == text
+    assert loaded.eos_token == "<|im_end|>"
+    assert loaded.bos_token == "<|im_start|>"
+    assert loaded.unk_token is None
+    assert len(loaded) == original.get_vocab_size()
+    ids = loaded("<think>hi<|im_end|>").input_ids
+    assert loaded.decode(ids, skip_special_tokens=True) == "<think>hi"
+    # One (start, end) a token, of characters: which tokens bear loss is told by it.
+    offsets = loaded("hi 12", return_offsets_mapping=True)["offset_mapping"]
+    assert offsets[0][0] == 0
+    assert offsets[-1][1] == 5
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe"])
+def test_byte_level_gguf_equals_transformers(tmp_path, pre):
+    fields = byte_level_fields(train_byte_level(GPT2), pre)
+    path = write_gguf(tmp_path / "m.gguf", add_bos_token=False, **fields)
+    loaded, reference = load_tokenizer(path), AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    for text in TEXTS + SPECIAL_TEXTS:
+        assert loaded(text).input_ids == reference(text).input_ids
+
+
+def test_llama3_adds_bos_and_keeps_whole_words(tmp_path):
+    fields = byte_level_fields(train_byte_level(GPT2), "llama-bpe")
+    fields["tokens"] = [*fields["tokens"], "zqx"]  # in the vocabulary, but no merge leads to it
+    fields["token_type"] = [*fields["token_type"], 1]
+    loaded = load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
+    assert loaded("zqx").input_ids == [1, len(fields["tokens"]) - 1]
+    assert loaded("zqx", add_special_tokens=False).input_ids == [len(fields["tokens"]) - 1]
+
+
+def test_bos_and_eos_flags(tmp_path):
+    fields = byte_level_fields(train_byte_level(GPT2), "gpt-2", add_bos_token=True, add_eos_token=True)
+    ids = load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))("hi").input_ids
+    assert (ids[0], ids[-1]) == (1, 2)
+
+
+def test_llama_flags(tmp_path, llama_model):
+    fields = {**llama_fields(llama_model), "add_bos_token": False, "add_space_prefix": False}
+    loaded = load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
+    first = loaded.convert_ids_to_tokens(loaded("hi").input_ids)[0]
+    assert not first.startswith(("<s>", "▁"))
+
+
+def test_gguf_vocabularies_that_make_no_sense_are_refused(tmp_path, llama_model):
+    byte_level, llama = byte_level_fields(train_byte_level(GPT2), "gpt-2"), llama_fields(llama_model)
+    for fields in (
+        {**byte_level, "merges": ["a b c"]},
+        {**byte_level, "merges": ["a qqq"]},
+        {**byte_level, "eos_token_id": 10**6},
+        {**byte_level, "tokens": "abc"},
+        {**byte_level, "token_type": 3},
+        {**llama, "scores": [0.5]},
+        {**llama, "tokens": [*llama["tokens"][:-1], "▁" * 10**6]},  # halving it would take hours
+    ):
+        with pytest.raises(UserError, match=r"the tokenizer in .*m\.gguf cannot be read"):
+            load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
