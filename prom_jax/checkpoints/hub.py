@@ -20,7 +20,7 @@ CONVERTED = "A language model converted by prom_jax."
 _CARD_TAG = "prom_jax"  # marks a folder as an export, which the next may replace
 
 
-def local_path(source) -> Path:
+def local_path(source, weights: bool = True) -> Path:
     """The path of a model on this machine: a directory or a `.gguf` file, downloaded if `source` is a hub id.
 
     Args:
