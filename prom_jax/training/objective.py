@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from prom_jax.data.examples import PRIMARY
-from prom_jax.models.decoder import Exit, Rows
+from prom_jax.models.inputs import Exit, Rows
 from prom_jax.ops.cross_entropy import cross_entropy
 
 MAIN_HEAD = "lm_head"
