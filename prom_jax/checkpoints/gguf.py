@@ -244,6 +244,8 @@ def _with_rope_factors(path, config: DecoderConfig, tensor) -> DecoderConfig:
     scaling = RopeScaling("llama3", _decimal(float(divisors.max())))
 
     def scaled(rope):
+        if rope is None:
+            return None
         rope_scaled = dataclasses.replace(rope, scaling=scaling)
         expected = rope_frequencies(rope, config.head_dim) / rope_frequencies(rope_scaled, config.head_dim)
         if not np.allclose(divisors, expected, rtol=1e-4):

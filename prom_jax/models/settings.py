@@ -1,5 +1,7 @@
 """Reading a `config.json`: each key is taken by who knows what it means, and none is ignored in silence."""
 
+from collections.abc import Sequence
+
 from prom_jax.models.config import MAX_LAYERS, Rope, RopeScaling
 from prom_jax.utils.errors import UserError
 
@@ -77,17 +79,31 @@ class Settings:
         scaling = RopeScaling(rope_type, **{key: rope[key] for key in fields}) if fields else None
         return Rope(theta, scaling, share)
 
-    def take_layer_types(self, usual: str) -> list[str]:
-        """The kind of attention of each layer by its name, which has to be `usual` in all.
+    def take_number(self, key: str, default=None) -> float | None:
+        """Takes a number above 0, or null.
 
+        Raises:
+          UserError: for another value.
+        """
+        value = self.take(key, default)
+        if value is not None and not _is_number(value):
+            raise UserError(f"config.json sets {key}={value!r:.100}: expected a number above 0 or null")
+        return value
+
+    def take_layer_types(self, default: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+        """The kind of attention of each layer by its name.
+
+        Args:
+          default: of each layer, where the file does not say it.
+          known: what the family knows.
         Raises:
           UserError: for another one.
         """
-        layers = self._rest.pop("layer_types", None) or [usual] * self["num_hidden_layers"]
-        if others := set(layers) - {usual}:
+        layers = self._rest.pop("layer_types", None) or default
+        if others := set(layers) - set(known):
             raise UserError(
                 f"config.json sets layer_types with {sorted(others)!r:.100}, which is not supported in this "
-                f"family: expected {usual!r} alone"
+                f"family: expected {' or '.join(map(repr, known))}"
             )
         return layers
 
