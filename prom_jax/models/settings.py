@@ -79,15 +79,16 @@ class Settings:
         scaling = RopeScaling(rope_type, **{key: rope[key] for key in fields}) if fields else None
         return Rope(theta, scaling, share)
 
-    def take_number(self, key: str, default=None) -> float | None:
-        """Takes a number above 0, or null.
+    def take_number(self, key: str, default: float, optional: bool = False) -> float | None:
+        """Takes a number above 0; null only where it is optional.
 
         Raises:
           UserError: for another value.
         """
         value = self.take(key, default)
-        if value is not None and not _is_number(value):
-            raise UserError(f"config.json sets {key}={value!r:.100}: expected a number above 0 or null")
+        if not _is_number(value) and not (optional and value is None):
+            expected = "a number above 0 or null" if optional else "a number above 0"
+            raise UserError(f"config.json sets {key}={value!r:.100}: expected {expected}")
         return value
 
     def take_layer_types(self, default: Sequence[str], known: Sequence[str]) -> Sequence[str]:
@@ -156,6 +157,10 @@ def _is_size(value) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
+def _is_whole(value) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
 def _is_number(value) -> bool:
     return type(value) in (int, float) and 0 < value < 1e30
 
@@ -193,6 +198,7 @@ _KINDS = (
      "num_attention_heads", "max_position_embeddings")),
     ("a whole number above 0 or null", _is_size, ("num_key_value_heads", "head_dim", "sliding_window",
      "original_max_position_embeddings")),
+    ("a whole number", _is_whole, ("max_window_layers",)),
     (f"1 to {MAX_LAYERS} layers", _is_layer_number, ("num_hidden_layers",)),
     ("a number above 0", _is_number, ("rms_norm_eps", "factor", "low_freq_factor", "high_freq_factor")),
     ("a number above 0 or null", _is_number, ("rope_theta", "partial_rotary_factor")),
@@ -237,6 +243,7 @@ _METADATA = {
 # Keys that ask for something, but not of the forward pass: of generation, a trainer, a program's kernels.
 _WITHOUT_EFFECT = {
     "_model_name_or_path", "_sliding_window_pattern", "bad_words_ids", "begin_suppress_tokens", "bf16",
+    "cache_implementation",
     "diversity_penalty", "do_sample", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size",
     "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "fp16",
     "gradient_checkpointing", "length_penalty", "max_length", "max_new_tokens", "min_length",

@@ -21,8 +21,8 @@ def read(settings) -> dict:
 def read_layers(settings) -> tuple[LayerKind, ...]:
     """The kind of each layer: with `use_sliding_window` those from `max_window_layers` on have a window."""
     used, window = settings.take("use_sliding_window"), settings.take("sliding_window")
-    first, number = settings.take_number("max_window_layers"), settings["num_hidden_layers"]
-    default = [SLIDING if i >= (first or 0) else FULL for i in range(number)]
+    first, number = settings.take("max_window_layers"), settings["num_hidden_layers"]
+    default = [SLIDING if i >= first else FULL for i in range(number)]
     return layers_of_types(settings, default, window if used else None)
 
 
