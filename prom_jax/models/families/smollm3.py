@@ -16,6 +16,7 @@ def read(settings) -> dict:
     rotated = settings.take("no_rope_layers") or default
     if not isinstance(rotated, list) or len(rotated) != number or any(flag not in (0, 1) for flag in rotated):
         raise UserError(f"no_rope_layers={rotated!r:.100}: expected 0 or 1 for each of {number} layers")
+    settings.take("max_window_layers")  # published files have it; it means nothing in this family
     used, window = settings.take("use_sliding_window"), settings.take("sliding_window")
     window = window if used else None
     types = [FULL if flag or not window else SLIDING for flag in rotated]
