@@ -28,62 +28,117 @@ SIZES = {
     "rms_norm_eps": 1e-5,
     "bos_token_id": None,
     "eos_token_id": None,
+    "pad_token_id": None,
     "attn_implementation": "eager",
 }
+# Of each shape the family's class names, and settings.
 FAMILIES = {
-    "llama2": {"num_key_value_heads": 8},
+    "llama2": ("Llama", {"num_key_value_heads": 8}),
     # Heads wider than hidden_size / num_attention_heads; at 600 tokens the original 64 are long past.
-    "llama3": {
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 5e5,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
+    "llama3": (
+        "Llama",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
         },
-    },
-    "linear": {
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
-    },
-    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    "llama with biases": ("Llama", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
+    "linear": (
+        "Llama",
+        {
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
+    "smollm2": (
+        "Llama",
+        {
+            "hidden_size": 72,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+            "rope_theta": 1e5,
+        },
+    ),
+    "mistral": ("Mistral", {"num_key_value_heads": 4, "sliding_window": 128, "rope_theta": 1e6}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     # Windows in the upper layers: two kinds of layers.
-    "qwen2 with windows": {
-        "num_key_value_heads": 2,
-        "use_sliding_window": True,
-        "sliding_window": 100,
-        "max_window_layers": 2,
-    },
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 16, "rope_theta": 1e6},
-    "mistral": {"num_key_value_heads": 4, "sliding_window": 128, "rope_theta": 1e6},
-    "smollm2": {
-        "hidden_size": 72,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-        "rope_theta": 1e5,
-    },
+    "qwen2 with windows": (
+        "Qwen2",
+        {
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 100,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "rope_theta": 1e6}),
+    "qwen3 with biases": ("Qwen3", {"num_key_value_heads": 8, "head_dim": 8, "attention_bias": True}),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 4, "rope_theta": 5e5}),
+    # Caps as small as scores and logits are here, so that they matter.
+    "gemma2": (
+        "Gemma2",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "sliding_window": 100,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 1.0,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"num_key_value_heads": 2, "no_rope_layer_interval": 2}),
+    "granite": (
+        "Granite",
+        {
+            "num_key_value_heads": 2,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 6.0,
+        },
+    ),
 }
+
+
+def short_window(family):
+    """Settings by which a family that has a window has one that is shorter than the texts of most tests."""
+    return {"sliding_window": 6} if "sliding_window" in FAMILIES[family][1] else {}
 
 
 def hf_model(family, **settings):
-    """A random model of transformers in float32, in which attention, positions and norms all matter."""
+    """A random model of transformers in float32, in which attention, positions, norms and biases matter."""
     torch.manual_seed(0)
-    name = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}.get(family.split()[0], "Llama")
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **FAMILIES[family], **settings})
+    name, shape = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **shape, **settings})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    offset = 1.0 if name == "Gemma2" else 0.0  # it adds 1 itself
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.data.uniform_(0.5, 1.5)
+        if name.endswith("bias"):
+            parameter.data.uniform_(-0.5, 0.5)
+        elif parameter.ndim == 1:
+            parameter.data.uniform_(0.5 - offset, 1.5 - offset)
         elif "embed_tokens" in name:
             parameter.data.normal_(std=0.02)  # as small as in real models: the norm's epsilon shows
         else:
             gain = 2 if "q_proj" in name or "k_proj" in name else 1
             parameter.data.normal_(std=gain * parameter.shape[1] ** -0.5)
     return model
+
+
+def hf_logits(hf, hidden, head):
+    """What transformers makes of a head's input."""
+    logits = head(hidden) / getattr(hf.config, "logits_scaling", 1.0)
+    cap = getattr(hf.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def to_params(tensors, config, exits=(), heads=()):

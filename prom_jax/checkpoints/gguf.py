@@ -172,7 +172,7 @@ def _config(path, metadata: dict, tensors: dict) -> DecoderConfig:
             f"{', '.join(map(repr, _specs()))}"
         )
     prefix = architecture + "."
-    settings = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    settings = {k.removeprefix(prefix): _decimal(v) for k, v in metadata.items() if k.startswith(prefix)}
     for key, value in settings.items():
         if isinstance(value, list) or (key not in _SETTINGS and key not in spec.settings and value):
             raise UserError(f"{path} sets {prefix}{key:.100}={value!r:.100}, which is not supported")
@@ -194,8 +194,8 @@ def _config(path, metadata: dict, tensors: dict) -> DecoderConfig:
             "num_attention_heads": heads,
             "num_key_value_heads": settings.get("attention.head_count_kv", heads),
             "head_dim": settings.get("attention.key_length"),
-            "rms_norm_eps": _decimal(need("attention.layer_norm_rms_epsilon")),
-            "rope_theta": _decimal(settings.get("rope.freq_base", 10000.0)),
+            "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
+            "rope_theta": settings.get("rope.freq_base", 10000.0),
             "rope_scaling": _rope_scaling(settings),
             "max_position_embeddings": need("context_length"),
             "tie_word_embeddings": "output.weight" not in tensors,
@@ -244,6 +244,8 @@ def _with_rope_factors(path, config: DecoderConfig, tensor) -> DecoderConfig:
     scaling = RopeScaling("llama3", _decimal(float(divisors.max())))
 
     def scaled(rope):
+        if rope is None:
+            return None
         rope_scaled = dataclasses.replace(rope, scaling=scaling)
         expected = rope_frequencies(rope, config.head_dim) / rope_frequencies(rope_scaled, config.head_dim)
         if not np.allclose(divisors, expected, rtol=1e-4):

@@ -1,6 +1,6 @@
 """What a model family is: how its `config.json` is read, and the table of its tensors."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ from prom_jax.models.config import DecoderConfig, LayerKind
 from prom_jax.models.settings import Settings
 
 LAYER_HF, LAYER_GGUF = "model.layers.{layer}.", "blk.{layer}."
+FULL, SLIDING = "full_attention", "sliding_attention"  # as `layer_types` names them
 HEAD_SHAPE, HEAD_AXES = ("vocabulary", "hidden"), ("tensor", "fsdp")  # of every LM head
 
 
@@ -89,5 +90,26 @@ class Family:
 
 def same_layers(settings: Settings, window: int | None = None) -> tuple[LayerKind, ...]:
     """Layers that are all of one kind, with the rotary embedding that the settings describe."""
-    settings.take_layer_types("full_attention" if window is None else "sliding_attention")
-    return (LayerKind(window, settings.take_rope()),) * settings["num_hidden_layers"]
+    layer_type, number = FULL if window is None else SLIDING, settings["num_hidden_layers"]
+    settings.take_layer_types([layer_type] * number, [layer_type])
+    return (LayerKind(window, settings.take_rope()),) * number
+
+
+def layers_of_types(settings: Settings, default: Sequence[str], window: int | None) -> tuple[LayerKind, ...]:
+    """Layers of which some have the window, with the rotary embedding that the settings describe.
+
+    Args:
+      default: the type of each layer, where the file does not say it.
+    """
+    rope = settings.take_rope()
+    types = settings.take_layer_types(default, (FULL, SLIDING))
+    return tuple(LayerKind(window if layer_type == SLIDING else None, rope) for layer_type in types)
+
+
+def layer_type_keys(config: DecoderConfig) -> dict:
+    """Keys of a `config.json` for layers of which some have a window."""
+    windows = [kind.window for kind in config.layers]
+    return {
+        "sliding_window": next(filter(None, windows), None),
+        "layer_types": [SLIDING if window else FULL for window in windows],
+    }

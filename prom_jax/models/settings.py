@@ -1,5 +1,7 @@
 """Reading a `config.json`: each key is taken by who knows what it means, and none is ignored in silence."""
 
+from collections.abc import Sequence
+
 from prom_jax.models.config import MAX_LAYERS, Rope, RopeScaling
 from prom_jax.utils.errors import UserError
 
@@ -77,17 +79,32 @@ class Settings:
         scaling = RopeScaling(rope_type, **{key: rope[key] for key in fields}) if fields else None
         return Rope(theta, scaling, share)
 
-    def take_layer_types(self, usual: str) -> list[str]:
-        """The kind of attention of each layer by its name, which has to be `usual` in all.
+    def take_number(self, key: str, default: float, optional: bool = False) -> float | None:
+        """Takes a number above 0; null only where it is optional.
 
+        Raises:
+          UserError: for another value.
+        """
+        value = self.take(key, default)
+        if not _is_number(value) and not (optional and value is None):
+            expected = "a number above 0 or null" if optional else "a number above 0"
+            raise UserError(f"config.json sets {key}={value!r:.100}: expected {expected}")
+        return value
+
+    def take_layer_types(self, default: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+        """The kind of attention of each layer by its name.
+
+        Args:
+          default: of each layer, where the file does not say it.
+          known: what the family knows.
         Raises:
           UserError: for another one.
         """
-        layers = self._rest.pop("layer_types", None) or [usual] * self["num_hidden_layers"]
-        if others := set(layers) - {usual}:
+        layers = self._rest.pop("layer_types", None) or default
+        if others := set(layers) - set(known):
             raise UserError(
                 f"config.json sets layer_types with {sorted(others)!r:.100}, which is not supported in this "
-                f"family: expected {usual!r} alone"
+                f"family: expected {' or '.join(map(repr, known))}"
             )
         return layers
 
@@ -140,6 +157,10 @@ def _is_size(value) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
+def _is_whole(value) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
 def _is_number(value) -> bool:
     return type(value) in (int, float) and 0 < value < 1e30
 
@@ -177,6 +198,7 @@ _KINDS = (
      "num_attention_heads", "max_position_embeddings")),
     ("a whole number above 0 or null", _is_size, ("num_key_value_heads", "head_dim", "sliding_window",
      "original_max_position_embeddings")),
+    ("a whole number", _is_whole, ("max_window_layers",)),
     (f"1 to {MAX_LAYERS} layers", _is_layer_number, ("num_hidden_layers",)),
     ("a number above 0", _is_number, ("rms_norm_eps", "factor", "low_freq_factor", "high_freq_factor")),
     ("a number above 0 or null", _is_number, ("rope_theta", "partial_rotary_factor")),
@@ -221,6 +243,7 @@ _METADATA = {
 # Keys that ask for something, but not of the forward pass: of generation, a trainer, a program's kernels.
 _WITHOUT_EFFECT = {
     "_model_name_or_path", "_sliding_window_pattern", "bad_words_ids", "begin_suppress_tokens", "bf16",
+    "cache_implementation",
     "diversity_penalty", "do_sample", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size",
     "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "fp16",
     "gradient_checkpointing", "length_penalty", "max_length", "max_new_tokens", "min_length",

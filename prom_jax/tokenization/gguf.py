@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer
 
 from prom_jax.tokenization import PreTrainedTokenizerFast
@@ -13,10 +13,12 @@ from prom_jax.utils.errors import UserError
 
 # Kinds of token in `tokenizer.ggml.token_type`.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+# How text is cut into words before merging: GPT-4's expression, with digits in threes or alone.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")  # a word of the vocabulary is a token whatever the merges
 
 
 def load(metadata: Mapping, path, source=None) -> PreTrainedTokenizerFast:
@@ -81,36 +83,43 @@ def _special_tokens(tokens: list[str], get, add_bos: bool) -> dict:
 
 def _byte_level(path, tokens: list[str], get) -> PreTrainedTokenizerFast:
     """GPT-2's scheme; `tokenizer.ggml.pre` says how text is cut into words before merging."""
-    split_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    llama3 = [pre_tokenizers.Split(Regex(_LLAMA3_WORDS), behavior="isolated"), bytes_only]
-    words = {
-        "default": [split_words],
-        "gpt-2": [split_words],
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), split_words],
-        "llama-bpe": llama3,
-        "llama-v3": llama3,
-        "llama3": llama3,
-    }
     pre = get("pre")
-    if pre not in words:
+    splits = _splits()
+    if pre not in splits:
         raise UserError(
-            f"{path} splits text by tokenizer.ggml.pre={pre!r:.100}: expected one of {', '.join(words)}; "
+            f"{path} splits text by tokenizer.ggml.pre={pre!r:.100}: expected one of {', '.join(splits)}; "
             "use the model's Hugging Face directory instead"
         )
-    is_llama3 = words[pre] is llama3
     backend = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ")) for merge in get("merges", [])],
-            ignore_merges=is_llama3,
+            ignore_merges=pre in _WHOLE_WORDS,
         )
     )
-    backend.pre_tokenizer = pre_tokenizers.Sequence(words[pre])
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits[pre])
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **_special_tokens(tokens, get, add_bos=is_llama3)
+        tokenizer_object=backend, **_special_tokens(tokens, get, add_bos=pre in _WHOLE_WORDS)
     )
+
+
+def _splits() -> dict[str, list]:
+    """The steps that cut text into words, by the name of the whole in GGUF."""
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    def gpt4(digits):
+        return [pre_tokenizers.Split(Regex(_WORDS % digits), behavior="isolated"), bytes_only]
+
+    return {
+        **dict.fromkeys(("default", "gpt-2"), [gpt2]),
+        **dict.fromkeys(("smollm", "refact"), [pre_tokenizers.Digits(individual_digits=True), gpt2]),
+        **dict.fromkeys((*_WHOLE_WORDS, "dbrx"), gpt4("{1,3}")),
+        "qwen2": gpt4(""),
+    }
 
 
 def _sentencepiece(path, tokens: list[str], get) -> PreTrainedTokenizerFast:

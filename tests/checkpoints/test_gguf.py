@@ -1,4 +1,5 @@
-"""GGUF files against plain formulas and against the folders they were made of, and what is refused.
+"""GGUF files against plain formulas, against the models that they were made of and transformers' own reading
+of them, and what is refused.
 
 Blocks are random bytes with sane scales; what they mean is written out here once more.
 """
@@ -12,13 +13,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
 from prom_jax.checkpoints.gguf import open_gguf
-from prom_jax.checkpoints.params import load_params
+from prom_jax.checkpoints.params import ParamsReader, load_params
 from prom_jax.checkpoints.pretrained import open_reader
+from prom_jax.checkpoints.safetensors import save_hf
+from prom_jax.models import decoder
+from prom_jax.models.auto import config_from_hf
 from prom_jax.parallel import sharding
 from prom_jax.utils.errors import UserError
-from tests.checkpoints.test_safetensors import SIZES, hf_model, save, tensors
+from tests import reference
+from tests.reference import FAMILIES, relative_error, to_params
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def hf_model(dtype=torch.float32, **settings):
+    """A small Llama of transformers."""
+    return reference.hf_model("llama2", **{**SIZES, **settings}).to(dtype)
+
 
 
 def halves(data):
@@ -103,35 +132,48 @@ def write_gguf(path, settings, arrays, architecture="llama"):
     return path
 
 
-def gguf_settings(sizes, **settings):
-    return {
-        "vocab_size": sizes["vocab_size"],
-        "embedding_length": sizes["hidden_size"],
-        "feed_forward_length": sizes["intermediate_size"],
-        "block_count": sizes["num_hidden_layers"],
-        "attention.head_count": sizes["num_attention_heads"],
-        "attention.head_count_kv": sizes["num_key_value_heads"],
-        "context_length": sizes["max_position_embeddings"],
-        "attention.layer_norm_rms_epsilon": 1e-6,
-        "rope.freq_base": 5e5,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        **settings,
-    }
+ARCHITECTURES = {"mistral": "llama"}  # in GGUF where it is not the model_type
+KEYS = {  # in GGUF, by transformers' names
+    "vocab_size": "vocab_size",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": gguf.Keys.Attention.LAYERNORM_RMS_EPS,
+    "sliding_window": gguf.Keys.Attention.SLIDING_WINDOW,
+    "attn_logit_softcapping": gguf.Keys.LLM.ATTN_LOGIT_SOFTCAPPING,
+    "final_logit_softcapping": gguf.Keys.LLM.FINAL_LOGIT_SOFTCAPPING,
+    "embedding_multiplier": gguf.Keys.LLM.EMBEDDING_SCALE,
+    "residual_multiplier": gguf.Keys.LLM.RESIDUAL_SCALE,
+    "logits_scaling": gguf.Keys.LLM.LOGIT_SCALE,
+    "attention_multiplier": gguf.Keys.Attention.SCALE,
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+}
 
 
-def gguf_names(layers):
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for i in range(layers):
-        hf, ours = f"model.layers.{i}.", f"blk.{i}."
-        names[hf + "input_layernorm"] = ours + "attn_norm"
-        names[hf + "post_attention_layernorm"] = ours + "ffn_norm"
-        for letter in "qkv":
-            names[f"{hf}self_attn.{letter}_proj"] = f"{ours}attn_{letter}"
-        names[hf + "self_attn.o_proj"] = ours + "attn_output"
-        for name in ("gate", "up", "down"):
-            names[f"{hf}mlp.{name}_proj"] = f"{ours}ffn_{name}"
-    return {f"{hf}.weight": f"{theirs}.weight" for hf, theirs in names.items()}
+def gguf_settings(config, **settings):
+    """Of a transformers config what a GGUF file says; settings that are None are left out."""
+    held = {theirs.removeprefix("{arch}."): getattr(config, ours, None) for ours, theirs in KEYS.items()}
+    rope = config.rope_parameters
+    held["rope.freq_base"] = float(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        held |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope["factor"]}
+    held["attention.key_length"] = head_dim_of(config)
+    return {key: value for key, value in {**held, **settings}.items() if value is not None}
+
+
+def head_dim_of(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def gguf_name(hf_name, architecture, layers):
+    """A tensor's name, as the package of the format has it."""
+    (kind,) = (kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    module, _, parameter = hf_name.rpartition(".")
+    return f"{gguf.get_tensor_name_map(kind, layers).get_name(module)}.{parameter}"
 
 
 def interleave(rows, head_dim):
@@ -147,30 +189,28 @@ def interleave(rows, head_dim):
 
 def to_gguf(model, path, kind=None, **settings):
     """Writes a transformers model as GGUF; matrices in the type `kind`."""
-    names = gguf_names(model.config.num_hidden_layers)
-    arrays = {}
-    for name, value in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        value = value.float().numpy()
-        if "q_proj" in name or "k_proj" in name:
-            value = interleave(value, model.config.head_dim)
+    config, arrays = model.config, {}
+    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
+    for name, value in model.named_parameters():
+        value = value.detach().float().numpy()
+        if "norm" in name and architecture == "gemma2":
+            value = 1 + value
+        if architecture in ("llama", "smollm3", "granite") and ("q_proj" in name or "k_proj" in name):
+            value = interleave(value, head_dim_of(config))
         if kind and value.ndim > 1:
             value = (kind, gguf.quantize(value, gguf.GGMLQuantizationType[kind]))
-        arrays[names[name]] = value
-    return write_gguf(path, gguf_settings(model.config.to_dict(), **settings), arrays)
+        arrays[gguf_name(name, architecture, config.num_hidden_layers)] = value
+    return write_gguf(path, gguf_settings(config, **settings), arrays, architecture)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_every_gguf_type_against_its_formula(tmp_path, kind):
     random = np.random.default_rng(0)
     values, num_bytes, scales, formula = BLOCKS[kind]
-    model = hf_model(**{**GGUF_SIZES, "initializer_range": 0.02}, tie_word_embeddings=True)
+    model = hf_model(**GGUF_SIZES, tie_word_embeddings=True)
     arrays, expected = {}, {}
-    for name, theirs in gguf_names(2).items():
-        if name == "lm_head.weight":
-            continue
-        shape = tuple(model.state_dict()[name].shape)
+    for name, parameter in model.named_parameters():
+        theirs, shape = gguf_name(name, "llama", 2), tuple(parameter.shape)
         if len(shape) == 1:
             arrays[theirs] = expected[name] = random.normal(size=shape).astype(np.float32)
             continue
@@ -190,24 +230,26 @@ def test_every_gguf_type_against_its_formula(tmp_path, kind):
             matrix = matrix[back]
         arrays[theirs] = (kind, blocks.reshape(rows, -1))
         expected[name] = matrix
-    path = write_gguf(tmp_path / "m.gguf", gguf_settings(GGUF_SIZES), arrays)
+    settings = gguf_settings(model.config, **{"attention.key_length": None})  # older files have none
+    path = write_gguf(tmp_path / "m.gguf", settings, arrays)
 
     reader = open_reader(path)
+    assert reader.config == config_from_hf(model.config.to_dict())
     assert reader.config.tie_word_embeddings
     assert reader.config.head_dim == 64
     assert reader.config.rms_norm_eps == 1e-6
-    assert reader.config.rope_theta == 5e5
+    assert reader.config.layers[0].rope.theta == 5e5
     assert reader.dtype == {"F16": np.float16, "BF16": jnp.bfloat16}.get(kind, np.float32)
     params = load_params(reader, dtype=np.float32)
     for layer in (0, 1):
         for ours in ("q_proj", "k_proj", "v_proj", "o_proj"):
             matrix = expected[f"model.layers.{layer}.self_attn.{ours}.weight"]
-            np.testing.assert_allclose(params["lower"][ours][layer], matrix, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(params["stack0"][ours][layer], matrix, rtol=1e-5, atol=1e-6)
         for ours in ("gate_proj", "up_proj", "down_proj"):
             matrix = expected[f"model.layers.{layer}.mlp.{ours}.weight"]
-            np.testing.assert_allclose(params["lower"][ours][layer], matrix, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(params["stack0"][ours][layer], matrix, rtol=1e-5, atol=1e-6)
         norm = expected[f"model.layers.{layer}.input_layernorm.weight"]
-        np.testing.assert_array_equal(params["lower"]["input_layernorm"][layer], norm)
+        np.testing.assert_array_equal(params["stack0"]["attention_norm"][layer], norm)
     embedding = expected["model.embed_tokens.weight"]
     np.testing.assert_allclose(params["embed_tokens"], embedding, rtol=1e-5, atol=1e-6)
     # Columns of a shard begin and end inside a block: 256 columns in 8 are 32.
@@ -219,43 +261,89 @@ def test_every_gguf_type_against_its_formula(tmp_path, kind):
     ("kind", "dtype"), [(None, torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)]
 )
 def test_gguf_equals_the_folder_it_was_made_of(tmp_path, kind, dtype):
-    model = hf_model(dtype, tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=5e5)
+    model = hf_model(dtype, tie_word_embeddings=False)
     model.save_pretrained(tmp_path / "folder")
     folder, file = open_reader(tmp_path / "folder"), open_reader(to_gguf(model, tmp_path / "m.gguf", kind))
     assert file.config == folder.config
     assert file.dtype == folder.dtype
     jax.tree.map(np.testing.assert_array_equal, load_params(file), load_params(folder))
-    save(load_params(file), file, tmp_path / "out")
-    assert tensors(tmp_path / "out") == tensors(tmp_path / "folder")
+    loaded = decoder.with_params(decoder.abstract(file.config, param_dtype=file.dtype), load_params(file))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="a")), eos_token="</s>"
+    )
+    out = tmp_path / "out"
+    save_hf(ParamsReader(loaded), tokenizer, out, dtype=file.dtype, chat_template=None, card={})
+    for name, tensor in load_file(tmp_path / "folder" / "model.safetensors").items():
+        exported = load_file(out / "model.safetensors")[name]
+        assert (exported.dtype, exported.tobytes()) == (tensor.dtype, tensor.tobytes())
 
 
 def test_gguf_rope_scaling_is_recovered(tmp_path):
     scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling |= {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
-    model = hf_model(head_dim=64, rms_norm_eps=1e-6, rope_parameters=scaling)
+    model = hf_model(head_dim=64, rope_parameters=scaling)
     model.save_pretrained(tmp_path / "folder")
     plain = 5e5 ** -(np.arange(0, 64, 2) / 64)
     divisors = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
     assert divisors.max() == pytest.approx(32, rel=1e-5)
     divisors[divisors > 31.9] = 32  # the writer has the exact factor
-    plain_file = to_gguf(model, tmp_path / "plain.gguf", **{"attention.key_length": 64})
+    plain_file = to_gguf(model, tmp_path / "plain.gguf")
     arrays = {tensor.name: tensor.data for tensor in gguf.GGUFReader(plain_file).tensors}
 
     def write(divisors):
-        settings = gguf_settings(SIZES, **{"attention.key_length": 64, "rope.dimension_count": 64})
+        settings = gguf_settings(model.config, **{"rope.dimension_count": 64})
         return write_gguf(tmp_path / "m.gguf", settings, {**arrays, "rope_freqs.weight": divisors})
 
-    assert open_reader(plain_file).config.rope_scaling is None
+    assert open_reader(plain_file).config.layers[0].rope.scaling is None
     assert open_reader(write(divisors)).config == open_reader(tmp_path / "folder").config
     with pytest.raises(UserError, match="unknown rope scaling"):
         open_reader(write(np.linspace(1, 32, 32, dtype=np.float32)))
 
 
-def test_gguf_of_mistral(tmp_path):
-    model = hf_model(mistral=True, sliding_window=8, head_dim=8, rms_norm_eps=1e-6, rope_theta=5e5)
-    path = to_gguf(model, tmp_path / "m.gguf", **{"attention.sliding_window": 8})
-    config = open_reader(path).config
-    assert (config.model_type, config.sliding_window) == ("mistral", 8)
+# What GGUF cannot say: windows of Qwen; scalings of an original length but 8192; other layers of SmolLM 3 than
+# every fourth; other scales of Gemma's queries than its heads' size.
+NOT_IN_GGUF = {
+    "qwen2 with windows": {"use_sliding_window": False, "sliding_window": None},
+    "llama3": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "smollm3": {"no_rope_layer_interval": 4},
+    "gemma2": {"query_pre_attn_scalar": 16},
+}
+READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_of_each_family(tmp_path, family):
+    """Against the model that it was made of, and as transformers reads the file where it does."""
+    model = reference.hf_model(family, **NOT_IN_GGUF.get(family, {}))
+    path = to_gguf(model, tmp_path / "m.gguf")
+    reader = open_reader(path)
+    assert reader.config == config_from_hf(model.config.to_dict())
+    params = load_params(reader)
+    expected = to_params(dict(model.named_parameters()), reader.config)
+    if model.config.model_type == "gemma2":  # 1 + w - 1
+        jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-7), params, expected)
+    else:
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+    if model.config.model_type in READ_BY_TRANSFORMERS:
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, gguf_file=path.name, config=model.config, dtype=torch.float32
+        )
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 150))
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(tokens)).logits.numpy()
+    ours = decoder.with_params(decoder.abstract(reader.config), params)
+    assert relative_error(ours(tokens), logits) <= 1e-4
+
+
+def test_gguf_of_the_largest_gemma2(tmp_path):
+    """Whose queries are not scaled by the size of its heads, which the file does not say."""
+    sizes = {**SIZES, "num_hidden_layers": 46, "head_dim": 16, "query_pre_attn_scalar": 8}
+    config = Gemma2Config(**sizes, pad_token_id=None)
+    embedding = {"token_embd.weight": np.ones((64, 32), np.float32)}
+    reader = open_reader(write_gguf(tmp_path / "m.gguf", gguf_settings(config), embedding, "gemma2"))
+    assert reader.config == config_from_hf(config.to_dict())
+    assert reader.config.attention_scale == 8**-0.5
 
 
 def test_bad_gguf_files_are_refused(tmp_path):
@@ -289,7 +377,7 @@ def test_bad_gguf_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="'gpt2'"):
         open_reader(path)
     q5 = ("Q5_0", np.zeros((64, 22), np.uint8))
-    write_gguf(path, gguf_settings(SIZES), {"token_embd.weight": q5})
+    write_gguf(path, gguf_settings(hf_model().config), {"token_embd.weight": q5})
     with pytest.raises(UserError, match=r"token_embd\.weight is of type Q5_0"):
         open_reader(path)
 
@@ -375,10 +463,10 @@ def test_values_that_gguf_settings_cannot_have_are_named(tmp_path, settings, err
 def test_gguf_tensors_of_other_dimensions_are_refused(tmp_path):
     for shape in ((2, 2, 2), (0,)):
         path = write_gguf(
-            tmp_path / "m.gguf", gguf_settings(SIZES), {"token_embd.weight": np.ones(shape, np.float32)}
+            tmp_path / "m.gguf", gguf_settings(hf_model().config), {"token_embd.weight": np.ones(shape, np.float32)}
         )
         with pytest.raises(UserError, match=r"has 3 dimensions|vocab_size=0"):
             open_reader(path)
     arrays = {"token_embd.weight": np.ones((64, 32), np.float32), "rope_freqs.weight": np.ones(0, np.float32)}
     with pytest.raises(UserError, match=r"rope_freqs of the shape \[0\]"):
-        open_reader(write_gguf(tmp_path / "m.gguf", gguf_settings(SIZES), arrays))
+        open_reader(write_gguf(tmp_path / "m.gguf", gguf_settings(hf_model().config), arrays))

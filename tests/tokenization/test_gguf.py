@@ -1,7 +1,10 @@
 """Tokenizers in GGUF metadata against transformers and the tokenizers library."""
 
+import json
+import unicodedata
+
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from prom_jax.checkpoints.pretrained import load_tokenizer
 from prom_jax.utils.errors import UserError
@@ -17,7 +20,9 @@ from tests.tokenization.made_up import (
 )
 
 
-@pytest.mark.parametrize(("pre", "split"), [("gpt-2", GPT2), ("default", GPT2), ("smollm", SMOLLM)])
+@pytest.mark.parametrize(
+    ("pre", "split"), [("gpt-2", GPT2), ("default", GPT2), ("smollm", SMOLLM), ("refact", SMOLLM)]
+)
 def test_byte_level_gguf_equals_the_tokenizer_it_was_made_of(tmp_path, pre, split):
     original = train_byte_level(split)
     path = write_gguf(tmp_path / "m.gguf", **byte_level_fields(original, pre))
@@ -36,6 +41,50 @@ def test_byte_level_gguf_equals_the_tokenizer_it_was_made_of(tmp_path, pre, spli
     offsets = loaded("hi 12", return_offsets_mapping=True)["offset_mapping"]
     assert offsets[0][0] == 0
     assert offsets[-1][1] == 5
+
+
+# Digits, contractions, ends of lines, and letters that are one code point or two.
+HARD_TEXTS = [
+    "1 12 123 1234 12345 ١٢٣ ১২৩ ½ ²",
+    "'s 'S 'Re 'VE don'T it'Ll x'd 'tis ''s '",
+    "a\n\nb\r\n  c\n \n\td \r e   \n",
+    "e\u0301 \u00e9 A\u030a \u212b \u1100\u1161\u11a8 \u0e01\u0e33 \u0928\u093c \u0929 \ufb01",
+    " !!\n?x ,y\t.z  (a) -1 +2",
+]
+
+
+def test_qwen2_equals_transformers_own_tokenizer(tmp_path):
+    trained = json.loads(train_byte_level(Qwen2Tokenizer().backend_tokenizer.pre_tokenizer).to_str())["model"]
+    merges = [tuple(merge) for merge in trained["merges"]]
+    original = Qwen2Tokenizer(vocab=trained["vocab"], merges=merges, unk_token=None)
+    fields = byte_level_fields(original.backend_tokenizer, "qwen2")
+    loaded = load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
+    for text in TEXTS + HARD_TEXTS:
+        ids = loaded(text).input_ids
+        assert ids == original(text).input_ids
+        assert loaded.decode(ids) == unicodedata.normalize("NFC", text)
+    assert loaded("e\u0301").input_ids == loaded("\u00e9").input_ids
+    assert len(loaded("7654").input_ids) == 4
+
+
+def test_dbrx_is_llama3_by_its_merges_alone(tmp_path):
+    fields = byte_level_fields(train_byte_level(GPT2), "llama-bpe", add_bos_token=False)
+    llama3 = load_tokenizer(write_gguf(tmp_path / "llama3.gguf", **fields))
+    fields["pre"] = "dbrx"
+    dbrx = load_tokenizer(write_gguf(tmp_path / "dbrx.gguf", **fields))
+    for text in TEXTS + HARD_TEXTS + SPECIAL_TEXTS:
+        assert dbrx(text).input_ids == llama3(text).input_ids
+    del fields["add_bos_token"]
+    fields["tokens"] = [*fields["tokens"], "zqx"]  # in the vocabulary, but no merge leads to it
+    fields["token_type"] = [*fields["token_type"], 1]
+    dbrx = load_tokenizer(write_gguf(tmp_path / "dbrx.gguf", **fields))
+    assert dbrx.convert_ids_to_tokens(dbrx("zqx").input_ids) == ["z", "q", "x"]
+
+
+def test_an_unknown_split_is_named(tmp_path):
+    fields = byte_level_fields(train_byte_level(GPT2), "tekken")
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre='tekken': expected one of .*qwen2"):
+        load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe"])

@@ -22,7 +22,17 @@ from prom_jax.training.methods.xllama2 import XLLaMA2
 from prom_jax.training.objective import L
 from prom_jax.training.step import make_update, trained_params
 from prom_jax.utils.errors import UserError
-from tests.reference import gradients, hf_model, pack, random_examples, relative_errors, to_model, to_params
+from tests.reference import (
+    gradients,
+    hf_logits,
+    hf_model,
+    pack,
+    random_examples,
+    relative_errors,
+    short_window,
+    to_model,
+    to_params,
+)
 
 PIVOT = 3  # of 4 layers
 TARGET, ENGLISH = random_examples(1, [20, 13, 17, 9, 24]), random_examples(2, [12, 15, 8])
@@ -51,7 +61,7 @@ def torch_sum(hf, examples, head, layer, norm, label_smoothing=0.0):
         hook.remove()
         hidden = hf.model.norm(states[0]) if norm else states[0]
         losses = functional.cross_entropy(
-            head(hidden)[0, :-1],
+            hf_logits(hf, hidden, head)[0, :-1],
             torch.from_numpy(tokens)[1:],
             reduction="none",
             label_smoothing=label_smoothing,
@@ -109,7 +119,7 @@ def id_of(x):
 
 def models(family, has_pivot=True):
     """Of transformers, its pivot head, and ours."""
-    hf = hf_model(family, **({"sliding_window": 6} if family in ("mistral", "qwen2 with windows") else {}))
+    hf = hf_model(family, **short_window(family))
     head = copied_head(hf)
     return hf, head, to_model(hf, PIVOT, head.weight if has_pivot else None)
 
@@ -124,6 +134,12 @@ def models(family, has_pivot=True):
         (XLLAMA2, "smollm2"),
         (XLLAMA2, "qwen2 with windows"),
         (BACTRIAN, "llama3"),
+        (RAW, "llama with biases"),
+        (FINAL, "olmo2"),
+        (RAW, "gemma2"),
+        (FINAL, "gemma2"),
+        (FINAL, "smollm3"),
+        (RAW, "granite"),
     ],
     ids=id_of,
 )

@@ -62,8 +62,13 @@ def gguf_keys(settings, tensors) -> dict:
     """Keys of `config.json` from GGUF, whose 'llama' is a Mistral where it has a sliding window."""
     if window := settings.get("attention.sliding_window"):
         return {"model_type": "mistral", "sliding_window": window}
+    return {"model_type": "llama", **gguf_biases(tensors)}
+
+
+def gguf_biases(tensors) -> dict:
+    """Keys of `config.json` for the biases that a GGUF file has."""
     biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
-    return {"model_type": "llama"} | {key: True for key, name in biases.items() if name in tensors}
+    return {key: True for key, name in biases.items() if name in tensors}
 
 
 FAMILY = Family(

@@ -2,7 +2,7 @@
 
 from prom_jax.models.config import LayerKind
 from prom_jax.models.families.llama import EMBEDDING, NORMS_BEFORE, OUTPUT, PROJECTIONS, QKV_BIASES
-from prom_jax.models.family import GGUF, Family
+from prom_jax.models.family import FULL, GGUF, SLIDING, Family, layer_type_keys, layers_of_types
 from prom_jax.models.settings import rope_keys
 
 DEFAULTS = {
@@ -21,26 +21,18 @@ def read(settings) -> dict:
 def read_layers(settings) -> tuple[LayerKind, ...]:
     """The kind of each layer: with `use_sliding_window` those from `max_window_layers` on have a window."""
     used, window = settings.take("use_sliding_window"), settings.take("sliding_window")
-    first, rope = settings.take("max_window_layers"), settings.take_rope()
-    number = settings["num_hidden_layers"]
-    types = settings.take("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(number)
-    ]
-    return tuple(LayerKind(window if used and kind == "sliding_attention" else None, rope) for kind in types)
+    first, number = settings.take("max_window_layers"), settings["num_hidden_layers"]
+    default = [SLIDING if i >= first else FULL for i in range(number)]
+    return layers_of_types(settings, default, window if used else None)
 
 
 def write(config) -> dict:
     """Keys of `config.json`."""
-    windows = [kind.window for kind in config.layers]
+    rope, windows = rope_keys(config.layers[0].rope), [kind.window for kind in config.layers]
     if not any(windows):
-        return {"use_sliding_window": False, **rope_keys(config.layers[0].rope)}
-    return {
-        "use_sliding_window": True,
-        "sliding_window": max(filter(None, windows)),
-        "max_window_layers": windows.index(max(filter(None, windows))),
-        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
-        **rope_keys(config.layers[0].rope),
-    }
+        return {"use_sliding_window": False, **rope}
+    first = next(i for i, window in enumerate(windows) if window)
+    return {"use_sliding_window": True, "max_window_layers": first, **layer_type_keys(config), **rope}
 
 
 def gguf_keys(settings, tensors) -> dict:
