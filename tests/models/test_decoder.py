@@ -57,43 +57,6 @@ def assert_parity(model, hf, tokens):
         assert token_error <= MAX_TOKEN_ERROR
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])  # where ε weighs and where it does not
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])
-def test_the_norm_and_its_gradient_are_torchs(size, dtype, tolerance):
-    random = np.random.default_rng(0)
-    x, d_out = size * random.normal(size=(2, 3, 5, 64)).astype(np.float32)
-    scale = random.normal(size=64).astype(np.float32)
-    x_torch, scale_torch = (torch.tensor(array, requires_grad=True) for array in (x, scale))
-    expected = torch.nn.functional.rms_norm(x_torch, (64,), scale_torch, eps=1e-5)
-    expected.backward(torch.tensor(d_out))
-
-    inputs = [jnp.asarray(array, dtype) for array in (x, scale)]
-    out, backward = jax.vjp(lambda x, scale: llama.rms_norm(x, scale, 1e-5), *inputs)
-    d_x, d_scale = backward(jnp.asarray(d_out, dtype))
-    for ours, theirs in ((out, expected.detach()), (d_x, x_torch.grad), (d_scale, scale_torch.grad)):
-        assert ours.dtype == dtype
-        assert relative_error(np.asarray(ours, np.float32), theirs.numpy()) < tolerance
-
-
-def test_joined_products_are_those_of_each_matrix():
-    random = np.random.default_rng(0)
-    x, *matrices = (random.normal(size=shape) for shape in ((2, 5, 8), (6, 8), (3, 8), (4, 8)))
-
-    def loss(x, matrices, joined):
-        products = llama._products(x, matrices, joined)
-        return sum((product**2).sum() for product in products), products
-
-    for joined in (False, True):
-        gradients, products = jax.grad(loss, argnums=(0, 1), has_aux=True)(x, matrices, joined)
-        expected = [x @ matrix.T for matrix in matrices]
-        for ours, theirs in zip(products, expected, strict=True):
-            assert relative_error(ours, theirs) <= 1e-6
-        d_x = 2 * sum(product @ matrix for product, matrix in zip(expected, matrices))
-        assert relative_error(gradients[0], d_x) <= 1e-6
-        for ours, product in zip(gradients[1], expected, strict=True):
-            assert relative_error(ours, 2 * np.einsum("bto,bti->oi", product, x)) <= 1e-6
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parity_with_transformers(family):
     hf = hf_model(family)

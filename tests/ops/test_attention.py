@@ -1,4 +1,4 @@
-"""Who sees whom: packed examples, sliding windows, padding; and attention against its formula."""
+"""The masking rule: packed examples, sliding windows, padding; and attention against its formula."""
 
 import functools
 import itertools
@@ -13,16 +13,16 @@ import tokamax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from prom_jax.ops.attention import (
-    BLOCK,
     TOKAMAX_BLOCK,
-    Packed,
+    PackedMask,
     attention,
-    continues,
+    attention_mask,
+    packed_masks,
     resolve,
-    segment,
-    visible,
-    visible_in_rows,
+    segment_id,
+    supports_shared_prefixes,
 )
+from prom_jax.ops.attention_cpu import BLOCK
 from prom_jax.parallel.sharding import make_mesh
 from tests.reference import hf_model, pack, random_examples, to_model
 
@@ -47,7 +47,7 @@ def test_against_the_formula(kv_heads, window, backend):
     k, v = random.normal(size=(2, 2, 9, kv_heads, 8))
     positions = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3], range(9)])
     segments = np.array([[1] * 5 + [2] * 4, [1] * 9])
-    mask = visible(positions, positions, segments, segments, window)
+    mask = attention_mask(positions, positions, segments, segments, window)
     for b, t, s in np.ndindex(2, 9, 9):
         near = window is None or t - s < window
         assert mask[b, 0, t, s] == (segments[b, t] == segments[b, s] and s <= t and near)
@@ -69,9 +69,9 @@ def test_a_segment_sees_what_it_continues():
         (0, 0, 1),
         (0, 3),
     ]
-    segments = np.array([[segment(*path) for path in paths]])
+    segments = np.array([[segment_id(*path) for path in paths]])
     positions = np.zeros_like(segments)
-    mask = visible(positions, positions, segments, segments)[0, 0]
+    mask = attention_mask(positions, positions, segments, segments)[0, 0]
     levels = [(*path, 0, 0)[:3] for path in paths]
     for q, k in itertools.product(range(len(paths)), repeat=2):
         named = [
@@ -80,7 +80,8 @@ def test_a_segment_sees_what_it_continues():
         deeper = levels[k][2] == 0 and (levels[k][1] == 0 or levels[k][0] == levels[q][0])
         continued = q == k or (k != 0 and deeper and all(own == other for own, other in named))
         assert mask[q, k] == continued, (paths[q], paths[k])
-    assert segment(0, 0, 7) == 7 and continues("blocks") and not continues("splash")
+    assert segment_id(0, 0, 7) == 7
+    assert supports_shared_prefixes("blocks") and not supports_shared_prefixes("splash")
 
 
 def packed_segments(rows, length):
@@ -98,7 +99,7 @@ def packed_rows(rows, length, window=None, heads=4, kv_heads=2):
     k, v = random.normal(size=(2, rows, length, kv_heads, 16)).astype(np.float32)
     segments = packed_segments(rows, length)
     positions = np.broadcast_to(np.arange(length), segments.shape)
-    mask = visible(positions, positions, segments, segments, window)
+    mask = attention_mask(positions, positions, segments, segments, window)
     weights = random.normal(size=q.shape).astype(np.float32) * (segments > 0)[..., None, None]
     return (q, k, v), mask, weights
 
@@ -148,10 +149,10 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", make)
 
 
-def who_sees_whom(backend, segments, window=None):
+def mask_of_rows(backend, segments, window=None):
     """What a kernel takes of packed rows."""
     positions = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
-    return visible_in_rows(positions, segments, window, backend)
+    return packed_masks(positions, segments, [window], backend).of(0)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -160,7 +161,7 @@ def who_sees_whom(backend, segments, window=None):
 def test_kernels_give_the_values_and_gradients_of_whole_scores(interpreted, backend, shape, window):
     qkv, mask, weights = packed_rows(4, 256, window)
     expected = value_and_gradients(qkv, mask, weights, "xla")
-    seen = who_sees_whom(backend, packed_segments(4, 256), window)
+    seen = mask_of_rows(backend, packed_segments(4, 256), window)
     with jax.set_mesh(make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])):
         for ours, theirs in zip(value_and_gradients(qkv, seen, weights, backend), expected):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -170,7 +171,7 @@ def assert_keeps_examples_apart(backend, dtype):
     segments = packed_segments(1, 256)
     qkv = [jnp.asarray(x, dtype) for x in packed_rows(1, 256)[0]]
     second = segments[0] == 2
-    seen = who_sees_whom(backend, segments)
+    seen = mask_of_rows(backend, segments)
 
     def of_second(*qkv):
         out = attention(*qkv, seen, backend)
@@ -246,9 +247,10 @@ def test_auto(monkeypatch, platform, installed, backend):
 
 def test_rows_that_splash_cannot_take_get_a_mask():
     positions = np.broadcast_to(np.arange(100), (2, 100))
-    mask = visible_in_rows(positions, packed_segments(2, 100), None, "splash")
+    mask = packed_masks(positions, packed_segments(2, 100), [None], "splash").of(0)
     assert mask.shape == (2, 1, 100, 100)
-    assert isinstance(visible_in_rows(positions, packed_segments(2, 128), None, "splash"), Packed)
+    mask = packed_masks(positions, packed_segments(2, 128), [None], "splash").of(0)
+    assert isinstance(mask, PackedMask)
 
 
 def test_blocks_in_bfloat16_keep_sums_in_float32():
@@ -288,7 +290,7 @@ def test_a_token_sees_the_past_and_no_further_than_its_windows(model):
     changed = tokens.copy()
     changed[0, 10] = (changed[0, 10] + 1) % 199
     moved = np.asarray(model(tokens) != model(changed)).any(axis=-1)[0]
-    window = model.config.sliding_window
+    (window,) = model.config.windows
     reach = 10 + 4 * (window - 1) if window else 39  # four layers, each carries it window - 1 places on
     assert moved.tolist() == [10 <= place <= reach for place in range(40)]
 

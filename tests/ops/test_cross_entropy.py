@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
 from prom_jax.ops.cross_entropy import cross_entropy
 from prom_jax.parallel import sharding
-from prom_jax.training.objective import Objective
+from prom_jax.training.methods.prom import PROM
 from prom_jax.training.step import make_update
 from tests.reference import hf_model, pack, place_params, random_examples, relative_error, to_model
 
@@ -100,7 +100,7 @@ def test_meshes_equal_one_device(sizes):
         hidden, head, labels, weights = arrays = inputs(kind)
         weights[:3] = 0  # shards with nothing to do, others with more or less
         hidden, labels, weights = sharding.place_rows(mesh, (hidden, labels, weights))
-        head = jax.device_put(head, sharding.param_sharding(mesh, ("lm_head",), head.shape))
+        head = jax.device_put(head, sharding.param_sharding(mesh, ("tensor", "fsdp"), head.shape))
         with jax.set_mesh(mesh):
             ours = chunked(hidden, head, labels, weights, 0.1, 5)
         if kind == "any":
@@ -135,7 +135,7 @@ def buffers(step, tied=False, **sizes):
     optimizer = optax.adamw(1e-3)
     mesh = sharding.make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
     with jax.set_mesh(mesh):
-        params = place_params(mesh, llama.to_params(model))
+        params = place_params(mesh, decoder.to_params(model), model.config)
         batch = sharding.place_rows(mesh, {"target": rows, "english": rows})
         arguments = params, optimizer.init(params), batch
         program = jax.jit(step(model, optimizer)).lower(*arguments).compile().as_text()
@@ -150,7 +150,7 @@ def buffers(step, tied=False, **sizes):
     ("sizes", "tied"), [({"fsdp": 1}, False), ({"data": 2, "fsdp": 2, "tensor": 2}, True)]
 )
 def test_no_buffer_of_tokens_by_vocabulary(sizes, tied):
-    prom = lambda model, optimizer: make_update(model, Objective(chunk=CHUNK), optimizer, 1)
+    prom = lambda model, optimizer: make_update(model, PROM(layer=1), optimizer, 1, chunk=CHUNK)
     widest, share = buffers(prom, tied, **sizes)
     assert widest == 32  # the tokens of a chunk, or the columns of a head's matrix
     assert share < 1
@@ -159,7 +159,7 @@ def test_no_buffer_of_tokens_by_vocabulary(sizes, tied):
 def test_the_plain_formula_has_such_a_buffer():
     def plain_step(model, optimizer):
         def loss(params, rows):
-            logits = llama.with_params(model, params)(rows["tokens"], rows["positions"], rows["segments"])
+            logits = decoder.with_params(model, params)(rows["tokens"], rows["positions"], rows["segments"])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows["labels"])
             return (losses * rows["weights"]).sum()
 
