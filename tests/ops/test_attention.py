@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 from prom_jax.ops.attention import (
     TOKAMAX_BLOCK,
@@ -24,21 +25,24 @@ from prom_jax.parallel.sharding import make_mesh
 from tests.reference import hf_model, pack, random_examples, to_model
 
 
-def softmax_attention(q, k, v, mask):
+def softmax_attention(q, k, v, mask, softcap=None):
     """The formula, a query at a time."""
     out = np.zeros(q.shape)
     for b, t, h in np.ndindex(q.shape[:3]):
         seen = np.flatnonzero(mask[b, 0, t])
         head = h // (q.shape[2] // k.shape[2])
-        scores = np.exp(k[b, seen, head] @ q[b, t, h] / np.sqrt(q.shape[3]))
-        out[b, t, h] = scores / scores.sum() @ v[b, seen, head]
+        scores = k[b, seen, head] @ q[b, t, h] / np.sqrt(q.shape[3])
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores)
+        out[b, t, h] = weights / weights.sum() @ v[b, seen, head]
     return out
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("backend", ["xla", "blocks"])
-def test_against_the_formula(kv_heads, window, backend):
+@pytest.mark.parametrize("backend, softcap", [("xla", None), ("blocks", None), ("xla", 0.5), ("blocks", 0.5)])
+def test_against_the_formula(kv_heads, window, backend, softcap):
     random = np.random.default_rng(0)
     q = random.normal(size=(2, 9, 6, 8))
     k, v = random.normal(size=(2, 2, 9, kv_heads, 8))
@@ -48,8 +52,9 @@ def test_against_the_formula(kv_heads, window, backend):
     for b, t, s in np.ndindex(2, 9, 9):
         near = window is None or t - s < window
         assert mask[b, 0, t, s] == (segments[b, t] == segments[b, s] and s <= t and near)
-    out = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask, backend)
-    np.testing.assert_allclose(out, softmax_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
+    qkv = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    out = attention(*qkv, mask, backend, softcap=softcap)
+    np.testing.assert_allclose(out, softmax_attention(q, k, v, mask, softcap), rtol=1e-5, atol=1e-6)
 
 
 def test_a_segment_sees_what_it_continues():
@@ -101,9 +106,12 @@ def packed_rows(rows, length, window=None, heads=4, kv_heads=2):
     return (q, k, v), mask, weights
 
 
-def value_and_gradients(qkv, mask, weights, backend):
+def value_and_gradients(qkv, mask, weights, backend, softcap=None):
+    """Of `attention`, or of `backend` where that is a function."""
+
     def weighted(*qkv):
-        out = attention(*qkv, mask, backend)
+        given = {"softcap": softcap} if callable(backend) else {"backend": backend, "softcap": softcap}
+        out = (backend if callable(backend) else attention)(*qkv, mask, **given)
         return (out * weights).sum(), out * (weights != 0)
 
     (_, out), gradients = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(*qkv)
@@ -155,6 +163,48 @@ def test_kernels_give_the_values_and_gradients_of_whole_scores(interpreted, back
     with jax.set_mesh(make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])):
         for ours, theirs in zip(value_and_gradients(qkv, seen, weights, backend), expected):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def whole_scores(q, k, v, mask, softcap):
+    """The formula, with all scores at once."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
+    scores = softcap * jnp.tanh(scores / softcap)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)), v)
+
+
+@pytest.mark.parametrize("softcap", [0.7, 50.0])  # which bends most scores, and hardly any
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("backend", ["xla", "blocks", "splash", "tokamax"])
+def test_soft_capped_scores(interpreted, backend, window, softcap):
+    qkv, mask, weights = packed_rows(2, 256, window)
+    expected = value_and_gradients(qkv, mask, weights, whole_scores, softcap)
+    mask = mask_of_rows(backend, packed_segments(2, 256), window)
+    for ours, theirs in zip(value_and_gradients(qkv, mask, weights, backend, softcap), expected):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("backend", ["xla", "blocks", "tokamax"])
+def test_a_layer_of_a_cache(backend, softcap):
+    """Few queries, and keys and values of several layers, of which one is read."""
+    random = np.random.default_rng(0)
+    q = random.normal(size=(2, 3, 4, 16)).astype(np.float32)
+    k, v = random.normal(size=(2, 3, 2, 2, 300, 16)).astype(np.float32)  # [N, B, K, S, D] each
+    mask = random.random((2, 1, 3, 300)) < 0.2
+    out = attention(q, k, v, mask, backend, layer=jnp.int32(1), softcap=softcap)
+    expected = softmax_attention(q, k[1].swapaxes(1, 2), v[1].swapaxes(1, 2), mask, softcap)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parsed", [False, True])
+def test_tokamax_leaves_flags_as_they_were(monkeypatch, parsed):
+    """And reads no arguments: those of a program that does not use absl would be refused."""
+    monkeypatch.setitem(flags.FLAGS.__dict__, "__flags_parsed", parsed)
+    monkeypatch.setattr("sys.argv", ["program", "--a_flag_of_its_own=1"])
+    qkv, mask, weights = packed_rows(1, 128 + parsed)  # of a shape of its own, so that it is traced
+    value_and_gradients(qkv, mask, weights, "tokamax")
+    assert flags.FLAGS.is_parsed() == parsed
 
 
 def assert_keeps_examples_apart(backend, dtype):

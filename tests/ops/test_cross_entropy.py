@@ -36,20 +36,22 @@ def inputs(weights="binary", vocabulary=VOCABULARY):
     return hidden, head, labels, values[weights].astype(np.float32)
 
 
-def plain(hidden, head, labels, weights, label_smoothing):
+def plain(hidden, head, labels, weights, label_smoothing, softcap=None):
     """Value and gradients by torch."""
     hidden, head = (torch.from_numpy(x).requires_grad_() for x in (hidden, head))
     logits, labels = (hidden @ head.T).flatten(0, 1), torch.from_numpy(labels).long().ravel()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     loss = (losses * torch.from_numpy(weights).ravel()).sum()
     loss.backward()
     return loss.item(), (hidden.grad.numpy(), head.grad.numpy())
 
 
-@functools.partial(jax.jit, static_argnames=("label_smoothing", "chunk"))
-def chunked(hidden, head, labels, weights, label_smoothing, chunk):
+@functools.partial(jax.jit, static_argnames=("label_smoothing", "chunk", "softcap"))
+def chunked(hidden, head, labels, weights, label_smoothing, chunk, softcap=None):
     """Value where no gradient is asked for; value and gradients."""
-    loss = lambda hidden, head: cross_entropy(hidden, head, labels, weights, label_smoothing, chunk)
+    loss = lambda hidden, head: cross_entropy(hidden, head, labels, weights, label_smoothing, chunk, softcap)
     return loss(hidden, head), jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
 
 
@@ -68,6 +70,15 @@ def test_chunked_equals_plain(label_smoothing, chunk):
         arrays = inputs(weights)
         assert_same(chunked(*arrays, label_smoothing, chunk), plain(*arrays, label_smoothing))
     assert not any(np.any(x) for x in jax.tree.leaves(chunked(*inputs("none"), label_smoothing, chunk)))
+
+
+@pytest.mark.parametrize("softcap", [2.0, 30.0])  # which bends most logits, and hardly any
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_soft_capped_logits(label_smoothing, softcap):
+    for weights in ("binary", "any"):
+        arrays = inputs(weights)
+        ours = chunked(*arrays, label_smoothing, 16, softcap)
+        assert_same(ours, plain(*arrays, label_smoothing, softcap))
 
 
 def test_a_vocabulary_that_has_no_parts():
