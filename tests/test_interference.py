@@ -107,7 +107,7 @@ def test_a_head_is_made_where_there_is_none(tiny, measured):
 @pytest.mark.parametrize(
     ("changes", "methods", "number", "message"),
     [
-        ({}, ["prom", "sft"], 1, "--methods=prom,sft: expected some of bactrian,xllama2,prom"),
+        ({}, ["prom", "sft"], 1, "--methods=prom,sft: expected some of bactrian,prom,xllama2"),
         ({}, [], 1, "--methods=: expected some of"),
         ({}, ["prom"], 99, "--batches=99: expected 1 to "),
         ({"pivot.layer": 2}, ["prom"], 1, "was trained for layer 3, but pivot.layer is 2"),
