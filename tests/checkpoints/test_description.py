@@ -29,7 +29,13 @@ from prom_jax.utils.workdir import FORMAT
 def test_a_damaged_description_is_named(tmp_path, settings):
     config = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    whole = {"format": FORMAT, "config": config, "heads": {"pivot_head": 1}, "dtype": "float32", "details": {}}
+    whole = {
+        "format": FORMAT,
+        "config": config,
+        "heads": {"pivot_head": 1},
+        "dtype": "float32",
+        "details": {},
+    }
     path = tmp_path / "model.json"
     path.write_text(json.dumps(whole))
     assert Description.read(tmp_path).config.hidden_size == 8
