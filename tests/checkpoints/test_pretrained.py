@@ -31,7 +31,8 @@ def test_keys_without_effect_are_skipped_in_one_line(tiny, tmp_path, capsys, rea
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | IDLE))
     read(folder)
-    line = f"skipped   keys of the config.json of {folder} that cannot change the forward pass: {', '.join(IDLE)}\n"
+    keys = ", ".join(IDLE)
+    line = f"skipped   keys of the config.json of {folder} that cannot change the forward pass: {keys}\n"
     assert capsys.readouterr().out == line
     assert same(pretrained.open_config(folder), whole)
 
