@@ -122,7 +122,8 @@ class SafetensorsReader:
 
     def _open_heads(self):
         """Further heads, and after which block each reads."""
-        for path in sorted(self.source.glob("*_head.safetensors")):
+        model = {path for _, path in self._files.values()}  # shards may have any names
+        for path in sorted(set(self.source.glob("*_head.safetensors")) - model):
             head, file = path.stem, _open_safetensors(path)
             name, layer = head_tensor(head), (file.metadata() or {}).get("pivot_layer", "")
             if name not in file.keys() or not re.fullmatch("[1-9][0-9]{0,4}", layer):  # noqa: SIM118 (no mapping)
