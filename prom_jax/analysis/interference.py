@@ -85,7 +85,8 @@ def only(batch: dict, batches: Batches, records: Records, step: int, texts: Text
       batches, records: of the run.
       step: of the batch.
       texts: that have a loss.
-    Returns: numpy arrays as in `data.loader`, [R, T].
+    Returns:
+      Numpy arrays as in `data.loader`, [R, T].
     """
     examples, rows, offsets, lengths = batches.slots(step, texts.stream)
     has_loss = np.zeros_like(batch[texts.stream]["weights"])
@@ -111,7 +112,8 @@ def inner_products(model: decoder.Decoder, rows: tuple, *, method: Method):
       model: with its parameters.
       rows: of each of the method's `compared` texts, as in `data.loader`.
       method: decides where they leave, and through which head.
-    Returns: float32 [L, 3]: g₁·g₂, g₁·g₁ and g₂·g₂ in blocks 1 … L, the last one that both reach.
+    Returns:
+      Float32 [L, 3]: g₁·g₂, g₁·g₁ and g₂·g₂ in blocks 1 … L, the last one that both reach.
     """
     terms = [_term(method, texts.stream) for texts in method.compared]
     depth = min(term.layer or model.config.num_hidden_layers for term in terms)

@@ -20,7 +20,7 @@ CONVERTED = "A language model converted by prom_jax."
 _CARD_TAG = "prom_jax"  # marks a folder as an export, which the next may replace
 
 
-def local_path(source) -> Path:
+def local_path(source, weights: bool = True) -> Path:
     """The path of a model on this machine: a directory or a `.gguf` file, downloaded if `source` is a hub id.
 
     Args:
@@ -107,7 +107,7 @@ def prepare_folder(directory: Path, partial: Path, num_bytes: int):
     if free < num_bytes:
         raise UserError(
             f"{directory} needs {num_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there: "
-            "make room or choose another place"
+            "free some space or choose another place"
         )
 
 

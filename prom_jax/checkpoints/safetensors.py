@@ -44,7 +44,7 @@ class SafetensorsReader:
             held = set(file.keys())
             for name in held if names is None else names:
                 if name not in held:
-                    raise UserError(f"{path} lacks {name}, which the index places there; fetch both again")
+                    raise UserError(f"{path} lacks {name}, which the index says is there; fetch both again")
                 self._files[name] = (file, path)
         if not self._files:
             raise UserError(f"{self.source} has no tensors: expected a whole model; fetch it again")
@@ -235,7 +235,7 @@ def save_hf(
             hub.replace_folder(directory, partial)
     except OSError as error:
         raise UserError(
-            f"{directory} could not be written ({error}): make room or choose another place; "
+            f"{directory} could not be written ({error}): free some space or choose another place; "
             "nothing was left there"
         ) from error
     finally:

@@ -77,7 +77,7 @@ def _take_family(hf: dict) -> Family:
             f"unsupported architecture {architectures!r:.100} (model_type {model_type!r:.100}): expected one "
             f"of {expected}"
         )
-    mapped = hf.get("auto_map")  # to code beside the weights, which is never run
+    mapped = hf.get("auto_map")  # to code in the folder, which is never run
     if isinstance(mapped, dict) and str(mapped.get("AutoModelForCausalLM")).endswith(family.architecture):
         del hf["auto_map"]
     return family

@@ -228,7 +228,8 @@ class Blocks(nnx.Module):
           weights: of `unsharded`, which serve several batches.
           kind: the layer's number in `config.kinds`, an int or a traced int32.
           cache: a `layers.LayerCache` or None.
-        Returns: its output [B, T, D] and the cache.
+        Returns:
+          Its output [B, T, D] and the cache.
         """
         angles, mask = context.angles, context.masks.of(self._choice("windows", "window", kind))
         if len(self.config.ropes) > 1:
@@ -249,7 +250,8 @@ class Blocks(nnx.Module):
         Args:
           cache: the stack's keys and values, for a single batch; slot: see `layers.LayerCache`.
           collect: a function of a block's output, for a single batch.
-        Returns: their outputs, `collect` of each block's stacked, and the cache.
+        Returns:
+          Their outputs, `collect` of each block's stacked, and the cache.
         """
 
         def body(carry, layer):
@@ -325,7 +327,7 @@ class Decoder(nnx.Module):
 
     @property
     def mesh(self):
-        """The mesh that the parameters lie on; of one device where they are on one."""
+        """The mesh of the parameters; of one device where they are on one."""
         sharding = self.embed_tokens[...].sharding
         named = isinstance(sharding, NamedSharding)
         return sharding.mesh if named else make_mesh(devices=list(sharding.device_set))
@@ -388,7 +390,8 @@ class Decoder(nnx.Module):
             without, it is only read, and may have one row for all.
           slot: int32.
           collect: a function of hidden states [B, T, D]. What it leaves out of them is never kept.
-        Returns: see `Output`.
+        Returns:
+          See `Output`.
         """
         batches = [_with_defaults(rows) for rows in batches]
         if cache is not None and slot is not None:
@@ -457,7 +460,8 @@ class Decoder(nnx.Module):
           positions_BT: int32 [B, T], default 0 … T-1.
           segments_BT: int32 [B, T]; tokens attend to their own segment, and to those that it continues
             (`ops.attention.segment_id`). Default: one segment.
-        Returns: float32 [B, T, V].
+        Returns:
+          Float32 [B, T, V].
         """
         ((states,),) = self.forward(Rows(tokens_BT, positions_BT, segments_BT)).states
         return self.logits(states)
@@ -482,7 +486,8 @@ class Decoder(nnx.Module):
         Args:
           tokens_BT, positions_BT, segments_BT: as in `__call__`.
           layers: which of 0 … N, default all of them.
-        Returns: [len(layers), B, T, D] in the compute dtype.
+        Returns:
+          [len(layers), B, T, D] in the compute dtype.
         Raises:
           UserError: for a layer that the model has not.
         """

@@ -64,7 +64,7 @@ class Settings:
             raise UserError(
                 f"config.json asks for rope scaling {rope_type!r:.100}: expected {', '.join(_ROPE_FIELDS)}"
             )
-        # Some files have it at the top, beside the scaling that it belongs to.
+        # Some files have it at the top, outside the scaling that it belongs to.
         original = self._rest.pop("original_max_position_embeddings", None)
         longest = self._rest.get("max_position_embeddings", self._defaults.get("max_position_embeddings"))
         rope.setdefault("original_max_position_embeddings", original or longest)

@@ -1,6 +1,5 @@
 """Grouped-query attention with one masking rule for all backends."""
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -8,11 +7,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import PartitionSpec
 
 from prom_jax.ops import attention_cpu
 from prom_jax.parallel.sharding import BATCH, num_batch_shards
+from prom_jax.utils.temporary import absl_flags_parsed
 
 # 'xla' and 'cudnn' are jax.nn.dot_product_attention's own, 'splash' is Pallas's for TPU, 'tokamax' are that
 # package's for GPU, 'blocks' is attention_cpu.py.
@@ -58,7 +57,8 @@ def attention_mask(q_positions, kv_positions, q_segments, kv_segments, window=No
       q_positions, q_segments: int32 [B, T].
       kv_positions, kv_segments: int32 [B, S].
       window: of keys; None for all.
-    Returns: bool [B, 1, T, S].
+    Returns:
+      Bool [B, 1, T, S].
     """
     distance = q_positions[:, :, None] - kv_positions[:, None, :]
     q_segments, kv_segments = q_segments[:, :, None], kv_segments[:, None, :]
@@ -170,7 +170,8 @@ def attention(q_BTHD, k, v, mask, backend="auto", layer=None, softcap: float | N
         for this GPU, dtype and shape of those that the package has; a cache goes to 'xla'. 'auto': 'blocks'
         on a CPU, 'splash' on a TPU, 'tokamax' on a GPU where it is installed, else 'xla'.
       softcap: scores s become softcap · tanh(s / softcap), as in Gemma 2; not with 'cudnn'.
-    Returns: [B, T, H, D] in the dtype of `q`.
+    Returns:
+      [B, T, H, D] in the dtype of `q`.
     """
     backend = resolve(backend)
     k, v = k.astype(q_BTHD.dtype), v.astype(q_BTHD.dtype)
@@ -240,7 +241,7 @@ def _tokamax_attention(q, k, v, mask, is_causal, softcap):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _tokamax_kernel(q, k, v, mask, is_causal, softcap):
-    with _absl_flags_as_parsed():
+    with absl_flags_parsed():
         return _tokamax_attention(q, k, v, mask, is_causal, softcap)
 
 
@@ -248,28 +249,16 @@ def _tokamax_forward(q, k, v, mask, is_causal, softcap):
     def kernel(q, k, v):
         return _tokamax_attention(q, k, v, mask, is_causal, softcap)
 
-    with _absl_flags_as_parsed():
+    with absl_flags_parsed():
         return jax.vjp(kernel, q, k, v)
 
 
 def _tokamax_backward(is_causal, softcap, backward, d_out):
-    with _absl_flags_as_parsed():
+    with absl_flags_parsed():
         return *backward(d_out), None
 
 
 _tokamax_kernel.defvjp(_tokamax_forward, _tokamax_backward)
-
-
-@contextlib.contextmanager
-def _absl_flags_as_parsed():
-    """While tokamax is traced: it reads the arguments of whatever program this is where absl's flags are not
-    parsed. They are afterwards as they were, for which absl has no public way that keeps their values."""
-    before = flags.FLAGS.is_parsed()
-    flags.FLAGS.mark_as_parsed()
-    try:
-        yield
-    finally:
-        flags.FLAGS.__dict__["__flags_parsed"] = before
 
 
 def _splash(q_BTHD, k, v, mask: PackedMask, softcap):

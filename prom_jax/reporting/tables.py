@@ -1,4 +1,4 @@
-"""The paper's tables out of runs: one section a base model, our numbers beside the paper's."""
+"""The paper's tables out of runs: one section a base model, our numbers next to the paper's."""
 
 import collections
 import statistics
@@ -18,7 +18,7 @@ REFERENCES = ("xllama2", "base")
 
 @dataclass(frozen=True)
 class Value:
-    """A number and what stands beside it; percent in all tables but that of wins.
+    """A number and what is shown with it; percent in all tables but that of wins.
 
     Attributes:
       ours: the mean over seeds; spread: their standard deviation; paper: the paper's number.
@@ -87,7 +87,9 @@ class Section:
 def sections(runs: list[Run], paper: dict) -> tuple[list[Section], list[str]]:
     """All tables, and a sentence on each evaluation that found no place in them.
 
-    Args: runs: as `runs.find` gives them; paper: the content of resources/paper.json.
+    Args:
+      runs: as `runs.find` gives them.
+      paper: the content of resources/paper.json.
     Raises:
       UserError: if two runs claim one place.
     """
@@ -322,7 +324,7 @@ def ablation_table(language: str, pivots: set[Pivot], runs: Runs, paper: dict) -
         rows.append((str(pivot), cells))
     notes = []
     if not papers:
-        notes = ["The paper's settings are of another model or language, and not set beside these."]
+        notes = ["The paper's settings are of another model or language, and not compared with these."]
     return Table(
         key=f"ablation_{language}",
         title=f"Table 4. Ablation of n, α and λ, {language_name(language)}",

@@ -119,7 +119,8 @@ def token_losses(model, batch, terms, appended: str | None = None, chunk: int | 
       terms: of which each stream is in one.
       appended: the stream whose rows continue those of the primary one, which has as many.
       chunk: as in `ops.cross_entropy`.
-    Returns: {stream: float32 scalar}.
+    Returns:
+      {stream: float32 scalar}.
     """
     term_of = {stream: term for term in terms for stream in term.streams}
     streams = [stream for stream in _primary_first(term_of) if stream in batch]
