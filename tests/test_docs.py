@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,15 +95,25 @@ def test_paths_are_there(page):
     assert not wrong
 
 
-def test_the_table_of_the_method_names_files():
-    """`docs/method.md` gives paths below prom_jax/."""
-    (table,) = re.findall(r"\| what \| where in `prom_jax/` \|\n(.*?)\n\n?$", PAGES_BY_NAME["method.md"], re.S)
-    paths = re.findall(r"`([\w/]+\.py)`", table)
-    assert len(paths) > 8
-    assert not [path for path in paths if not (ROOT / "prom_jax" / path).exists()]
+@pytest.mark.parametrize("name", ["glossary.md", "method.md"])
+def test_where_things_are(name):
+    """Tables with a column `where` give paths below prom_jax/, and names in these files."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    tables = re.findall(r"^\|[^\n]* where[^\n]* \|\n\|[-|]+\n((?:\|[^\n]*\n)+)", text, re.M)
+    cells = [re.split(r"(?<!\\)\|", row)[-2] for table in tables for row in table.splitlines()]
+    assert len(cells) > 8
+    for cell in cells:
+        for path, names in re.findall(r"`([\w/]+(?:\.py|/))`(?: \(([^)]*)\))?", cell):
+            file = ROOT / "prom_jax" / path
+            assert file.exists(), path
+            for name in re.findall(r"`(\w+)`", names):
+                assert re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), f"{path}: {name}"
 
 
-PAGES_BY_NAME = {page.name: page.read_text(encoding="utf-8").rstrip() + "\n" for page in PAGES}
+def test_the_formula_is_quoted_as_it_stands():
+    (quoted,) = blocks(ROOT / "docs/method.md", "python")
+    source = (ROOT / "prom_jax/training/methods/prom.py").read_text(encoding="utf-8")
+    assert textwrap.indent(quoted.text, "    ") in source
 
 
 @functools.cache
@@ -122,7 +133,7 @@ def keys():
 
 @each_page
 def test_keys_are_those_of_the_configuration(page):
-    text = page.read_text(encoding="utf-8")
+    text = "".join([without_blocks(page), *(block.text for block in blocks(page) if not block.file)])
     named = set(re.findall(r"(?<![\w.])config\.((?:\w+\.)*\w+)", text)) | set(re.findall(r"--config\.([\w.]+)", text))
     groups = "|".join(key for key in keys() if any(other.startswith(f"{key}.") for other in keys()))
     for words in code(page):
