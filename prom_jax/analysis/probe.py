@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 from prom_jax.analysis.cloze import Row, Table, prompts
 from prom_jax.analysis.statistics import interval, resampled_means
 from prom_jax.data.tokens import common_prefix
-from prom_jax.models.decoder import Rows
+from prom_jax.models.inputs import Rows
 from prom_jax.ops.attention import SHARED_PREFIX, segment_id
 from prom_jax.parallel.sharding import constrain, place_rows
 from prom_jax.utils.console import track

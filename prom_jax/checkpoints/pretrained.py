@@ -9,6 +9,7 @@ from prom_jax.checkpoints.orbax import CheckpointReader
 from prom_jax.checkpoints.reader import Reader
 from prom_jax.data.chat import chat_template
 from prom_jax.models import decoder
+from prom_jax.models.blocks import Compute
 from prom_jax.tokenization import folder
 from prom_jax.tokenization import gguf as gguf_tokenizer
 
@@ -80,7 +81,7 @@ def build(
     reader: Reader, mesh=None, compute_dtype: str | None = None, param_dtype: str | None = None
 ) -> decoder.Decoder:
     """The model of a reader that `open_source` gave; the arguments are those of `load`."""
-    compute = decoder.Compute(dtype=compute_dtype or default_compute_dtype())
+    compute = Compute(dtype=compute_dtype or default_compute_dtype())
     loaded = params.load_params(reader, mesh, dtype=param_dtype, heads=reader.heads)
     return decoder.with_params(decoder.abstract(reader.config, compute=compute, heads=reader.heads), loaded)
 

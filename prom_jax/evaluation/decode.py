@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prom_jax.evaluation.batching import Batch, own_segment, placed, plan
-from prom_jax.models.decoder import Rows
+from prom_jax.models.inputs import Rows
 from prom_jax.parallel.sharding import BATCH, constrain, num_batch_shards
 
 SLOTS = 32_768  # tokens whose keys and values are in memory at a time

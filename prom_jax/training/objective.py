@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from prom_jax.data.examples import PRIMARY
-from prom_jax.models.decoder import Exit, Rows
+from prom_jax.models.inputs import Exit, Rows
 from prom_jax.ops.cross_entropy import cross_entropy
 
 MAIN_HEAD = "lm_head"
@@ -172,10 +172,12 @@ class Method:
       label, colour: in tables and pictures.
       compared: the texts whose gradients `interference` compares.
       regulated: whether its weight λ is for regulation to decide.
+      reference: whether reports compare the other methods with it.
       loss: the terms.
     """
 
     regulated: ClassVar[bool] = False
+    reference: ClassVar[bool] = False
     name: ClassVar[str]
     label: ClassVar[str]
     colour: ClassVar[str]

@@ -357,6 +357,6 @@ class Cache:
             yield
         except (sqlite3.Error, OSError) as error:
             raise UserError(
-                f"The translation cache {self._path} cannot be used ({error}): free some space on its disk and "
+                f"The translation cache {self._path} cannot be used ({error}): free some space and "
                 "run the same command again (what it holds is kept), or name another file if it is damaged."
             ) from None
