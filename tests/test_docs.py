@@ -1,4 +1,4 @@
-"""What README.md and docs/ say is there: links, paths, keys, commands with their flags, and code that runs."""
+"""What README.md and docs/ name is there: links, paths, keys, commands with their flags; and their code runs."""
 
 import ast
 import contextlib
@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import re
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -48,7 +49,9 @@ def blocks(page, language=None):
     text = page.read_text(encoding="utf-8")
     for found in re.finditer(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.M | re.S):
         if language in (None, found[2]):
-            yield Block(found[2], inspect.cleandoc("\n" + found[3]) + "\n", text[: found.start()].count("\n") + 2)
+            yield Block(
+                found[2], inspect.cleandoc("\n" + found[3]) + "\n", text[: found.start()].count("\n") + 2
+            )
 
 
 def without_blocks(page):
@@ -116,6 +119,20 @@ def test_the_formula_is_quoted_as_it_stands():
     assert textwrap.indent(quoted.text, "    ") in source
 
 
+@each_page
+def test_names_of_the_package_are_there(page):
+    """`prom_jax.load`, `prom_jax.train` and the like."""
+    files = ("py", "md", "json", "egg")
+    for name in set(re.findall(r"(?<![\w/.-])prom_jax((?:\.\w+)+)", page.read_text(encoding="utf-8"))):
+        found = prom_jax
+        for part in name.split(".")[1:]:
+            if part in files:
+                break
+            if not hasattr(found, part):
+                importlib.import_module(f"{found.__name__}.{part}")
+            found = getattr(found, part)
+
+
 @functools.cache
 def keys():
     """All keys of the configuration, groups included."""
@@ -134,7 +151,9 @@ def keys():
 @each_page
 def test_keys_are_those_of_the_configuration(page):
     text = "".join([without_blocks(page), *(block.text for block in blocks(page) if not block.file)])
-    named = set(re.findall(r"(?<![\w.])config\.((?:\w+\.)*\w+)", text)) | set(re.findall(r"--config\.([\w.]+)", text))
+    named = set(re.findall(r"(?<![\w.])config\.((?:\w+\.)*\w+)", text)) | set(
+        re.findall(r"--config\.([\w.]+)", text)
+    )
     groups = "|".join(key for key in keys() if any(other.startswith(f"{key}.") for other in keys()))
     for words in code(page):
         named |= set(re.findall(rf"(?<![\w./-])((?:{groups})\.[a-z_]+)(?![\w/(])", words))
@@ -236,7 +255,10 @@ def small(tiny, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_snippets_of_models_and_data_run(small):
+def test_the_snippets_run(small, tiny):
+    shutil.copytree(tiny / "model", "runs/demo/hf")
+    run(ROOT / "README.md", {})
+    assert (small / "hf/copy/config.json").exists()
     run(ROOT / "docs/models.md", {})
     assert (small / "tiny/config.json").exists() and (small / "hf/smollm2/config.json").exists()
     values = run(ROOT / "docs/data.md", {})

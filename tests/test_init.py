@@ -45,8 +45,8 @@ def test_exports_are_what_they_are_called():
 def test_no_export_has_a_modules_name():
     """Importing a module of the package sets an attribute, which would hide the export."""
     program = (
-        "import pkgutil, prom_jax; names = {module.name for module in pkgutil.iter_modules(prom_jax.__path__)};"
-        "assert not names & set(prom_jax.__all__), names"
+        "import pkgutil, prom_jax; modules = {of.name for of in pkgutil.iter_modules(prom_jax.__path__)};"
+        "assert not modules & set(prom_jax.__all__), modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
