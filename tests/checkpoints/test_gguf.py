@@ -49,7 +49,6 @@ def hf_model(dtype=torch.float32, **settings):
     return reference.hf_model("llama2", **{**SIZES, **settings}).to(dtype)
 
 
-
 def halves(data):
     """float16 numbers in pairs of bytes."""
     return data.copy().view(np.float16)[..., 0].astype(np.float32)
@@ -321,7 +320,9 @@ def test_gguf_of_each_family(tmp_path, family):
     params = load_params(reader)
     expected = to_params(dict(model.named_parameters()), reader.config)
     if model.config.model_type == "gemma2":  # 1 + w - 1
-        jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-7), params, expected)
+        jax.tree.map(
+            lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-7), params, expected
+        )
     else:
         jax.tree.map(np.testing.assert_array_equal, params, expected)
 
@@ -463,7 +464,9 @@ def test_values_that_gguf_settings_cannot_have_are_named(tmp_path, settings, err
 def test_gguf_tensors_of_other_dimensions_are_refused(tmp_path):
     for shape in ((2, 2, 2), (0,)):
         path = write_gguf(
-            tmp_path / "m.gguf", gguf_settings(hf_model().config), {"token_embd.weight": np.ones(shape, np.float32)}
+            tmp_path / "m.gguf",
+            gguf_settings(hf_model().config),
+            {"token_embd.weight": np.ones(shape, np.float32)},
         )
         with pytest.raises(UserError, match=r"has 3 dimensions|vocab_size=0"):
             open_reader(path)
