@@ -1,4 +1,4 @@
-"""What README.md and docs/ name is there: links, paths, keys, commands with their flags; their code runs."""
+"""What README.md and docs/ name is there: links, paths, keys, commands and flags; and their code runs."""
 
 import ast
 import contextlib

@@ -115,8 +115,8 @@ def _splits() -> dict[str, list]:
         return [pre_tokenizers.Split(Regex(_WORDS % digits), behavior="isolated"), bytes_only]
 
     return {
-        **dict.fromkeys(("default", "gpt-2"), [gpt2]),
-        **dict.fromkeys(("smollm", "refact"), [pre_tokenizers.Digits(individual_digits=True), gpt2]),
+        **{name: [gpt2] for name in ("default", "gpt-2")},
+        **{name: [pre_tokenizers.Digits(individual_digits=True), gpt2] for name in ("smollm", "refact")},
         **dict.fromkeys((*_WHOLE_WORDS, "dbrx"), gpt4("{1,3}")),
         "qwen2": gpt4(""),
     }
