@@ -49,7 +49,6 @@ def hf_model(dtype=torch.float32, **settings):
     return reference.hf_model("llama2", **{**SIZES, **settings}).to(dtype)
 
 
-
 def halves(data):
     """float16 numbers in pairs of bytes."""
     return data.copy().view(np.float16)[..., 0].astype(np.float32)
@@ -300,8 +299,8 @@ def test_gguf_rope_scaling_is_recovered(tmp_path):
         open_reader(write(np.linspace(1, 32, 32, dtype=np.float32)))
 
 
-# What GGUF cannot say: windows of Qwen; scalings of an original length but 8192; other layers of SmolLM 3 than
-# every fourth; other scales of Gemma's queries than its heads' size.
+# Changes to what GGUF cannot say: windows of Qwen; scalings of another original length than 8192; layers of
+# SmolLM 3 without positions but every fourth; scales of Gemma's queries that are not its heads' size.
 NOT_IN_GGUF = {
     "qwen2 with windows": {"use_sliding_window": False, "sliding_window": None},
     "llama3": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
@@ -321,7 +320,9 @@ def test_gguf_of_each_family(tmp_path, family):
     params = load_params(reader)
     expected = to_params(dict(model.named_parameters()), reader.config)
     if model.config.model_type == "gemma2":  # 1 + w - 1
-        jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-7), params, expected)
+        jax.tree.map(
+            lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-7), params, expected
+        )
     else:
         jax.tree.map(np.testing.assert_array_equal, params, expected)
 
@@ -463,7 +464,9 @@ def test_values_that_gguf_settings_cannot_have_are_named(tmp_path, settings, err
 def test_gguf_tensors_of_other_dimensions_are_refused(tmp_path):
     for shape in ((2, 2, 2), (0,)):
         path = write_gguf(
-            tmp_path / "m.gguf", gguf_settings(hf_model().config), {"token_embd.weight": np.ones(shape, np.float32)}
+            tmp_path / "m.gguf",
+            gguf_settings(hf_model().config),
+            {"token_embd.weight": np.ones(shape, np.float32)},
         )
         with pytest.raises(UserError, match=r"has 3 dimensions|vocab_size=0"):
             open_reader(path)
