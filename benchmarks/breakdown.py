@@ -43,15 +43,16 @@ COLOURS = {
 }
 # What a source line belongs to: of the calls that led to it, the innermost in one of these files.
 FILES = {
-    "/attention.py": "attention",
-    "/losses.py": "heads",
-    "/llama.py": None,  # the operation tells
-    "/objective.py": None,
-    "/optimization.py": "optimizer",
+    "/ops/attention": "attention",
+    "/ops/cross_entropy.py": "heads",
+    "/ops/": None,  # the operation tells
+    "/models/": None,
+    "/training/objective.py": None,
+    "/training/": "optimizer",
     "/optax/": "optimizer",
 }
 WAITING = "(wait for completion)"  # how the name of what only waits for other threads ends
-GRADIENT = "accumulate"  # of optimization.py what only sums gradients of the blocks
+GRADIENT = "accumulate"  # of training/step.py what only sums gradients of the blocks
 PRODUCTS = {"dot", "convolution", "custom-call"}
 INSTRUCTION = re.compile(r"^ *(?:ROOT )?%(\S+) = (.*)$", re.MULTILINE)
 CONTROL = {"while", "conditional", "gather", "scatter", "sort"}

@@ -35,7 +35,7 @@ from prom_jax import convert
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.checkpoints.description import Description
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
 from prom_jax.parallel import sharding
 
 PROCESSES = 8
@@ -182,7 +182,9 @@ def restore(work: Path) -> float:
     """With plain Orbax."""
     seconds = 0.0
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = llama.to_params(Description.read(work / "orbax").abstract(param_dtype="bfloat16"))
+    description = Description.read(work / "orbax")
+    model = decoder.abstract(description.config, heads=description.heads, param_dtype="bfloat16")
+    params = decoder.to_params(model)
     for path, param in jax.tree.leaves_with_path(params):
         began = time.perf_counter()
         leaf = jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=device)

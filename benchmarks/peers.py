@@ -1,6 +1,6 @@
 """PROM's update as torch and transformers make it: two forwards through all blocks, and a pivot head.
 
-Of prom_jax there are the tokens alone, and how it has the C library keep memory.
+Of prom_jax there are the tokens and the method's settings alone, and how it has the C library keep memory.
 """
 
 import copy
@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
+from prom_jax.training.methods.prom import PROM
 from prom_jax.utils import command
 
 IGNORED = -100  # a label that bears no loss
@@ -54,17 +55,16 @@ def _next(labels):
     return np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
 
 
-def rows(texts: dict, layout, length: int, objective) -> list[dict]:
-    """The rows of an update: tokens and labels [R, T], role, and the scale of the sum of their losses."""
+def rows(texts: dict, layout, length: int, method: PROM) -> list[dict]:
+    """The rows of an update: tokens and labels [R, T], stream, and the scale of the sum of their losses."""
     result = []
-    for role, some in texts.items():
-        of_role = list(layout(some, length))
-        scale = (objective.weight if role == "english" else 1.0) / sum(
-            (y != IGNORED).sum() for _, y in of_role
-        )
-        for arrays in of_role:
+    for stream, some in texts.items():
+        of_stream = list(layout(some, length))
+        weight = method.weight if stream == "english" else 1.0
+        scale = weight / sum((labels != IGNORED).sum() for _, labels in of_stream)
+        for arrays in of_stream:
             tokens, labels = map(torch.from_numpy, arrays)
-            result.append({"tokens": tokens, "labels": labels, "role": role, "scale": float(scale)})
+            result.append({"tokens": tokens, "labels": labels, "stream": stream, "scale": float(scale)})
     return result
 
 
@@ -80,13 +80,13 @@ def load(source: str, remat: str):
     return model.train()
 
 
-def row_loss(model, blocks, row: dict, objective, pivot_layer: int):
+def row_loss(model, blocks, row: dict, method: PROM):
     """A row's part of the update's loss. Causal attention needs no mask of padding on the right."""
     tokens, labels = (row[name].to(model.device) for name in ("tokens", "labels"))
-    english = row["role"] == "english"
+    english = row["stream"] == "english"
     outputs = blocks(tokens, output_hidden_states=english, use_cache=False)
     if english:
-        logits = model.pivot_head(outputs.hidden_states[pivot_layer])
+        logits = model.pivot_head(outputs.hidden_states[method.layer])
     else:
         logits = model.lm_head(outputs.last_hidden_state)
     return row["scale"] * cross_entropy(
@@ -94,7 +94,7 @@ def row_loss(model, blocks, row: dict, objective, pivot_layer: int):
         labels.flatten(),
         ignore_index=IGNORED,
         reduction="sum",
-        label_smoothing=objective.label_smoothing if english else 0.0,
+        label_smoothing=method.label_smoothing if english else 0.0,
     )
 
 
@@ -104,21 +104,16 @@ class Peer:
     Args:
       source: Hugging Face directory or hub id.
       layout: a key of LAYOUTS.
-      objective, pivot_layer: as in `prom_jax.training.objective`; the method is 'prom'.
+      method: whose loss is minimised, without a norm before the pivot head.
       config: of the run; its dtype, remat and optimizer are the peer's too.
       compiled: whether torch compiles the model.
     """
 
-    def __init__(self, source: str, layout: str, objective, pivot_layer: int, config, compiled: bool):
+    def __init__(self, source: str, layout: str, method: PROM, config, compiled: bool):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         command.keep_freed_memory()  # as our side does
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.layout, self.objective, self.pivot_layer, self.config = (
-            LAYOUTS[layout],
-            objective,
-            pivot_layer,
-            config,
-        )
+        self.layout, self.method, self.config = LAYOUTS[layout], method, config
         self.model = load(source, config.remat).to(self.device)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -127,11 +122,11 @@ class Peer:
         self.blocks = torch.compile(self.model.model, dynamic=True) if compiled else self.model.model
 
     def step(self, texts: dict, learning_rate: float) -> tuple[float, int]:
-        """One update on texts by role ('target', 'english'); returns its loss and the places it computed."""
+        """One update on texts by stream ('target', 'english'); returns its loss and the slots it computed."""
         total, places = 0.0, 0
-        for row in rows(texts, self.layout, self.config.data.seq_len, self.objective):
+        for row in rows(texts, self.layout, self.config.data.seq_len, self.method):
             with torch.autocast(self.device, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16"):
-                loss = row_loss(self.model, self.blocks, row, self.objective, self.pivot_layer)
+                loss = row_loss(self.model, self.blocks, row, self.method)
             loss.backward()
             total, places = total + loss.detach(), places + row["tokens"].numel()
         if self.config.optimizer.clip:

@@ -23,12 +23,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import measure
 from benchmarks.synthetic import llama2_7b
-from prom_jax.checkpoints.params import placed
-from prom_jax.models import decoder as llama
+from prom_jax.checkpoints.params import abstract_params
+from prom_jax.models import decoder
 from prom_jax.parallel import sharding
 from prom_jax.training import budget
-from prom_jax.training.objective import Objective
-from prom_jax.training.step import abstract_state, make_optimizer, make_schedule, make_update
+from prom_jax.training.methods.prom import PROM
+from prom_jax.training.optimizer import abstract_state, make_optimizer, make_schedule
+from prom_jax.training.step import make_update
 from prom_jax.utils import cli
 from prom_jax.utils.errors import UserError
 
@@ -163,13 +164,12 @@ def compile_step(
 
     Returns: the program; parameters and optimizer state; the batch.
     """
-    compute = llama.Compute("bfloat16", "full", attention)  # 'auto' would look at this machine
-    model = llama.abstract(
-        config, compute=compute, pivot_layer=pivot_layer, pivot_head=True, param_dtype=state
-    )
+    method = PROM(pivot_layer)
+    compute = decoder.Compute("bfloat16", "full", attention)  # 'auto' would look at this machine
+    model = decoder.abstract(config, compute=compute, heads=method.heads, param_dtype=state)
     schedule = make_schedule(2e-5, 0.03, "cosine", 1000)
     optimizer = make_optimizer(schedule, weight_decay=0.0, clip=1.0, dtype=state)
-    params = placed(llama.to_params(model), mesh)
+    params = abstract_params(model, mesh)
     state = params, abstract_state(optimizer, params, mesh)
     where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     part = lambda length: {
@@ -179,7 +179,7 @@ def compile_step(
         for name in ("tokens", "positions", "segments", "labels", "weights")
     }
     batch = {"target": part(length), "english": part(length // ENGLISH)}
-    update = jax.jit(make_update(model, Objective(), optimizer, 1), donate_argnums=(0, 1))
+    update = jax.jit(make_update(model, method, optimizer, 1), donate_argnums=(0, 1))
     with jax.set_mesh(mesh):
         return update.lower(*state, batch).compile(compiler_options=options), state, batch
 
@@ -194,7 +194,7 @@ def kept_activations(config, batch) -> int:
     """Bytes that a device keeps from forward to backward: every block's input, in bfloat16."""
     blocks = {"target": config.num_hidden_layers, "english": PIVOT}
     tokens = lambda rows: math.prod(rows["tokens"].sharding.shard_shape(rows["tokens"].shape))
-    return sum(2 * blocks[role] * config.hidden_size * tokens(rows) for role, rows in batch.items())
+    return sum(2 * blocks[stream] * config.hidden_size * tokens(rows) for stream, rows in batch.items())
 
 
 def model_flops(config, length: int, rows: int) -> float:
@@ -205,7 +205,7 @@ def model_flops(config, length: int, rows: int) -> float:
         for stream, each in lengths.items()
     }
     records = types.SimpleNamespace(streams=streams)
-    return budget.training_flops(config, Objective(), PIVOT, records, np.arange(rows))
+    return budget.training_flops(config, PROM(PIVOT), records, np.arange(rows))
 
 
 # Collectives of a compiled program.

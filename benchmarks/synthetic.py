@@ -8,6 +8,7 @@ text, and its vocabulary is that tokenizer's; without one it has three tokens.
 import argparse
 import dataclasses
 import zlib
+from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
@@ -18,8 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.checkpoints.params import hf_shapes
 from prom_jax.checkpoints.safetensors import save_hf
-from prom_jax.models import decoder as llama
-from prom_jax.models.config import LlamaConfig
+from prom_jax.models.config import DecoderConfig, LayerKind, Rope
 from prom_jax.utils import cli
 
 TOKENIZER = PreTrainedTokenizerFast(
@@ -29,20 +29,21 @@ TOKENIZER = PreTrainedTokenizerFast(
 )
 
 
-def llama2_7b(layers: int = 32) -> LlamaConfig:
+def llama2_7b(layers: int = 32) -> DecoderConfig:
     """LLaMA-2-7B's architecture, or a shorter one."""
     return _llama(layers, vocab_size=32000, hidden_size=4096, intermediate_size=11008, head_dim=128)
 
 
-def llama32_1b(layers: int = 16) -> LlamaConfig:
+def llama32_1b(layers: int = 16) -> DecoderConfig:
     """Llama-3.2-1B's architecture but for its rotary scaling, or a shorter one."""
     sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64}
     return _llama(layers, **sizes, num_key_value_heads=8, rope_theta=5e5, tie_word_embeddings=True)
 
 
-def _llama(layers: int, num_key_value_heads: int = 32, **rest) -> LlamaConfig:
-    return LlamaConfig(
+def _llama(layers: int, num_key_value_heads: int = 32, rope_theta: float = 10000.0, **rest) -> DecoderConfig:
+    return DecoderConfig(
         num_hidden_layers=layers,
+        layers=(LayerKind(rope=Rope(rope_theta)),) * layers,
         num_attention_heads=32,
         num_key_value_heads=num_key_value_heads,
         max_position_embeddings=4096,
@@ -59,11 +60,11 @@ class Synthetic:
     """Random weights behind the interface of `prom_jax.checkpoints.reader`: normal, σ = 0.02, as those of
     real models about are, so that they compress as badly."""
 
-    source, pivot_layer = "synthetic weights", 0
+    source, heads = "synthetic weights", MappingProxyType({})
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: DecoderConfig):
         self.config, self.details, self.dtype = config, {}, np.dtype(ml_dtypes.bfloat16)
-        self._shapes = hf_shapes(llama.to_params(llama.abstract(config)))
+        self._shapes = hf_shapes(config)
         self.names = set(self._shapes)
         self._values = (0.02 * np.random.default_rng(0).standard_normal(2**24, np.float32)).astype(self.dtype)
 
@@ -89,9 +90,8 @@ def main(argv=None):
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokenizer", metavar="MODEL")
     arguments = parser.parse_args(argv)
-    config, tokenizer = SHAPES[arguments.shape](), TOKENIZER
-    if arguments.layers:
-        config = dataclasses.replace(config, num_hidden_layers=arguments.layers)
+    shape = SHAPES[arguments.shape]
+    config, tokenizer = shape(arguments.layers) if arguments.layers else shape(), TOKENIZER
     if arguments.tokenizer:
         _, tokenizer = models.open_source(arguments.tokenizer)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
@@ -99,7 +99,7 @@ def main(argv=None):
     write(arguments.directory, config, tokenizer)
 
 
-def write(directory, config: LlamaConfig, tokenizer=TOKENIZER):
+def write(directory, config: DecoderConfig, tokenizer=TOKENIZER):
     """Writes the folder, in files of at most 1 GB."""
     reader = Synthetic(config)
     options = {"dtype": reader.dtype, "chat_template": "{{ messages }}", "card": {}}

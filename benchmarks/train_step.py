@@ -87,7 +87,7 @@ def torch_side(job: train.Job, folder: str, arguments: argparse.Namespace) -> me
     if source.endswith(".gguf"):
         source = f"{folder}/hf"
         models.save_hf(*models.load(job.config.model), source, dtype="float32")
-    about = job.objective, job.pivot_layer, job.config
+    about = job.method, job.config
     return measure.Worker(Peer, source, arguments.peer, *about, arguments.compile)
 
 
@@ -134,7 +134,7 @@ def run(jobs: dict, sides: dict, arguments: argparse.Namespace) -> tuple[dict, d
 
 
 def texts(job: train.Job, step: int) -> dict[str, list]:
-    """Token ids of an update's examples and whether each bears loss, by role."""
+    """Token ids of an update's examples and whether each bears loss, by stream."""
     records = job.data.train.read(job.batches.examples_of(step))
 
     def of_stream(stream):
@@ -192,7 +192,9 @@ def about(jobs: dict, peer: str) -> dict[str, str]:
     for name, job in jobs.items():
         config = job.config
         backend, dtype = attention.resolve(config.attention), config.optimizer.dtype
-        shapes = ", ".join(f"{rows} × {length} {role}" for role, (rows, length) in job.batches.shapes.items())
+        shapes = ", ".join(
+            f"{rows} × {length} {stream}" for stream, (rows, length) in job.batches.shapes.items()
+        )
         appended = f", {job.batches.appended} appended" * bool(job.batches.appended)
         told[name] = (
             f"{config.method} in JAX; texts in rows ({shapes}{appended}) without "

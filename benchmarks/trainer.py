@@ -21,6 +21,7 @@ import transformers
 from benchmarks import measure, peers, train_step
 from prom_jax import train
 from prom_jax.checkpoints import pretrained as models
+from prom_jax.training.methods.prom import PROM
 from prom_jax.utils import cli, command
 from prom_jax.utils.errors import UserError
 
@@ -39,7 +40,7 @@ def main(argv=None):
         source = f"{folder}/hf"
         models.save_hf(*models.load(config.model), source, dtype="float32")
         texts = [train_step.texts(job, step) for step in range(config.steps)]
-        about = source, job.objective, job.pivot_layer, config
+        about = source, job.method, config
         sides = {
             "Trainer": measure.Worker(Trained, *about, texts),
             "peer": measure.Worker(Constant, *about, texts),
@@ -79,8 +80,8 @@ class Timed:
 class Constant(Timed, peers.Peer):
     """The peer with all its texts, at one learning rate."""
 
-    def __init__(self, source: str, objective, pivot_layer: int, config, texts: list[dict]):
-        super().__init__(source, "published", objective, pivot_layer, config, False)
+    def __init__(self, source: str, method: PROM, config, texts: list[dict]):
+        super().__init__(source, "published", method, config, False)
         self.texts = iter(texts)
 
     def step(self) -> float:
@@ -91,9 +92,9 @@ class Constant(Timed, peers.Peer):
 class Trained(Timed, transformers.TrainerCallback):
     """A run of Trainer in a thread that waits for its turn after each update."""
 
-    def __init__(self, source: str, objective, pivot_layer: int, config, texts: list[dict]):
+    def __init__(self, source: str, method: PROM, config, texts: list[dict]):
         self.go, self.done = queue.Queue(), queue.Queue()
-        rows = [peers.rows(some, peers.packed, config.data.seq_len, objective) for some in texts]
+        rows = [peers.rows(some, peers.packed, config.data.seq_len, method) for some in texts]
         parts = min(config.batch.sequences, *map(len, rows))
         arguments = transformers.TrainingArguments(
             per_device_train_batch_size=1,
@@ -119,7 +120,7 @@ class Trained(Timed, transformers.TrainerCallback):
             train_dataset=InOrder(update[i::parts] for update in rows for i in range(parts)),
             callbacks=[self],
         )
-        self.trainer.objective, self.trainer.pivot_layer = objective, pivot_layer
+        self.trainer.method = method
         threading.Thread(target=self._train, daemon=True).start()
 
     def _train(self):
@@ -156,9 +157,7 @@ class PromTrainer(transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The rows' part of the update's loss, for Trainer to divide by the number of batches."""
-        loss = sum(
-            peers.row_loss(model, model.model, row, self.objective, self.pivot_layer) for row in inputs
-        )
+        loss = sum(peers.row_loss(model, model.model, row, self.method) for row in inputs)
         self.total += loss.detach()
         return loss * self.args.gradient_accumulation_steps
 

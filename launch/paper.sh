@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The paper's whole matrix: prepares, trains and evaluates nine languages × its methods and the Thai ablation, and
 # reports. The same command again goes on: what is there is not made again. A step that fails does not stop the rest.
-#   bash launch/paper.sh [--languages=th,el] [--methods=base,prom] [--seeds=0,1,2] [--runs=runs/paper] [--dry-run]
-#     [--data-dir=DIR] [--limit=N]                                       # of prom_jax.evaluate
-#     [--tokens=8e7] [--parameters=6.74e9] [--device-flops=989e12] [--mfu=0.4]  # what --dry-run reckons with
+#   bash launch/paper.sh [--languages=th,el] [--methods=base,prom] [--seeds=0,1,2] [--runs=runs/paper] [--dry_run]
+#     [--data_dir=DIR] [--limit=N]                                       # of prom_jax.evaluate
+#     [--tokens=8e7] [--parameters=6.74e9] [--device_flops=989e12] [--mfu=0.4]  # what --dry_run reckons with
 #     [flags of prom_jax.train, in which {language} stands for the code of the language]
-# --dry-run prints the commands and the hours of one device that training takes: the FLOPs of its data card where one
-# is prepared, else 6 · parameters · tokens, over device-flops · mfu. The defaults are assumptions: LLaMA-2-7B, an
+# --dry_run prints the commands and the hours of one device that training takes: the FLOPs of its data card where one
+# is prepared, else 6 · parameters · tokens, over device_flops · mfu. The defaults are assumptions: LLaMA-2-7B, an
 # H100's bf16 peak at 40 %, and 52,002 Alpaca examples × 3 epochs × 512 tokens. Evaluations and probes come on top.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,10 +21,10 @@ for argument; do
     --methods=*) methods=$value ;;
     --seeds=*) seeds=$value ;;
     --runs=*) runs=$value ;;
-    --dry-run) dry=yes ;;
+    --dry-run | --dry_run) dry=yes ;;
     --tokens=*) tokens=$value ;;
     --parameters=*) parameters=$value ;;
-    --device-flops=*) device_flops=$value ;;
+    --device-flops=* | --device_flops=*) device_flops=$value ;;
     --mfu=*) mfu=$value ;;
     --data-dir=* | --data_dir=* | --limit=*) evaluation+=("$argument") ;;
     --config=* | --workdir=* | --config.seed=* | --config.language=*) unknown=$argument ;;

@@ -6,13 +6,33 @@ hiddens_NBTD = model.hidden_states(tokens_BT)
 prom_jax.save_hf(model, tokenizer, "directory")
 """
 
-__all__ = ["load", "save_hf"]
+import importlib
+
+# What others import: its module, and its name there. (`probe` and `prepare` are commands of this package.)
+_EXPORTS = {
+    "load": ("checkpoints.pretrained", "load"),
+    "save_hf": ("checkpoints.pretrained", "save_hf"),
+    "Decoder": ("models.decoder", "Decoder"),
+    "DecoderConfig": ("models.config", "DecoderConfig"),
+    "LayerKind": ("models.config", "LayerKind"),
+    "make_mesh": ("parallel.sharding", "make_mesh"),
+    "greedy": ("evaluation.decode", "greedy"),
+    "cloze_probe": ("analysis.probe", "probe"),
+    "read_table": ("analysis.cloze", "read_table"),
+    "Recipe": ("data.examples", "Recipe"),
+    "Batches": ("data.loader", "Batches"),
+    "prepare_records": ("data.records", "prepare"),
+}
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name):
     # Imported when first asked for, so that `import prom_jax` alone does not start JAX and transformers.
-    if name in __all__:
-        from prom_jax.checkpoints import pretrained as models
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'prom_jax' has no attribute {name!r}")
+    module, original = _EXPORTS[name]
+    return getattr(importlib.import_module(f"prom_jax.{module}"), original)
 
-        return getattr(models, name)
-    raise AttributeError(f"module 'prom_jax' has no attribute {name!r}")
+
+def __dir__():
+    return sorted({*globals(), *__all__})

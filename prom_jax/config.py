@@ -158,7 +158,7 @@ def default() -> ConfigDict:
 
 
 def apply_variant(config: ConfigDict, variant: str, variants: dict | None = None) -> ConfigDict:
-    """`config` with a variant's changes; `variants` are the file's own, beside VARIANTS.
+    """`config` with a variant's changes; `variants` are the file's own, besides VARIANTS.
 
     Raises:
       UserError: for a name that neither has.

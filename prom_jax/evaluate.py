@@ -74,7 +74,7 @@ def parse(argv) -> argparse.Namespace:
         "--limit",
         metavar="N",
         type=number,
-        help="only so many documents of each task (default: all)",
+        help="only the first N documents of each task (default: all)",
     )
     add("--bos", action="store_true", help="texts begin with the BOS token; the paper's do not")
     add(

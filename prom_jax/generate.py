@@ -34,10 +34,10 @@ def answer(arguments: argparse.Namespace):
             add_generation_prompt=True,
             return_dict=False,
         )
-    room = reader.config.max_position_embeddings - arguments.max_new_tokens
-    if not 0 < len(prompt) <= room:
+    longest = reader.config.max_position_embeddings - arguments.max_new_tokens
+    if not 0 < len(prompt) <= longest:
         raise UserError(
-            f"The prompt has {len(prompt)} tokens: expected 1 to {room}, which leaves "
+            f"The prompt has {len(prompt)} tokens: expected 1 to {longest}, which leaves "
             f"{arguments.max_new_tokens} of the model's context for the answer (--max_new_tokens)"
         )
     compute_dtype = arguments.compute_dtype or models.default_compute_dtype()

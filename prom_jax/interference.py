@@ -20,6 +20,7 @@ from prom_jax.checkpoints import pretrained as models
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Records, prepare
 from prom_jax.models import decoder
+from prom_jax.models.blocks import Compute
 from prom_jax.parallel import sharding
 from prom_jax.reporting.plots import interference_by_layer
 from prom_jax.training import budget
@@ -102,9 +103,7 @@ def load(config, reader, mesh, methods) -> decoder.Decoder:
         "exits": {layer for method in methods for layer in method.exits},
     }
     # Blocks are gone through one by one, so that nothing inside them is worth keeping.
-    compute = decoder.Compute(
-        config.compute_dtype or models.default_compute_dtype(), "full", config.attention
-    )
+    compute = Compute(config.compute_dtype or models.default_compute_dtype(), "full", config.attention)
     compute.check_platform()
     model = decoder.abstract(reader.config, compute=compute, **split)
     return decoder.with_params(model, weights.load_params(reader, mesh, dtype="float32", **split))

@@ -38,7 +38,7 @@ def prepare(config, workdir: Path, inspect: int = 0, run: str = "") -> dict:
     Args:
       config: see `prom_jax.config`.
       workdir: where they go.
-      inspect: so many packed rows are shown.
+      inspect: how many packed rows are shown.
       run: the flags of a command for the same configuration and work directory.
 
     Returns:
@@ -182,7 +182,7 @@ def parse(argv) -> argparse.Namespace:
     """The command line's arguments."""
     parser = cli.Parser("prom_jax.prepare", __doc__)
     parser.add_run()
-    inspect = "show so many packed rows"
+    inspect = "show the first N packed rows"
     parser.add_argument("--inspect", metavar="K", type=cli.at_least(0), default=0, help=inspect)
     add = parser.add_argument_group("translation").add_argument
     add("--translate", choices=ENGINES, help="translate data.english into data.target with this engine")

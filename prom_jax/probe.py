@@ -131,7 +131,7 @@ def earlier(folder: str, headers: dict[str, dict]) -> dict[str, dict]:
             if before[language][name] != header[name]:
                 raise UserError(
                     f"--compare={folder} was measured with {name}={before[language][name]!r} for "
-                    f"{language!r}, this is with {header[name]!r}: measure both alike"
+                    f"{language!r}, this is with {header[name]!r}: measure both with one setting"
                 )
     return before
 

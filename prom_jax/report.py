@@ -1,7 +1,7 @@
 """python -m prom_jax.report --runs=DIR --out=DIR
 
 Makes the paper's tables out of every evaluation below --runs (prom_jax.evaluate's results.json, and
-samples.jsonl beside it): our numbers beside the paper's, with paired tests between methods. --out gets
+samples.jsonl next to it): our numbers next to the paper's, with paired tests between methods. --out gets
 report.html, report.md, tables/*.csv, and the pictures of the probe and of interference found below --runs.
 """
 

@@ -30,6 +30,7 @@ from prom_jax.data.chat import chat_template
 from prom_jax.evaluation import samples
 from prom_jax.evaluation.heldout import HeldOut
 from prom_jax.models import decoder
+from prom_jax.models.blocks import Compute
 from prom_jax.parallel import flags, multihost, sharding
 from prom_jax.reporting.card import write as write_card
 from prom_jax.reporting.plots import learning_curves
@@ -107,9 +108,7 @@ def plan(config, workdir: Path) -> Job:
     base = open_base(config, workdir)
     experiment = resolve(config, workdir, base, regulation.measured(config, base, workdir, mesh))
     method, data, batches = experiment.method, experiment.data, experiment.batches
-    compute = decoder.Compute(
-        config.compute_dtype or models.default_compute_dtype(), config.remat, config.attention
-    )
+    compute = Compute(config.compute_dtype or models.default_compute_dtype(), config.remat, config.attention)
     compute.check_platform()
     model = decoder.abstract(
         base.config,

@@ -12,6 +12,7 @@ import transformers
 from prom_jax.checkpoints.params import hf_tensors
 from prom_jax.models import decoder
 from prom_jax.models.auto import config_from_hf
+from prom_jax.models.blocks import Compute
 from prom_jax.parallel.sharding import param_sharding
 from prom_jax.training.step import make_update
 
@@ -163,7 +164,7 @@ def to_model(hf, pivot_layer=0, pivot_head=None, config=None, more_exits=(), **c
     heads = {} if pivot_head is None else {"pivot_head": pivot_layer}
     if heads:
         tensors["pivot_head"] = pivot_head
-    model = decoder.abstract(config, compute=decoder.Compute(**compute), exits=exits, heads=heads)
+    model = decoder.abstract(config, compute=Compute(**compute), exits=exits, heads=heads)
     params = to_params(tensors, config, exits, heads)
     return decoder.with_params(model, jax.tree.map(jnp.asarray, params))
 

@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 
 from prom_jax import config as configuration
-from prom_jax.models.config import LlamaConfig
 from prom_jax.utils.config_file import load as config_file
 from prom_jax.utils.config_file import override
 from prom_jax.utils.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 LANGUAGES = ("ar", "bn", "el", "ml", "mr", "sw", "ta", "te", "th")
-LLAMA2 = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128)
 
 
 def module_of(path):

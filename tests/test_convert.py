@@ -18,7 +18,7 @@ from prom_jax.checkpoints.orbax import CheckpointReader
 from prom_jax.checkpoints.pretrained import open_reader
 from prom_jax.checkpoints.safetensors import SafetensorsReader
 from prom_jax.data.chat import chat_template
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
 from prom_jax.parallel import sharding
 from prom_jax.utils.errors import UserError
 from tests.reference import hf_model
@@ -64,17 +64,18 @@ def test_another_dtype(tmp_path, byte_level):
 def test_a_pivot_head_travels(tmp_path, byte_level):
     source = folder(tmp_path / "source", byte_level, torch.float32, False)
     model, tokenizer = prom_jax.load(source)
-    params = weights.load_params(open_reader(source), pivot_layer=3, pivot_head=True)
+    heads = {"pivot_head": 3}
+    params = weights.load_params(open_reader(source), heads=heads)
     params["pivot_head"] = params["pivot_head"] + 1
-    split = llama.abstract(model.config, pivot_layer=3, pivot_head=True)
-    prom_jax.save_hf(llama.with_params(split, params), tokenizer, tmp_path / "hf")
+    split = decoder.abstract(model.config, heads=heads)
+    prom_jax.save_hf(decoder.with_params(split, params), tokenizer, tmp_path / "hf")
     convert.from_hf(tmp_path / "hf", tmp_path / "orbax")
     convert.to_hf(tmp_path / "orbax", tmp_path / "back")
     back, _ = prom_jax.load(tmp_path / "back")
-    assert back.pivot_layer == 3
+    assert back.heads == heads
     np.testing.assert_array_equal(back.pivot_head[...], params["pivot_head"])
-    np.testing.assert_array_equal(back.upper.q_proj[...], params["upper"]["q_proj"])
-    assert json.loads((tmp_path / "orbax" / "model.json").read_text())["pivot_layer"] == 3
+    np.testing.assert_array_equal(back.stack1.q_proj[...], params["stack1"]["q_proj"])
+    assert json.loads((tmp_path / "orbax" / "model.json").read_text())["heads"] == heads
 
 
 def test_details_travel_with_an_export(tmp_path, byte_level):

@@ -21,7 +21,7 @@ from prom_jax import train as door
 from prom_jax.analysis.cloze import TABLES
 from prom_jax.config import VARIANTS, apply_variant
 from prom_jax.data.records import prepare
-from prom_jax.training.methods import find_method
+from prom_jax.training.methods.prom import PROM
 from prom_jax.training.setup import recipe
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.workdir import CONFIG_FILE, FORMAT
@@ -80,13 +80,13 @@ def test_held_out_loss_against_transformers(finished, tiny, byte_level):
 
 def _recipe(tiny):
     c = tiny_config(tiny)
-    return c, find_method(c.method).from_config(c, 3, c.pivot.weight)
+    return c, PROM(3, c.pivot.weight)
 
 
 def test_the_export_loads_everywhere(finished):
     _, summary = finished
     model, tokenizer = prom_jax.load(summary["export"])
-    assert model.pivot_layer == 3 and model.pivot_head is not None
+    assert model.heads == {"pivot_head": 3}
     hf = transformers.AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
     ids = tokenizer("Habari ya asubuhi")["input_ids"]
     theirs = hf(torch.tensor([ids])).logits.detach().numpy()

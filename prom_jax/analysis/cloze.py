@@ -65,7 +65,8 @@ def read_table(language: str, directory=None) -> Table:
     word for "Answer", where the language's is not in cues.json. Or it has the columns of Wendler et al.: rows
     of theirs that cannot be used are left out and counted, where in other tables they are errors.
 
-    Args: directory: holds `<language>/clean.csv`; None for the project's own tables.
+    Args:
+      directory: holds `<language>/clean.csv`; None for the project's own tables.
     Raises:
       UserError: if there is no table of the language, a column is missing, or a row is not as it should be.
     """

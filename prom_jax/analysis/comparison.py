@@ -29,7 +29,8 @@ class Bootstrap(NamedTuple):
 def mcnemar(first, second) -> McNemar:
     """McNemar's exact test (binomial over the discordant items).
 
-    Args: first, second: bool [items], which items each side has right, in the same order.
+    Args:
+      first, second: bool [items], which items each side has right, in the same order.
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     gained, lost = int((first & ~second).sum()), int((second & ~first).sum())
@@ -41,10 +42,12 @@ def clustered_bootstrap(differences, clusters, seed: int = 0) -> Bootstrap:
     """Bootstrap of a mean of paired differences, whole clusters drawn anew with replacement.
 
     Items of one cluster (the questions of a paragraph) are not independent, so a resample takes all or none
-    of them. p is the share of resamples that lie as far from the mean as the mean lies from 0, and never less
+    of them. p is the share of resamples that are as far from the mean as the mean is from 0, and never less
     than 2 / 2ⁿ, the odds that n clusters all differ in one direction by chance: few of them prove nothing.
 
-    Args: differences: float [items], first minus second; clusters: [items], which cluster an item is of.
+    Args:
+      differences: float [items], first minus second.
+      clusters: [items], which cluster an item is of.
     """
     names, members = np.unique(np.asarray(clusters), return_inverse=True)
     sums, sizes = np.bincount(members, differences), np.bincount(members)

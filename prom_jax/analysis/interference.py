@@ -27,7 +27,8 @@ from prom_jax.analysis.statistics import interval, resampled_means
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Records
 from prom_jax.models import decoder
-from prom_jax.models.decoder import Rows
+from prom_jax.models.blocks import Blocks
+from prom_jax.models.inputs import Rows
 from prom_jax.parallel.sharding import BATCH, constrain, constrain_params
 from prom_jax.training.objective import Method, Texts, TokenLoss
 from prom_jax.utils.errors import UserError
@@ -85,7 +86,8 @@ def only(batch: dict, batches: Batches, records: Records, step: int, texts: Text
       batches, records: of the run.
       step: of the batch.
       texts: that have a loss.
-    Returns: numpy arrays as in `data.loader`, [R, T].
+    Returns:
+      Numpy arrays as in `data.loader`, [R, T].
     """
     examples, rows, offsets, lengths = batches.slots(step, texts.stream)
     has_loss = np.zeros_like(batch[texts.stream]["weights"])
@@ -111,7 +113,8 @@ def inner_products(model: decoder.Decoder, rows: tuple, *, method: Method):
       model: with its parameters.
       rows: of each of the method's `compared` texts, as in `data.loader`.
       method: decides where they leave, and through which head.
-    Returns: float32 [L, 3]: g₁·g₂, g₁·g₁ and g₂·g₂ in blocks 1 … L, the last one that both reach.
+    Returns:
+      Float32 [L, 3]: g₁·g₂, g₁·g₁ and g₂·g₂ in blocks 1 … L, the last one that both reach.
     """
     terms = [_term(method, texts.stream) for texts in method.compared]
     depth = min(term.layer or model.config.num_hidden_layers for term in terms)
@@ -148,11 +151,11 @@ def _term(method: Method, stream: str) -> TokenLoss:
     return next(t for t in method.terms if isinstance(t, TokenLoss) and stream in t.streams)
 
 
-def _block(block: decoder.Blocks, kind, x_BTD, context):
+def _block(block: Blocks, kind, x_BTD, context):
     return block.run(block.unsharded(x_BTD.dtype), x_BTD, context, kind)[0]
 
 
-def _forward(stacks: list[decoder.Blocks], x_BTD, context):
+def _forward(stacks: list[Blocks], x_BTD, context):
     """The last block's output, and the inputs of each stack's blocks, [n, B, T, D]."""
 
     def forward(x, layer):
@@ -174,7 +177,7 @@ def _rest(x_BTD, model: decoder.Decoder, depth: int, term: TokenLoss, rows: dict
     return term.read(model, x_BTD, rows)
 
 
-def _back(block: decoder.Blocks, kind, model, x_BTD, context, gradient_BTD):
+def _back(block: Blocks, kind, model, x_BTD, context, gradient_BTD):
     """Gradients of one block's parameters, as a dict, and of its input."""
     _, backward = jax.vjp(lambda block, x: _block(block, kind, x, context), block, x_BTD)
     of_block, of_input = backward(gradient_BTD)

@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 from prom_jax.analysis.cloze import Row, Table, prompts
 from prom_jax.analysis.statistics import interval, resampled_means
 from prom_jax.data.tokens import common_prefix
-from prom_jax.models.decoder import Rows
+from prom_jax.models.inputs import Rows
 from prom_jax.ops.attention import SHARED_PREFIX, segment_id
 from prom_jax.parallel.sharding import constrain, place_rows
 from prom_jax.utils.console import track
@@ -68,7 +68,7 @@ class Probe:
 
     def unreliable(self, layer: int) -> bool:
         """Whether P_target after block `layer` tells the script rather than the word: in more than half of
-        the rows most of it lies in tokens that more than half of the rows share. Score by 'word' then."""
+        the rows most of it is in tokens that more than half of the rows share. Score by 'word' then."""
         mostly_shared = self.shared[:, layer - 1] > self.target[:, layer - 1] / 2
         return bool(mostly_shared.mean() > 0.5)
 
@@ -124,7 +124,7 @@ def probe(
     and the main head; at N this is the model's own distribution.
 
     Args:
-      model, tokenizer: of `models.load`; rows are spread over the mesh that the model lies on.
+      model, tokenizer: of `models.load`; rows are spread over the model's mesh.
       scoring: what counts as the word after the prompt, which ends in `Answer: "`.
         'word': the whole word follows, the product over its tokens (no closing quotation mark).
         'prefix': the next token is a prefix of the word, in characters, with or without a space in front
@@ -150,7 +150,7 @@ def probe(
         reasons = ", ".join(f"{number} × {reason}" for reason, number in dropped.items())
         raise NoRows(
             f"no row of the table of {table.language!r} can be measured with scoring={scoring!r} "
-            f"({reasons}): try scoring 'word', or mend the table"
+            f"({reasons}): try scoring 'word', or fix the table"
         )
     answers = _answer(model, questions, batch, f"probing {table.language}")
     combine = (lambda logs: np.exp(logs.sum(axis=1))) if scoring == "word" else _mass
@@ -204,7 +204,7 @@ def _question(tokenizer, row: Row, prompt: str, scoring: str) -> _Question:
 
 def _first_tokens(tokenizer, row: Row, prompt: str, scoring: str) -> _Question:
     """Asks at the prompt's last column for all tokens that can begin either word."""
-    english, target = (beginnings(tokenizer, word, scoring) for word in (row.english, row.word))
+    english, target = (word_starts(tokenizer, word, scoring) for word in (row.english, row.word))
     if not english or not target:
         raise _Unanswerable(f"no token begins its {'target' if english else 'English'} word")
     if set(english) & set(target):
@@ -219,7 +219,7 @@ def _whole_words(tokenizer, row: Row, prompt: str) -> _Question:
     """Asks for every token of both words, each after those before it.
 
     Prompt and word are tokenised together. A token that covers both the quotation mark and the word's
-    beginning counts as the word's.
+    first character counts as the word's.
     """
     if row.english == row.word:
         raise _Unanswerable("its English and target word are equal")
@@ -245,16 +245,22 @@ def _whole_words(tokenizer, row: Row, prompt: str) -> _Question:
     )
 
 
-def beginnings(tokenizer, word: str, scoring: str) -> list[int]:
+def word_starts(tokenizer, word: str, scoring: str) -> list[int]:
     """Tokens that can begin a word: its prefixes, in characters, that are one token, with and without a space
     in front; for 'byte' also the first UTF-8 byte, where the first character is not ASCII."""
     backend = tokenizer.backend_tokenizer
     if b'"ByteLevel"' in backend.decoder.__getstate__():
         alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        spell = lambda text: alphabet.pre_tokenize_str(text)[0][0]
+
+        def spell(text):
+            return alphabet.pre_tokenize_str(text)[0][0]
+
         first_byte = spell(word)[0]
     else:
-        spell = lambda text: text.replace(" ", "▁")
+
+        def spell(text):
+            return text.replace(" ", "▁")
+
         first_byte = f"<0x{word.encode()[0]:02X}>"
     spelled = [spell(space + word[:end]) for end in range(1, len(word) + 1) for space in ("", " ")]
     if scoring == "byte" and not word[0].isascii():
@@ -294,7 +300,7 @@ def _answer(model, questions: list[_Question], batch: int, what: str) -> list[np
         )
         for question in questions
     )
-    # Batches of rows that cost alike: a column that is read costs more than one that is passed through.
+    # Batches of rows of similar cost: a column that is read costs more than one that is passed through.
     order = sorted(
         range(len(questions)), key=lambda i: (len(set(questions[i].columns)), len(questions[i].tokens))
     )
@@ -317,7 +323,10 @@ def _rows(questions: list[_Question], number: int, prefix: int) -> dict[str, np.
     which of these, and the token.
     """
     columns, at = zip(*(np.unique(question.columns - prefix, return_inverse=True) for question in questions))
-    tails = lambda name: [getattr(question, name)[prefix:] for question in questions]
+
+    def tails(name):
+        return [getattr(question, name)[prefix:] for question in questions]
+
     return {
         "tokens": _pad(tails("tokens"), number, LENGTH_BUCKET),
         "positions": _pad(tails("positions"), number, LENGTH_BUCKET),

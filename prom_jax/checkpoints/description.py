@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -56,7 +57,12 @@ class Description:
                     raise TypeError(f"{name} is {fields[name]!r:.100}")
             if not jnp.issubdtype(np.dtype(fields["dtype"]), jnp.floating):
                 raise TypeError(f"dtype is {fields['dtype']!r:.100}")
-            return cls(**fields | {"config": config_from_hf(fields["config"])})
+            config = config_from_hf(fields["config"])
+            for head, layer in fields["heads"].items():
+                inside = type(layer) is int and 0 < layer <= config.num_hidden_layers
+                if not inside or not re.fullmatch(r"(?!lm_)[a-z]\w*_head", head, re.ASCII):
+                    raise TypeError(f"heads has {head!r:.100} at {layer!r:.100}")
+            return cls(**fields | {"config": config})
 
 
 def check_readable(directory):

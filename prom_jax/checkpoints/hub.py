@@ -107,7 +107,7 @@ def prepare_folder(directory: Path, partial: Path, num_bytes: int):
     if free < num_bytes:
         raise UserError(
             f"{directory} needs {num_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there: "
-            "make room or choose another place"
+            "free some space or choose another place"
         )
 
 

@@ -105,7 +105,7 @@ def write(directory, description: Description, model_tokenizer, params: dict):
 
 
 class CheckpointReader:
-    """A step's parameters, behind a reader's interface; of arrays, only the asked part is read.
+    """A step's parameters with a reader's interface; of arrays, only the asked part is read.
 
     Args:
       place: as `find` gives it: a directory, of which the latest step is read, or one step of it.

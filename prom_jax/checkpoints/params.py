@@ -41,7 +41,8 @@ def lazy_params(reader: Reader, *, heads: Mapping[str, int] | None = None, exits
       heads, exits: as in `models.decoder.Decoder`. A further head is the one that is stored with the weights
         if there is one, otherwise a copy of lm_head (of the embedding where they are tied).
       dtype: of the parameters, default the source's.
-    Returns: a nested dict like that of `decoder.to_params`.
+    Returns:
+      A nested dict like that of `decoder.to_params`.
     Raises:
       UserError: if a tensor is missing, unknown, or not of the shape that the config gives it, or a head
         that is stored with the weights belongs to another layer.
@@ -74,7 +75,8 @@ def load_params(reader: Reader, mesh=None, **settings) -> dict:
       reader: of the weights.
       mesh: of the parameters, None for one device.
       settings: of `lazy_params`.
-    Returns: the nested dict of arrays that `decoder.with_params` takes.
+    Returns:
+      The nested dict of arrays that `decoder.with_params` takes.
     Raises:
       UserError: as `lazy_params`.
     """
@@ -192,7 +194,7 @@ def _read_part(reader: Reader, names: list[str], param, index: tuple[slice, ...]
 
 
 class ParamsReader:
-    """Parameters on devices behind a reader's interface; all processes must read the same parts.
+    """Parameters on devices with a reader's interface; all processes must read the same parts.
 
     Args:
       model: with its parameters.

@@ -9,14 +9,18 @@ from prom_jax.checkpoints.orbax import CheckpointReader
 from prom_jax.checkpoints.reader import Reader
 from prom_jax.data.chat import chat_template
 from prom_jax.models import decoder
+from prom_jax.models.blocks import Compute
+from prom_jax.models.config import DecoderConfig
 from prom_jax.tokenization import folder
 from prom_jax.tokenization import gguf as gguf_tokenizer
+from prom_jax.utils.console import console
 
 
 def open_source(source):
     """Opens a Hugging Face directory, hub id, `.gguf` file or Orbax checkpoint.
 
-    An Orbax checkpoint is a directory of steps, of which the latest is read, or one step of it.
+    An Orbax checkpoint is a directory of steps, of which the latest is read, or one step of it. A line tells
+    which keys of its `config.json` are skipped.
 
     Returns:
       Its reader and its tokenizer.
@@ -27,7 +31,9 @@ def open_source(source):
     if directory:
         reader = CheckpointReader(directory)
         return reader, read_tokenizer(reader.source)
-    return open_reader(source), load_tokenizer(source)
+    reader = open_reader(source)
+    _print_skipped(source, reader.config)
+    return reader, load_tokenizer(source)
 
 
 def open_reader(source) -> Reader:
@@ -80,7 +86,7 @@ def build(
     reader: Reader, mesh=None, compute_dtype: str | None = None, param_dtype: str | None = None
 ) -> decoder.Decoder:
     """The model of a reader that `open_source` gave; the arguments are those of `load`."""
-    compute = decoder.Compute(dtype=compute_dtype or default_compute_dtype())
+    compute = Compute(dtype=compute_dtype or default_compute_dtype())
     loaded = params.load_params(reader, mesh, dtype=param_dtype, heads=reader.heads)
     return decoder.with_params(decoder.abstract(reader.config, compute=compute, heads=reader.heads), loaded)
 
@@ -110,7 +116,8 @@ def save_hf(model: decoder.Decoder, model_tokenizer, directory, *, dtype=None, c
 
 
 def open_config(source):
-    """The architecture and tokenizer of a model, without its weights, which need not be there.
+    """The architecture and tokenizer of a model, without its weights, which need not be there. A line tells
+    which keys of its `config.json` are skipped.
 
     Args:
       source: as for `open_source`.
@@ -128,4 +135,13 @@ def open_config(source):
         return Description.read(directory).config, read_tokenizer(directory)
     path = local_path(source, weights=False)
     config = gguf.GGUFReader(path).config if path.is_file() else safetensors.read_config(path)[0]
+    _print_skipped(source, config)
     return config, load_tokenizer(path)
+
+
+def _print_skipped(source, config: DecoderConfig):
+    if config.skipped:
+        console.print(
+            f"skipped   keys of the config.json of {source} that cannot change the forward pass: "
+            f"{', '.join(config.skipped)}"
+        )

@@ -44,7 +44,7 @@ class SafetensorsReader:
             held = set(file.keys())
             for name in held if names is None else names:
                 if name not in held:
-                    raise UserError(f"{path} lacks {name}, which the index places there; fetch both again")
+                    raise UserError(f"{path} lacks {name}, which the index says is there; fetch both again")
                 self._files[name] = (file, path)
         if not self._files:
             raise UserError(f"{self.source} has no tensors: expected a whole model; fetch it again")
@@ -122,7 +122,8 @@ class SafetensorsReader:
 
     def _open_heads(self):
         """Further heads, and after which block each reads."""
-        for path in sorted(self.source.glob("*_head.safetensors")):
+        model = {path for _, path in self._files.values()}  # shards may have any names
+        for path in sorted(set(self.source.glob("*_head.safetensors")) - model):
             head, file = path.stem, _open_safetensors(path)
             name, layer = head_tensor(head), (file.metadata() or {}).get("pivot_layer", "")
             if name not in file.keys() or not re.fullmatch("[1-9][0-9]{0,4}", layer):  # noqa: SIM118 (no mapping)
@@ -235,7 +236,7 @@ def save_hf(
             hub.replace_folder(directory, partial)
     except OSError as error:
         raise UserError(
-            f"{directory} could not be written ({error}): make room or choose another place; "
+            f"{directory} could not be written ({error}): free some space or choose another place; "
             "nothing was left there"
         ) from error
     finally:

@@ -49,7 +49,7 @@ def reraise_storage_errors(directory):
     except UserError:
         raise
     except errors(directory) as error:
-        remedy = "make room or choose another place"
+        remedy = "free some space or choose another place"
         if is_remote(directory):
             remedy = (
                 "see that the bucket is there and open to you, log in with "

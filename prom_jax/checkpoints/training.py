@@ -164,8 +164,8 @@ class Checkpoints:
 
     def _failed(self, error: Exception):
         message = (
-            f"{self.directory}: step {self._step} could not be saved ({reason(error)}): make room or choose "
-            "another checkpoint.directory"
+            f"{self.directory}: step {self._step} could not be saved ({reason(error)}): free some space or "
+            "choose another checkpoint.directory"
         )
         if jax.process_count() > 1:  # the others wait for this one's part of the step
             raise UserError(message) from error

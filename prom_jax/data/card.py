@@ -21,12 +21,13 @@ def make(config, data: Prepared, batches: Batches, flops: float) -> dict:
       config: see `prom_jax.config`.
       data, batches: the records, and the batches of the whole run.
       flops: of the whole run.
-    Returns: {"model", "language", "method", "records" (fingerprint), "sources", "unmatched" (instruction
-      rows without a partner), "roles": {role: counts}, "holdout" and "text": the same of these splits,
-      "packing", "steps", "steps_per_epoch", "epochs", "training_flops"}. `roles` always has english,
-      target and translation. Counts are those of `records.Prepared` with "tokens_per_byte" and
-      "tokens_per_word" (of the text that has a loss, EOS apart; None where words have no spaces),
-      and "tokens_per_english_token" where examples have English too.
+    Returns:
+      {"model", "language", "method", "records" (fingerprint), "sources", "unmatched" (instruction rows
+      without a partner), "roles": {role: counts}, "holdout" and "text": the same of these splits,
+      "packing", "steps", "steps_per_epoch", "epochs", "training_flops"}. `roles` always has english, target
+      and translation. Counts are those of `records.Prepared` with "tokens_per_byte" and "tokens_per_word"
+      (of the text that has a loss, EOS apart; None where words have no spaces), and
+      "tokens_per_english_token" where examples have English too.
     """
     roles = dict.fromkeys(("english", "target", "translation"), NONE) | data.report["train"]
     sources = ("english", "target", "translation", "streams")

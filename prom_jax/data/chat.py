@@ -29,7 +29,7 @@ def chat_template(tokenizer, language: str = "en") -> str:
     """A jinja template with which `tokenizer.apply_chat_template` gives the ids of training with prompts
     worded in `language`.
 
-    A message may carry an `input` beside its `content`. A template is tokenised in one go with its
+    A message may have an `input` besides its `content`. A template is tokenised in one go with its
     special tokens spelled out, and after one of these some SentencePiece tokenizers leave out the
     word mark that they put at the start of a text: a space, found by trial, stands in for it.
     """

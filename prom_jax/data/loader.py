@@ -30,7 +30,7 @@ class Batches:
     """The batches of a run, as a random-access sequence: `batches[step]`, `len(batches)`.
 
     Training takes `epochs` (a fraction is that part of the last epoch's updates) or, when `steps`
-    is not 0, so many updates, running into further epochs. `Batches.once` is for evaluation.
+    is not 0, that number of updates, running into further epochs. `Batches.once` is for evaluation.
 
     Args:
       sequences, seq_len: rows of the primary stream, and their length.

@@ -136,7 +136,8 @@ def _spread(order: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Interleaves the examples with different streams evenly, each kind in its own order, so that updates
     need about as much capacity in each stream as each other.
 
-    Args: present: bool [streams, examples].
+    Args:
+      present: bool [streams, examples].
     """
     kinds = 2 ** np.arange(len(present)) @ present
     when = np.empty(len(order))
@@ -251,7 +252,8 @@ def _fill_update(
 def _find_rows(texts: tuple[Text, ...], rows: list[Rows], appended: int | None) -> list[int | None] | None:
     """The row in each stream of an example, None in those that it lacks; None where one has no capacity.
 
-    Args: appended: the index of the stream whose texts go into the same row as the primary ones.
+    Args:
+      appended: the index of the stream whose texts go into the same row as the primary ones.
     """
     found: list[int | None] = []
     joint = texts[appended] if appended and texts[appended].length else None
@@ -339,7 +341,7 @@ class _Trial:
         return plan_epoch(self._texts, layout, seed=0, epoch=0).updates
 
     def lengths(self, rows: int, longest: int, most: int) -> Iterator[tuple[int, int]]:
-        """Lengths of so many rows of the other stream from an average update's need on, and how many updates
+        """Lengths of `rows` rows of the other stream, from an average update's need on, and how many updates
         each makes; the last makes fewest."""
         length = max(longest, self.average / rows)
         while length <= most:

@@ -39,7 +39,7 @@ from prom_jax.utils.workdir import make_directory
 VERSION = 4  # part of the fingerprint: raise it whenever the same recipe gives other records
 CHUNK = 512  # examples tokenised at once
 SHARD = 4096  # examples a file, and a task of a worker
-PARALLEL = 16_384  # from so many examples on, workers are worth the seconds that they take to start
+PARALLEL = 16_384  # examples from which on workers are worth the seconds that they take to start
 COUNTS = ("examples", "tokens", "loss_tokens", "text_tokens", "bytes", "words", "truncated", "dropped")
 _shared: tuple = ()  # of a worker: tokenizer, seq_len, streams, features
 
@@ -158,7 +158,7 @@ def prepare(recipe: Recipe, tokenizer, directory) -> Prepared:
         except (OSError, RuntimeError) as error:  # the latter from ArrayRecord
             if not final.is_dir():  # else another process was faster, with the same records
                 raise UserError(
-                    f"The records cannot be written into {directory} ({error}): make room."
+                    f"The records cannot be written into {directory} ({error}): free some space."
                 ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -67,7 +67,7 @@ def wording(language: str) -> Wording:
         known = ", ".join(sorted(table.stem for table in TABLES.glob("*.json")))
         raise UserError(
             f"There are no prompts in language '{language}' (there are in {known}): set "
-            f"data.prompts=english, or write {path} like en.json beside it."
+            f"data.prompts=english, or write {path} like en.json in the same folder."
         )
     table = json.loads(path.read_text("utf-8"))
     return Wording(**table | {"translate": tuple(table["translate"])})

@@ -76,7 +76,7 @@ def _encode_one(parts: list, bos: list[int], eos: int, seq_len: int) -> EncodedT
 
 
 def _stop(span: Span, offsets: list[tuple[int, int]]) -> int:
-    """The number of tokens before the first that lies beyond `span.stop`."""
+    """The number of tokens before the first that is beyond `span.stop`."""
     if span.stop == len(span.text):
         return len(offsets)
     stop = bisect_left(offsets, (span.stop, -1))
@@ -91,7 +91,7 @@ def _bos(tokenizer) -> list[int]:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginning."""
+    """The length of the prefix that two texts share."""
     length = min(len(a), len(b))
     differ = np.not_equal(a[:length], b[:length])
     return int(differ.argmax()) if differ.any() else length

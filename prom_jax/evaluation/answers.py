@@ -13,7 +13,7 @@ from prom_jax.utils.workdir import make_directory
 class Answers:
     """Answers by what was asked; each is written to a file at once, by process 0.
 
-    The file's first line says what the answers depend on. Several processes read it alike.
+    The file's first line says what the answers depend on. All processes read it.
 
     Args:
       path: of the file, made if missing; None to keep answers in memory alone.
@@ -58,8 +58,8 @@ class Answers:
                 self._write({"question": _key(question), "answer": answer})
             except OSError as error:
                 raise UserError(
-                    f"{self._file.name} cannot be written ({error.strerror}): make room and run the same "
-                    "command again; the answers before are kept"
+                    f"{self._file.name} cannot be written ({error.strerror}): free some space and run the "
+                    "same command again; the answers before are kept"
                 ) from error
 
     def _write(self, content):

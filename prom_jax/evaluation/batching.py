@@ -150,7 +150,7 @@ def _numbers(most: int, shards: int) -> Iterator[int]:
 
 
 def _few(number: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12 … (powers of two and what lies halfway between): with few sizes, few
+    """The next of 1, 2, 3, 4, 6, 8, 12 … (powers of two and the middles between them): with few sizes, few
     shapes are compiled."""
     step = 1 << max(0, (number - 1).bit_length() - 2)
     return -(-number // step) * step

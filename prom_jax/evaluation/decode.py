@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prom_jax.evaluation.batching import Batch, own_segment, placed, plan
-from prom_jax.models.decoder import Rows
+from prom_jax.models.inputs import Rows
 from prom_jax.parallel.sharding import BATCH, constrain, num_batch_shards
 
 SLOTS = 32_768  # tokens whose keys and values are in memory at a time
@@ -25,13 +25,17 @@ def greedy(model, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_tok
     Args:
       model: a `models.decoder.Decoder`.
       prompts: token ids, of any lengths but 0.
-      max_new_tokens: at most so many are made.
+      max_new_tokens: the most tokens of an answer.
       eos_token_ids: any of these ends an answer; none, and all have the full length.
-    Returns: new token ids, one list a prompt.
+    Returns:
+      New token ids, one list a prompt.
     """
     answers = dict(decode(model, prompts, max_new_tokens, eos_token_ids))
-    stop = lambda answer: answer[:-1] if answer and answer[-1] in eos_token_ids else answer
-    return [stop(answers[number]) for number in range(len(prompts))]
+
+    def without_eos(answer):
+        return answer[:-1] if answer and answer[-1] in eos_token_ids else answer
+
+    return [without_eos(answers[number]) for number in range(len(prompts))]
 
 
 def decode(
@@ -49,12 +53,13 @@ def decode(
     Prefixes that prompts share are computed once, and their keys and values are kept once.
 
     Args:
-      model, prompts, max_new_tokens: as in `greedy`; rows are spread over the mesh that the model lies on.
+      model, prompts, max_new_tokens: as in `greedy`; rows are spread over the model's mesh.
       stop_tokens: an answer ends with the first of these, which is still part of it.
       watch: called every `chunk` tokens with an unfinished answer's number and what there is of it; true ends
         it.
       slots: how many tokens' keys and values are in memory at a time, over all devices.
-    Yields: a prompt's number and its answer.
+    Yields:
+      A prompt's number and its answer.
     """
     stops = np.zeros(model.config.vocab_size, bool)
     stops[list(stop_tokens)] = True

@@ -19,7 +19,8 @@ RESAMPLES = 1000  # of the harness's bootstrap, for metrics whose standard error
 def load_tasks(names: list[str], data_dir: str | None = None) -> dict:
     """Tasks with their data, by name: ours, the harness's own, or of a YAML file; groups as their members.
 
-    Args: data_dir: where the data files of our tasks are; None for the hub.
+    Args:
+      data_dir: where the data files of our tasks are; None for the hub.
     Raises:
       UserError: for an unknown task, or one whose data cannot be had.
     """
@@ -63,9 +64,11 @@ def _load_tasks(names: list[str], data_dir: str | None) -> dict:
 def evaluate(lm: HarnessModel, tasks: dict, limit: int | None = None) -> tuple[dict, list[dict]]:
     """Runs tasks, each with its own number of examples in the prompt.
 
-    Args: limit: only the first so many documents of each.
-    Returns: by task {'n', 'metrics': {name: {'value', 'stderr', 'n'}}}, shares as 0 … 1; and of every
-      document {'task', 'doc_id', 'prompt', 'output', 'gold', 'scores', 'cluster'}.
+    Args:
+      limit: how many documents of each, the first ones.
+    Returns:
+      By task {'n', 'metrics': {name: {'value', 'stderr', 'n'}}}, shares as 0 … 1; and of every document
+      {'task', 'doc_id', 'prompt', 'output', 'gold', 'scores', 'cluster'}.
     """
     for task in tasks.values():  # as the harness's own command does, which needs torch for its seeds
         if task.get_config("num_fewshot") is None:

@@ -86,7 +86,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
         """Greedy answers, each up to the first of its stop strings.
 
-        A prompt that leaves no room for its answer in the context loses its beginning.
+        A prompt that leaves too few tokens of the context for its answer is cut on the left.
 
         Raises:
           UserError: for sampling, or an answer as long as the whole context.
@@ -102,19 +102,21 @@ class HarnessModel(TemplateLM):
         return [texts[number] for number in range(len(requests))]
 
     def _generate(self, prompts: list[str], stops: list[str], max_new_tokens: int) -> list[str]:
-        room = self.max_length - max_new_tokens
-        if room < 1:
+        capacity = self.max_length - max_new_tokens
+        if capacity < 1:
             raise UserError(
-                f"max_gen_toks={max_new_tokens} leaves no room for a prompt in a context of "
+                f"max_gen_toks={max_new_tokens} leaves no token for a prompt in a context of "
                 f"{self.max_length} tokens: lower it in the task"
             )
         tokens = [self.tok_encode(prompt) or [self.prefix_token_id] for prompt in prompts]
-        _warn_if_cut(tokens, room)
-        questions = [[prompt[-room:], stops, max_new_tokens] for prompt in tokens]
+        _warn_if_cut(tokens, capacity)
+        questions = [[prompt[-capacity:], stops, max_new_tokens] for prompt in tokens]
         ending = self._eos | tokens_with(self.tokenizer, stops)
         # A stop string of several characters can also come about between tokens.
         several = [stop for stop in stops if len(stop) > 1]
-        watch = lambda _, answer: any(stop in self._text(answer) for stop in several)
+
+        def watch(_, answer):
+            return any(stop in self._text(answer) for stop in several)
 
         def compute(asked: list[list]):
             contexts = [question[0] for question in asked]
@@ -130,12 +132,12 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
         """Of (strings, context, continuation) in tokens: the log-likelihood, and whether it is greedy's."""
-        room = self.max_length + 1  # the last token is only predicted
+        capacity = self.max_length + 1  # the last token is only predicted
         texts = [[*context, *continuation] for _, context, continuation in requests]
-        _warn_if_cut(texts, room)
+        _warn_if_cut(texts, capacity)
         pairs = []
         for text, (_, _, continuation) in zip(texts, requests):
-            kept = text[-room:]
+            kept = text[-capacity:]
             own = min(len(continuation), len(kept) - 1)
             pairs.append([kept[:-own], kept[-own:]])
 
@@ -200,9 +202,9 @@ def _cut(text: str, stops: list[str]) -> str:
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
-def _warn_if_cut(texts: list[list[int]], room: int):
-    cut = sum(len(text) > room for text in texts)
+def _warn_if_cut(texts: list[list[int]], capacity: int):
+    cut = sum(len(text) > capacity for text in texts)
     if cut:
         console.print(
-            f"WARNING   {cut} of {len(texts)} prompts are longer than {room} tokens and lose their beginning"
+            f"WARNING   {cut} of {len(texts)} prompts are longer than {capacity} tokens and cut on the left"
         )

@@ -63,7 +63,8 @@ def f1(prediction: str, golds: list[str], tokens: Tokens) -> float:
     in SQuAD 2.0; the scripts of SQuAD 1.1 and MLQA, which know no unanswerable questions, give 0 in both
     cases.
 
-    Args: as `exact_match`.
+    Args:
+      prediction, golds, tokens: as in `exact_match`.
     """
     predicted = tokens(prediction)
     return max(_overlap(predicted, tokens(gold)) for gold in golds or [""])
@@ -86,7 +87,8 @@ def mlqa_tokens(text: str, language: str) -> list[str]:
     """Words in lower case without punctuation of any script and the articles of the `language` (Lewis et al.
     2020, the script of MLQA); in Chinese every character is a word.
 
-    Raises: KeyError: for a language that MLQA has not.
+    Raises:
+      KeyError: for a language that MLQA has not.
     """
     text = "".join(character for character in text.lower() if not _is_punctuation(character))
     if articles := MLQA_ARTICLES[language]:

@@ -14,7 +14,8 @@ MAX_NEW_TOKENS = 64
 def answer(model, tokenizer, records, number: int) -> list[dict]:
     """Greedy answers to the target-language prompts of the first held-out examples.
 
-    Returns: for each {'prompt', 'answer', 'reference'}.
+    Returns:
+      For each {'prompt', 'answer', 'reference'}.
     """
     examples = records.read(range(min(number, len(records))))
     prompts, references = [], []
@@ -24,7 +25,10 @@ def answer(model, tokenizer, records, number: int) -> list[dict]:
         prompts.append(tokens[:first].tolist())
         references.append(tokens[loss].tolist())
     answers = greedy(model, prompts, MAX_NEW_TOKENS, [tokenizer.eos_token_id])
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
     return [
         {"prompt": decode(prompt), "answer": decode(new), "reference": decode(reference)}
         for prompt, new, reference in zip(prompts, answers, references)

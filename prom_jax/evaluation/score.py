@@ -22,11 +22,12 @@ def score(
     Prefixes that contexts share are computed once.
 
     Args:
-      model: a `models.decoder.Decoder`; rows are spread over the mesh that it lies on.
+      model: a `models.decoder.Decoder`; rows are spread over its mesh.
       pairs: contexts and continuations, none empty.
       slots: tokens that are computed at a time, over all devices.
-    Yields: a pair's number, the sum over the continuation's tokens in nats, and whether each of these is the
-      most probable one at its place.
+    Yields:
+      A pair's number, the sum over the continuation's tokens in nats, and whether each of these is the most
+      probable one at its place.
     """
     inputs = [[*context, *continuation[:-1]] for context, continuation in pairs]
     own = [len(continuation) for _, continuation in pairs]

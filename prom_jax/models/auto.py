@@ -7,7 +7,7 @@ import pkgutil
 from prom_jax.models import families
 from prom_jax.models.config import DecoderConfig
 from prom_jax.models.family import Family
-from prom_jax.models.settings import REQUIRED, Settings
+from prom_jax.models.settings import REQUIRED, Settings, check_kinds
 from prom_jax.utils.errors import UserError
 
 
@@ -68,7 +68,8 @@ def config_to_hf(config: DecoderConfig) -> dict:
 def _take_family(hf: dict) -> Family:
     """Removes what names the family."""
     model_type = hf.pop("model_type", None)
-    family = known_families().get(model_type) if isinstance(model_type, str) else None
+    check_kinds({"model_type": model_type})
+    family = known_families().get(model_type)
     architectures = hf.pop("architectures", None) or [family and family.architecture]
     # The first exports of LLaMA spelled its name otherwise.
     if family is None or str(architectures).replace("LLaMA", "Llama") != str([family.architecture]):
@@ -77,7 +78,7 @@ def _take_family(hf: dict) -> Family:
             f"unsupported architecture {architectures!r:.100} (model_type {model_type!r:.100}): expected one "
             f"of {expected}"
         )
-    mapped = hf.get("auto_map")  # to code beside the weights, which is never run
+    mapped = hf.get("auto_map")  # to code in the folder, which is never run
     if isinstance(mapped, dict) and str(mapped.get("AutoModelForCausalLM")).endswith(family.architecture):
         del hf["auto_map"]
     return family

@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,254 +19,14 @@ from jax.sharding import NamedSharding
 
 from prom_jax.models import layers
 from prom_jax.models.auto import family_of
+from prom_jax.models.blocks import Blocks, Compute
 from prom_jax.models.config import DecoderConfig
 from prom_jax.models.family import HEAD_AXES, Tensor
-from prom_jax.ops.attention import BACKENDS, LayerMasks, has_tokamax, layer_masks, packed_masks
-from prom_jax.ops.attention_cpu import OUTPUT
+from prom_jax.models.inputs import Cache, Context, Output, Rows, append_slots, with_defaults
+from prom_jax.ops.attention import layer_masks, packed_masks
 from prom_jax.ops.norm import rms_norm
 from prom_jax.parallel.sharding import BATCH, constrain, make_mesh, param_spec, unshard_fsdp
 from prom_jax.utils.errors import UserError
-
-
-def _all_but_cheap(primitive, *_, **__):
-    # Weights that were gathered for a block are gathered again, and its mask is chosen again, or those of all
-    # layers would be kept.
-    return primitive.name not in ("sharding_constraint", "dynamic_slice", "squeeze")
-
-
-# What is kept of a block for the backward pass.
-REMAT = {
-    "none": _all_but_cheap,
-    "full": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(OUTPUT),
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """How the model is computed, none of which changes what it computes but for rounding.
-
-    Attributes:
-      dtype: of activations and of the weights as they are used ('float32' or 'bfloat16').
-      remat: what the backward pass recomputes: 'none', 'dots' (all but matrix products), 'full' (all).
-      attention: the backend, one of `ops.attention.BACKENDS`.
-    Raises:
-      UserError: for another value.
-    """
-
-    dtype: str = "float32"
-    remat: str = "none"
-    attention: str = "auto"
-
-    def __post_init__(self):
-        for name, value, allowed in (
-            ("compute_dtype", self.dtype, ("float32", "bfloat16")),
-            ("remat", self.remat, REMAT),
-            ("attention", self.attention, BACKENDS),
-        ):
-            if value not in allowed:
-                raise UserError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
-
-    def check_platform(self):
-        """Raises UserError if the attention backend is not available here."""
-        platform = jax.default_backend()
-        if self.attention == "cudnn" and (self.dtype != "bfloat16" or platform != "gpu"):
-            raise UserError(
-                f"attention='cudnn' needs compute_dtype='bfloat16' and a GPU, not {self.dtype} on "
-                f"{platform}: use 'auto'"
-            )
-        if self.attention == "splash" and platform != "tpu":
-            raise UserError(f"attention='splash' needs a TPU, not {platform}: use 'auto'")
-        if self.attention == "tokamax" and not (platform == "gpu" and has_tokamax()):
-            raise UserError(
-                f"attention='tokamax' needs a GPU (here: {platform}) and its package, which "
-                "pip install -e '.[cuda]' brings: use 'auto'"
-            )
-
-
-# What goes through the blocks.
-
-
-class Exit(NamedTuple):
-    """Where columns of a batch leave.
-
-    Attributes:
-      layer: the number of blocks that they go through; None for all.
-      start, stop: the columns [start, stop); None for the first and the last.
-    """
-
-    layer: int | None = None
-    start: int | None = None
-    stop: int | None = None
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "positions", "segments"],
-    meta_fields=["exits"],
-)
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """A batch as the model sees it.
-
-    Attributes:
-      tokens: int32 [B, T].
-      positions: int32 [B, T]; None for 0 … T-1.
-      segments: int32 [B, T], `ops.attention.segment_id`; None for one segment.
-      exits: where its columns leave. A column must not attend to one that leaves before it, unless one that
-        leaves later stands between that and the end of the row.
-    """
-
-    tokens: jax.Array
-    positions: jax.Array | None = None
-    segments: jax.Array | None = None
-    exits: tuple[Exit, ...] = (Exit(),)
-
-
-class Context(NamedTuple):
-    """What the blocks need to know of a batch, made once for all layers.
-
-    Attributes:
-      angles: rotary angles of each different rotary embedding, float32 [B, T, F] where there is one, else
-        [R, B, T, F].
-      masks: those of each different window.
-    """
-
-    angles: jax.Array
-    masks: LayerMasks
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["stacks", "positions", "segments"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of tokens that went through the model, in slots.
-
-    Attributes:
-      stacks: keys and values of each stack, [n, B, K, S, D] each.
-      positions, segments: int32 [B, S], of the tokens in the slots; an empty slot is padding, segment 0.
-    """
-
-    stacks: tuple[tuple[jax.Array, jax.Array], ...]
-    positions: jax.Array
-    segments: jax.Array
-
-    def write(self, slot, positions_BT, segments_BT) -> "Cache":
-        """The cache whose slots from `slot` on say that they hold these tokens."""
-
-        def put(old, new):
-            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, slot))
-
-        return dataclasses.replace(
-            self, positions=put(self.positions, positions_BT), segments=put(self.segments, segments_BT)
-        )
-
-    def grow(self, slots: int) -> "Cache":
-        """The cache with more empty slots at its end."""
-
-        def pad(x, axis):
-            return jnp.pad(x, [(0, slots if i == axis else 0) for i in range(x.ndim)])
-
-        return Cache(
-            jax.tree.map(functools.partial(pad, axis=3), self.stacks),
-            pad(self.positions, 1),
-            pad(self.segments, 1),
-        )
-
-
-class Output(NamedTuple):
-    """What `Decoder.forward` gives.
-
-    Attributes:
-      states: of each batch, at each of its exits: the residual stream, without a norm, [B, columns, D].
-      collected: what `collect` made of every block's output, stacked, [N, …]; None without it.
-      cache: the updated cache; None without one.
-    """
-
-    states: tuple[tuple[jax.Array, ...], ...]
-    collected: object = None
-    cache: Cache | None = None
-
-
-class Blocks(nnx.Module):
-    """A stack of decoder blocks; every parameter has the layer as its first axis.
-
-    Under `jax.lax.scan` one layer's slice is itself a `Blocks` without that axis.
-
-    Args:
-      config: of the model.
-      compute: how it is computed.
-      tensors: the rows of the family's table that each layer has.
-      first, last: the stack has blocks first + 1 … last of the model.
-      init: of a parameter, from its row of the table and its shape.
-    """
-
-    def __init__(self, config: DecoderConfig, compute: Compute, tensors, first: int, last: int, init):
-        self.config, self.compute, self.tensors = config, compute, tensors
-        kinds = [config.kinds.index(kind) for kind in config.layers[first:last]]
-        self.kinds = tuple(kinds)
-        for row in tensors:
-            shape = (last - first, *(config.sizes[size] for size in row.shape))
-            setattr(self, row.name, nnx.Param(init(row, shape)))
-
-    def __len__(self):
-        return len(self.kinds)
-
-    def unsharded(self, dtype) -> dict:
-        """The weights of one block, by name, as a device computes with them."""
-        return {row.name: unshard_fsdp(getattr(self, row.name)[...], row.axes, dtype) for row in self.tensors}
-
-    def run(self, weights: dict, x_BTD, context: Context, kind, cache=None):
-        """One block.
-
-        Args:
-          weights: of `unsharded`, which serve several batches.
-          kind: the layer's number in `config.kinds`, an int or a traced int32.
-          cache: a `layers.LayerCache` or None.
-        Returns: its output [B, T, D] and the cache.
-        """
-        angles, mask = context.angles, context.masks.of(self._choice("windows", "window", kind))
-        if len(self.config.ropes) > 1:
-            choice = self._choice("ropes", "rope", kind)
-            angles = jax.lax.dynamic_index_in_dim(angles, choice, keepdims=False)
-        x, cache = layers.block(self.config, weights, x_BTD, angles, mask, self.compute.attention, cache)
-        return constrain(x, BATCH), cache
-
-    def _choice(self, several: str, one: str, kind):
-        """Which of the model's different windows, or ropes, a kind of layer has."""
-        options = getattr(self.config, several)
-        return jnp.asarray([options.index(getattr(of, one)) for of in self.config.kinds])[kind]
-
-    def scan(self, xs, contexts, cache=None, slot=None, collect=None):
-        """One pass over the layers for several batches [B, T, D], with B and T of their own, so that each
-        layer's all-gather happens once, and so do the sums of its gradients.
-
-        Args:
-          cache: the stack's keys and values, for a single batch; slot: see `layers.LayerCache`.
-          collect: a function of a block's output, for a single batch.
-        Returns: their outputs, `collect` of each block's stacked, and the cache.
-        """
-
-        def body(carry, layer):
-            xs, kv = carry
-            block, kind, number = layer
-            weights = block.unsharded(xs[0].dtype)
-            outputs = []
-            for x, context in zip(xs, contexts):
-                layer_cache = None if kv is None else layers.LayerCache(*kv, number, slot)
-                output, layer_cache = block.run(weights, x, context, kind, layer_cache)
-                kv = None if kv is None else (layer_cache.keys, layer_cache.values)
-                outputs.append(output)
-            return (outputs, kv), (collect(outputs[0]) if collect else None)
-
-        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.compute.remat])
-        numbers = (jnp.asarray(self.kinds), jnp.arange(len(self)))
-        (xs, cache), collected = jax.lax.scan(body, (list(xs), cache), (self, *numbers))
-        return xs, collected, cache
 
 
 class Decoder(nnx.Module):
@@ -325,7 +84,7 @@ class Decoder(nnx.Module):
 
     @property
     def mesh(self):
-        """The mesh that the parameters lie on; of one device where they are on one."""
+        """The mesh of the parameters; of one device where they are on one."""
         sharding = self.embed_tokens[...].sharding
         named = isinstance(sharding, NamedSharding)
         return sharding.mesh if named else make_mesh(devices=list(sharding.device_set))
@@ -354,7 +113,7 @@ class Decoder(nnx.Module):
     def context(self, rows: Rows, cache: Cache | None = None, slot=None) -> Context:
         """What the blocks need to know of a batch; with a cache, whose slots already say what they hold from
         `slot` on, or which is read before the rows (slot None)."""
-        rows = _with_defaults(rows)
+        rows = with_defaults(rows)
         positions, segments = rows.positions, rows.segments
         windows, backend = self.config.windows, self.compute.attention
         if cache is None:
@@ -362,7 +121,7 @@ class Decoder(nnx.Module):
         else:
             kv = cache.positions, cache.segments
             if slot is None:
-                kv = [_append(before, after) for before, after in zip(kv, (positions, segments))]
+                kv = [append_slots(before, after) for before, after in zip(kv, (positions, segments))]
             masks = layer_masks(positions, kv[0], segments, kv[1], windows)
         return Context(self._angles(positions), masks)
 
@@ -388,9 +147,10 @@ class Decoder(nnx.Module):
             without, it is only read, and may have one row for all.
           slot: int32.
           collect: a function of hidden states [B, T, D]. What it leaves out of them is never kept.
-        Returns: see `Output`.
+        Returns:
+          See `Output`.
         """
-        batches = [_with_defaults(rows) for rows in batches]
+        batches = [with_defaults(rows) for rows in batches]
         if cache is not None and slot is not None:
             cache = cache.write(slot, batches[0].positions, batches[0].segments)
         xs = {i: self.embed(rows.tokens) for i, rows in enumerate(batches)}
@@ -457,7 +217,8 @@ class Decoder(nnx.Module):
           positions_BT: int32 [B, T], default 0 … T-1.
           segments_BT: int32 [B, T]; tokens attend to their own segment, and to those that it continues
             (`ops.attention.segment_id`). Default: one segment.
-        Returns: float32 [B, T, V].
+        Returns:
+          Float32 [B, T, V].
         """
         ((states,),) = self.forward(Rows(tokens_BT, positions_BT, segments_BT)).states
         return self.logits(states)
@@ -482,7 +243,8 @@ class Decoder(nnx.Module):
         Args:
           tokens_BT, positions_BT, segments_BT: as in `__call__`.
           layers: which of 0 … N, default all of them.
-        Returns: [len(layers), B, T, D] in the compute dtype.
+        Returns:
+          [len(layers), B, T, D] in the compute dtype.
         Raises:
           UserError: for a layer that the model has not.
         """
@@ -500,20 +262,6 @@ class Decoder(nnx.Module):
 
 def _identity(x):
     return x
-
-
-def _with_defaults(rows: Rows) -> Rows:
-    tokens, positions, segments = rows.tokens, rows.positions, rows.segments
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    if segments is None:
-        segments = jnp.ones(tokens.shape, jnp.int32)
-    return Rows(tokens, positions, segments, rows.exits)
-
-
-def _append(before, after):
-    """Along the slots; `before` may have one row for all."""
-    return jnp.concatenate([jnp.broadcast_to(before, (len(after), before.shape[1])), after], axis=1)
 
 
 # Of models in general.

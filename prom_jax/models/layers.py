@@ -93,7 +93,8 @@ def block(config: DecoderConfig, weights: dict, x_BTD, angles_BTF, mask, backend
       mask: of this layer, as `ops.attention.attention` takes it.
       backend: of attention.
       cache: a `LayerCache` or None.
-    Returns: the residual stream after the block [B, T, D], and the cache.
+    Returns:
+      The residual stream after the block [B, T, D], and the cache.
     """
 
     def norm(name, x):

@@ -25,7 +25,7 @@ class Settings:
     """
 
     def __init__(self, values: dict, defaults: dict):
-        _check_kinds(values)
+        check_kinds(values)
         self._rest, self._defaults = dict(values), defaults
         missing = [key for key in REQUIRED if key not in values]
         if missing:
@@ -55,7 +55,7 @@ class Settings:
         return self._rope(rope, share)
 
     def _rope(self, rope: dict, share) -> Rope:
-        _check_kinds(rope)
+        check_kinds(rope)
         theta = float(rope.pop("rope_theta", None) or self._defaults.get("rope_theta", 10000.0))
         own_share = rope.pop("partial_rotary_factor", None)
         share = float((share if own_share is None else own_share) or 1.0)
@@ -66,7 +66,7 @@ class Settings:
             raise UserError(
                 f"config.json asks for rope scaling {rope_type!r:.100}: expected {', '.join(_ROPE_FIELDS)}"
             )
-        # Some files have it at the top, beside the scaling that it belongs to.
+        # Some files have it at the top, outside the scaling that it belongs to.
         original = self._rest.pop("original_max_position_embeddings", None)
         longest = self._rest.get("max_position_embeddings", self._defaults.get("max_position_embeddings"))
         rope.setdefault("original_max_position_embeddings", original or longest)
@@ -254,7 +254,7 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-def _check_kinds(settings: dict):
+def check_kinds(settings: dict):
     """Raises UserError for a value that is not of its key's kind."""
     for key, value in settings.items():
         expected, holds = _KIND_OF.get(key, ("", None))

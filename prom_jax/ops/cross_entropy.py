@@ -35,7 +35,8 @@ def cross_entropy(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing=0.
       chunk: tokens at a time; None for half of a shard's tokens, in MIN_CHUNK to MAX_CHUNK, as all tokens of
         the last chunk are computed whether they have loss or not.
       softcap: logits x become softcap · tanh(x / softcap); None for no cap.
-    Returns: float32 scalar, the sum; divide by the sum of weights of the whole update.
+    Returns:
+      Float32 scalar, the sum; divide by the sum of weights of the whole update.
     """
     value = functools.partial(_value, label_smoothing=label_smoothing, chunk=chunk, softcap=softcap)
     return _on_shards(value, hidden_RTD, head_VD, labels_RT, weights_RT)[0]

@@ -18,7 +18,8 @@ def linear(x, weights, training: bool = True) -> list:
       x: [..., I].
       weights: a list of [O, I], each O its own.
       training: False where a few new tokens next to a cache are not worth a copy of the weights.
-    Returns: a list of [..., O].
+    Returns:
+      A list of [..., O].
     """
     split_by_tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
     if len(weights) == 1 or not training or split_by_tensor or not on_cpu():

@@ -21,7 +21,7 @@ from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import LOST, MISTAKE, is_main_process
 
 HEARTBEAT_SECONDS = 2.0  # between two signs of life
-MAX_MISSED = 8  # heartbeats; after so many without a sign, a process is lost
+MAX_MISSED = 8  # heartbeats without a sign, after which a process is lost
 SHUTDOWN_GRACE = 3  # seconds in which the others may take notice of a failure
 # JAX itself ends processes that have lost another, but says so in a page of its own words. It looks for signs
 # of life every half of this time, so that it comes 25 to 50 s after the loss: after us, and within a minute.
@@ -145,7 +145,7 @@ def _end_unconnected(timeout: float):
 
 
 def _print_error(message: str):
-    with contextlib.suppress(OSError):  # the log may lie on a disk that is full
+    with contextlib.suppress(OSError):  # the log may be on a full disk
         sys.stdout.flush()
     with contextlib.suppress(OSError):
         print(f"error: {message}", file=sys.stderr, flush=True)

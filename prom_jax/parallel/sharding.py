@@ -1,4 +1,4 @@
-"""The mesh, which axis of each array lies along which of its axes, and how arrays get there."""
+"""The mesh, the sharding of parameters and rows on it, and how arrays get there."""
 
 import math
 from collections.abc import Mapping

@@ -56,7 +56,9 @@ def compare(names: tuple[str, str], first: dict, second: dict, task: str, metric
     one), and the least certain counts: to be significant, a difference must be so, and have the same sign,
     in every seed.
 
-    Args: names: of the rows; first, second: their runs by seed.
+    Args:
+      names: of the rows.
+      first, second: their runs by seed.
     """
     result = Comparison(*names, task, metric)
     pairs = [

@@ -14,7 +14,7 @@ class Figure(NamedTuple):
     model: str
 
 
-# Picture, what lies beside it and says of which model it is, title.
+# Picture, the file next to it that says of which model it is, title.
 KINDS = (
     ("grid.png", "probe.json", "Cloze probe"),
     ("grid.compare.png", "probe.json", "Cloze probe, before and after"),
@@ -25,10 +25,10 @@ KINDS = (
 def find(root: Path) -> list[Figure]:
     """Pictures of the probe and of interference below a folder."""
     return [
-        Figure(title, path, str(path.parent.relative_to(root)), _model(path.with_name(beside)))
-        for name, beside, title in KINDS
+        Figure(title, path, str(path.parent.relative_to(root)), _model(path.with_name(source)))
+        for name, source, title in KINDS
         for path in sorted(root.rglob(name))
-        if path.with_name(beside).is_file()
+        if path.with_name(source).is_file()
     ]
 
 

@@ -70,14 +70,14 @@ def render(name: str, content: dict) -> str:
 
 
 def copy(figure: Figure, destination: Path) -> str:
-    """Copies a picture beside the report; returns its path from there."""
+    """Copies a picture into the report's folder; returns its path from there."""
     make_directory(destination.parent)
     try:
         shutil.copyfile(figure.path, destination)
     except OSError as error:
         raise UserError(
-            f"{figure.path} cannot be copied to {destination} ({error.strerror}): make room, or give another "
-            "--out"
+            f"{figure.path} cannot be copied to {destination} ({error.strerror}): free some space, or give "
+            "another --out"
         ) from error
     return f"{destination.parent.name}/{destination.name}"
 
@@ -138,8 +138,8 @@ def markdown_cell(cell: Cell, table: Table, column: Column) -> str:
     paper = " / ".join(number(value.paper, table.digits) for value in cell.values)
     some = any(value.paper is not None for value in cell.values)
     flags = "\\*" * cell.zeroed + "=" * cell.borrowed
-    beside = f" ({paper}{chr(92) + '*' if cell.paper_zeroed else ''})" * some
-    return f"{ours}{flags}{beside}{', ' * bool(few(column, cell))}{few(column, cell)}"
+    of_paper = f" ({paper}{chr(92) + '*' if cell.paper_zeroed else ''})" * some
+    return f"{ours}{flags}{of_paper}{', ' * bool(few(column, cell))}{few(column, cell)}"
 
 
 def as_markdown_text(text) -> str:

@@ -79,9 +79,10 @@ def length_histogram(lengths: dict, seq_len: int, path: Path):
 def probe_curves(panels: dict[str, list[dict]], path: Path):
     """Draws mean probabilities of the English and the target word by layer, with 95 % intervals as bands.
 
-    Where no mean reaches FAINT all would lie on the zero line: the axis is logarithmic then, down to FLOOR.
+    Where no mean reaches FAINT all would be on the zero line: the axis is logarithmic then, down to FLOOR.
 
-    Args: panels: by language, the entry of a probe.json, or an earlier one (drawn dashed) and a later one.
+    Args:
+      panels: by language, the entry of a probe.json, or an earlier one (drawn dashed) and a later one.
     """
     columns = min(len(panels), 3)
     figure = Figure(figsize=(3.6 * columns + 1.4, 2.6 * -(-len(panels) // columns) + 1), layout="constrained")
@@ -120,7 +121,8 @@ def interference_by_layer(results: dict[str, dict], path: Path):
     """Draws the cosine between gradients by layer, with 95 % intervals as bands, and as bars that of the last
     layer and of the last that PROM's English reaches; where a method has none, it says so.
 
-    Args: results: entries of an interference.json by method.
+    Args:
+      results: entries of an interference.json by method.
     """
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)

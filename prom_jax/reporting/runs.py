@@ -59,7 +59,8 @@ class Run:
     """One results.json.
 
     Attributes:
-      folder: where it lies; model, settings, tasks: as in the file.
+      folder: of the file.
+      model, settings, tasks: as in the file.
       base: the model that was adapted, or that was evaluated as it is.
       method: of METHODS; language, seed, pivot: None where the method has none. PROM without a pivot was
         regulated: λ = 0.

@@ -1,4 +1,4 @@
-"""The paper's tables out of runs: one section a base model, our numbers beside the paper's."""
+"""The paper's tables out of runs: one section a base model, our numbers next to the paper's."""
 
 import collections
 import statistics
@@ -9,16 +9,17 @@ from prom_jax.data.templates import language_name
 from prom_jax.reporting.comparisons import Comparison, adjust, compare
 from prom_jax.reporting.grouping import Runs, Seeds, arrange, is_papers
 from prom_jax.reporting.runs import METHODS, Pivot, Run
+from prom_jax.training.methods import known_methods
 
 METRICS = {"exact_match": "EM", "f1": "F1", "accuracy": "acc"}
 OF_TABLE = {"qa": ("exact_match", "f1"), "mgsm": ("accuracy",)}
 AVERAGE = "average"
-REFERENCES = ("xllama2", "base")
+REFERENCES = (*(name for name, method in known_methods().items() if method.reference), "base")
 
 
 @dataclass(frozen=True)
 class Value:
-    """A number and what stands beside it; percent in all tables but that of wins.
+    """A number and what is shown with it; percent in all tables but that of wins.
 
     Attributes:
       ours: the mean over seeds; spread: their standard deviation; paper: the paper's number.
@@ -87,7 +88,9 @@ class Section:
 def sections(runs: list[Run], paper: dict) -> tuple[list[Section], list[str]]:
     """All tables, and a sentence on each evaluation that found no place in them.
 
-    Args: runs: as `runs.find` gives them; paper: the content of resources/paper.json.
+    Args:
+      runs: as `runs.find` gives them.
+      paper: the content of resources/paper.json.
     Raises:
       UserError: if two runs claim one place.
     """
@@ -322,7 +325,7 @@ def ablation_table(language: str, pivots: set[Pivot], runs: Runs, paper: dict) -
         rows.append((str(pivot), cells))
     notes = []
     if not papers:
-        notes = ["The paper's settings are of another model or language, and not set beside these."]
+        notes = ["The paper's settings are of another model or language, and not compared with these."]
     return Table(
         key=f"ablation_{language}",
         title=f"Table 4. Ablation of n, α and λ, {language_name(language)}",

@@ -75,6 +75,6 @@ def _check_names_no_files(path: Path):
         named = isinstance(value, str) and not key.endswith("_token") and os.path.isfile(value)
         if named or (key in ("fast_tokenizer_files", "init_inputs") and value):
             raise UserError(
-                f"{path} sets {key}={value!r:.100}, another file: expected the tokenizer's files beside it; "
-                "do not use this folder unless you know who made it, or remove the key"
+                f"{path} sets {key}={value!r:.100}, another file: expected the tokenizer's files in its "
+                "folder; do not use this folder unless you know who made it, or remove the key"
             )

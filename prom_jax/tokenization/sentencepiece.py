@@ -33,7 +33,7 @@ def read(path: Path) -> PreTrainedTokenizerFast:
 
 
 def ranked_merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges behind SentencePiece's scores: each way to halve a piece, by falling score of the piece.
+    """The merges that SentencePiece's scores stand for: each way to halve a piece, by falling score.
 
     Of equal score, the longer left half first.
     """

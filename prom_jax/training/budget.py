@@ -22,7 +22,8 @@ def training_flops(config: DecoderConfig, method: Method, records, examples) -> 
       method: which streams go through how many blocks; only its `TokenLoss`es are counted.
       records: of `data.records`.
       examples: indices into the records, repeated as they come.
-    Returns: a number of operations.
+    Returns:
+      A number of operations.
     """
     exits = [term for term in method.terms if isinstance(term, TokenLoss)]
     streams = {stream: term.layer for term in exits for stream in term.streams}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from prom_jax.data.examples import PRIMARY
-from prom_jax.models.decoder import Exit, Rows
+from prom_jax.models.inputs import Exit, Rows
 from prom_jax.ops.cross_entropy import cross_entropy
 
 MAIN_HEAD = "lm_head"
@@ -119,7 +119,8 @@ def token_losses(model, batch, terms, appended: str | None = None, chunk: int | 
       terms: of which each stream is in one.
       appended: the stream whose rows continue those of the primary one, which has as many.
       chunk: as in `ops.cross_entropy`.
-    Returns: {stream: float32 scalar}.
+    Returns:
+      {stream: float32 scalar}.
     """
     term_of = {stream: term for term in terms for stream in term.streams}
     streams = [stream for stream in _primary_first(term_of) if stream in batch]
@@ -171,10 +172,12 @@ class Method:
       label, colour: in tables and pictures.
       compared: the texts whose gradients `interference` compares.
       regulated: whether its weight λ is for regulation to decide.
+      reference: whether reports compare the other methods with it.
       loss: the terms.
     """
 
     regulated: ClassVar[bool] = False
+    reference: ClassVar[bool] = False
     name: ClassVar[str]
     label: ClassVar[str]
     colour: ClassVar[str]

@@ -89,7 +89,8 @@ def stochastic_round(x, seed):
     Args:
       x: float32 of any shape.
       seed: uint32; another one gives other bits.
-    Returns: bfloat16 of the same shape.
+    Returns:
+      Bfloat16 of the same shape.
     """
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):

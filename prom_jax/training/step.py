@@ -30,8 +30,9 @@ def make_update(
         divided by the divisors of the whole update, so the result is that of the whole batch.
       appended: the stream that continues the rows of the first one, as `data.loader.Batches` says.
       chunk: of loss tokens, as in `ops.cross_entropy`.
-    Returns: metrics are float32 scalars: loss, and by name of a sum loss_… (per token) and weight_…;
-        grad_norm; param_norm after the update.
+    Returns:
+      Metrics are float32 scalars: loss, and by name of a sum loss_… (per token) and weight_…; grad_norm;
+      param_norm after the update.
     """
     axes = decoder.param_axes(model.config, model.heads)
 
@@ -86,7 +87,7 @@ def trained_params(params: dict, method: Method) -> dict:
 
 
 def merge_params(trained: dict, params: dict) -> dict:
-    """The parameters with trained ones in their places."""
+    """The parameters, with the trained ones replaced."""
     return jax.tree.map(
         lambda new, old: old if new is None else new, trained, params, is_leaf=lambda x: x is None
     )

@@ -29,7 +29,7 @@ _FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
 class Parser(argparse.ArgumentParser):
     """argparse with flags in the style of this project, whose mistakes are `UserError`s.
 
-    Flags are never shortened, `-` and `_` in their names are alike, an unknown one is answered with the
+    Flags are never shortened, `-` and `_` in their names are the same, an unknown one is answered with the
     nearest known one, and --help tells the default of each.
 
     Args:
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
             prog=f"python -m {module}",
             usage=argparse.SUPPRESS,  # the docstring begins with it
             description=about,
-            epilog="Flags are given as --name=value or --name value; - and _ in names are alike.",
+            epilog="Flags are given as --name=value or --name value; - and _ in names are the same.",
             formatter_class=_Help,
             allow_abbrev=False,
         )

@@ -25,7 +25,7 @@ def load(name: str) -> ConfigDict:
     """The configuration that a file's `get_config` makes.
 
     Args:
-      name: the path of a Python file, with an optional variant behind a colon.
+      name: the path of a Python file, with an optional variant after a colon.
 
     Returns:
       The configuration, locked: no key can be added.

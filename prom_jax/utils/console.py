@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
-LINES = 20  # about so many lines of progress go to a log file
+LINES = 20  # of progress in a log file, about
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def write_text(path: Path, text: str):
             raise
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}): make room, or give another place"
+            f"{path} cannot be written ({error.strerror}): free some space, or give another place"
         ) from error
 
 

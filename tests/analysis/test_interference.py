@@ -8,13 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from prom_jax.analysis.interference import COMPARED, cosines, draw, inner_products, only, summary
+from prom_jax.analysis.interference import cosines, draw, inner_products, only, summary
 from prom_jax.data.examples import Recipe
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import prepare
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
 from prom_jax.parallel import sharding
-from prom_jax.training.objective import Objective
+from prom_jax.training.methods import find_method, known_methods
+from prom_jax.training.methods.bactrian import Bactrian
+from prom_jax.training.methods.prom import PROM
+from prom_jax.training.methods.xllama2 import XLLaMA2
 from prom_jax.utils.errors import UserError
 from tests.reference import gradients, hf_model, pack, place_params, random_examples, to_model
 
@@ -28,8 +31,12 @@ ROWS = {
 }
 
 
-def objective(method, norm="none"):
-    return Objective(method, weight=0.7, label_smoothing=0.1, norm=norm, chunk=16)
+METHODS = {
+    "bactrian": Bactrian(),
+    "xllama2": XLLaMA2(),
+    "prom": PROM(PIVOT, weight=0.7),
+    "prom, final norm": PROM(PIVOT, weight=0.7, norm="final"),
+}
 
 
 def model_of(family, method, **settings):
@@ -38,12 +45,12 @@ def model_of(family, method, **settings):
     hf = hf_model(family, **settings)
     head = copy.deepcopy(hf.lm_head).weight
     head.data = head.data + 0.1
-    return to_model(hf, *(() if method == "bactrian" else (PIVOT, head)), remat="full")
+    return to_model(hf, *(() if method.name == "bactrian" else (PIVOT, head)), remat="full")
 
 
 def parts(method):
     """Two batches: of either language, or for Bactrian+(t) of one, where other examples bear loss in each."""
-    if method != "bactrian":
+    if method.name != "bactrian":
         return ("english", "target"), (ROWS["english"], ROWS["target"])
     segments = ROWS["target"]["segments"]
     keep = lambda segment: ROWS["target"] | {"weights": ROWS["target"]["weights"] * (segments == segment)}
@@ -52,61 +59,65 @@ def parts(method):
 
 def layers_of(tree):
     """The gradient of each layer's parameters as one vector, [N, P] float64."""
-    stacks = [tree[name].values() for name in ("lower", "upper") if name in tree]
+    stacks = [tree[name].values() for name in ("stack0", "stack1") if name in tree]
     flat = [np.hstack([np.reshape(x, (len(x), -1)) for x in stack]) for stack in stacks]
     return np.vstack(flat).astype(np.float64)
 
 
-def whole(model, objective, sides, rows):
+def whole(model, method, sides, rows):
     """Cosines from two full gradient trees of an update, in which one batch or the other bears no loss."""
     silent = {side: of_side | {"weights": 0 * of_side["weights"]} for side, of_side in ROWS.items()}
     alone = [silent | {side: part} for side, part in zip(sides, rows)]
-    trees = [layers_of(gradients(model, objective, batch)[1]) for batch in alone]
+    trees = [layers_of(gradients(model, method, batch)[1]) for batch in alone]
     norms = [np.linalg.norm(tree, axis=1) for tree in trees]
     with np.errstate(invalid="ignore"):
         return (trees[0] * trees[1]).sum(axis=1) / (norms[0] * norms[1])
 
 
 @pytest.mark.parametrize(
-    ("method", "norm", "family"),
+    ("name", "family"),
     [
-        ("bactrian", "none", "llama3"),
-        ("xllama2", "none", "smollm2"),
-        ("prom", "none", "llama3"),
-        ("prom", "final", "smollm2"),
+        ("bactrian", "llama3"),
+        ("xllama2", "smollm2"),
+        ("prom", "llama3"),
+        ("prom, final norm", "smollm2"),
+        ("xllama2", "qwen2 with windows"),
     ],
 )
-def test_equals_whole_gradients(method, norm, family):
-    model, (sides, rows) = model_of(family, method), parts(method)
-    ours = cosines(inner_products(model, rows, objective=objective(method, norm), sides=sides))
-    theirs = whole(model, objective(method, norm), sides, rows)
-    reached = PIVOT if method == "prom" else 4
+def test_equals_whole_gradients(name, family):
+    method = METHODS[name]
+    window = {"sliding_window": 6} if "windows" in family else {}
+    model, (sides, rows) = model_of(family, method, **window), parts(method)
+    ours = cosines(inner_products(model, rows, method=method))
+    theirs = whole(model, method, sides, rows)
+    reached = PIVOT if method.name == "prom" else 4
     assert len(ours) == reached and np.isnan(theirs[reached:]).all()
     np.testing.assert_allclose(ours, theirs[:reached], atol=1e-5)
     assert np.ptp(ours) > 0.02  # so that the tolerance says something
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-@pytest.mark.parametrize("method", ["prom", "xllama2"])
-def test_a_mesh_equals_one_device(method, sizes):
-    model, (sides, rows) = model_of("llama3", method), parts(method)
-    settings = {"objective": objective(method), "sides": sides}
-    alone = cosines(inner_products(model, rows, **settings))
+@pytest.mark.parametrize("name", ["prom", "xllama2"])
+def test_a_mesh_equals_one_device(name, sizes):
+    method = METHODS[name]
+    model, (_, rows) = model_of("llama3", method), parts(method)
+    alone = cosines(inner_products(model, rows, method=method))
     mesh = sharding.make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
     with jax.set_mesh(mesh):
-        spread = llama.with_params(model, place_params(mesh, llama.to_params(model)))
+        spread = decoder.with_params(model, place_params(mesh, decoder.to_params(model), model.config))
         placed = sharding.place_rows(mesh, jax.tree.map(np.asarray, rows))
-        np.testing.assert_allclose(cosines(inner_products(spread, placed, **settings)), alone, atol=1e-5)
+        np.testing.assert_allclose(cosines(inner_products(spread, placed, method=method)), alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", COMPARED)
-def test_no_gradient_tree_is_ever_in_memory(method):
+@pytest.mark.parametrize("name", known_methods())
+def test_no_gradient_tree_is_ever_in_memory(name):
+    method = METHODS[name]
     model = model_of("llama3", method, num_hidden_layers=24)
-    sides, rows = parts(method)
+    _, rows = parts(method)
     rows = jax.tree.map(lambda x: x[:1, :16], rows)
-    compiled = inner_products.lower(model, rows, objective=objective(method), sides=sides).compile()
-    params = llama.to_params(model)
-    tree = sum(x.nbytes for stack in ("lower", "upper") for x in params.get(stack, {}).values())
+    compiled = inner_products.lower(model, rows, method=method).compile()
+    params = decoder.to_params(model)
+    tree = sum(x.nbytes for stack in ("stack0", "stack1") for x in params.get(stack, {}).values())
     assert compiled.memory_analysis().temp_size_in_bytes < tree / 3
 
 
@@ -141,14 +152,15 @@ def test_what_bears_loss_is_what_is_compared(folder, byte_level):
         "xllama2": (("english",), ("target", "translation")),
         "prom": (("english", "translation_source"), ("target", "translation")),
     }
-    for method, compared in COMPARED.items():
-        for texts, roles in zip(compared, expected[method]):
+    assert expected.keys() == known_methods().keys()
+    for name, method in known_methods().items():
+        for texts, roles in zip(method.compared, expected[name], strict=True):
             found = 0
             for step in range(len(batches)):
                 whole = batches[step]
                 rows = only(whole, batches, data.train, step, texts)
-                assert (rows["weights"] <= whole[texts.side]["weights"]).all()
-                assert (rows["tokens"] == whole[texts.side]["tokens"]).all()
+                assert (rows["weights"] <= whole[texts.stream]["weights"]).all()
+                assert (rows["tokens"] == whole[texts.stream]["tokens"]).all()
                 found += rows["weights"].sum()
             assert found == sum(counts[role]["loss_tokens"] for role in roles)
 
@@ -156,18 +168,19 @@ def test_what_bears_loss_is_what_is_compared(folder, byte_level):
 def test_drawn_batches_hold_everything(folder, byte_level):
     data = prepared(folder, byte_level)
     batches = batches_of(data)
-    everything = [texts for compared in COMPARED.values() for texts in compared]
+    methods = list(known_methods().values())
+    everything = [texts for method in methods for texts in method.compared]
     holds = [
         all(only(batches[step], batches, data.train, step, texts)["weights"].any() for texts in everything)
         for step in range(len(batches))
     ]
     good = np.flatnonzero(holds).tolist()
     assert 2 <= len(good) < len(batches)
-    assert draw(batches, data.train, COMPARED, len(good)) == good
-    assert draw(batches, data.train, COMPARED, 2) == good[:2]
+    assert draw(batches, data.train, methods, len(good)) == good
+    assert draw(batches, data.train, methods, 2) == good[:2]
     for number in (0, len(good) + 1):
         with pytest.raises(UserError, match=f"--batches={number}: expected 1 to {len(good)}, "):
-            draw(batches, data.train, COMPARED, number)
+            draw(batches, data.train, methods, number)
 
 
 @pytest.mark.parametrize(
@@ -180,12 +193,12 @@ def test_drawn_batches_hold_everything(folder, byte_level):
 def test_data_without_what_is_compared_are_refused(folder, byte_level, changes, method, missing):
     data = prepared(folder, byte_level, **changes)
     with pytest.raises(UserError, match=f"method '{method}' .* {missing}, or leave {method} out"):
-        draw(batches_of(data), data.train, [method], 1)
+        draw(batches_of(data), data.train, [find_method(method)], 1)
 
 
 def test_summary():
     values = np.array([[0.1, -0.5], [0.3, -0.5], [0.2, -0.5]])
-    entry = summary("prom", values, num_layers=3, seed=0)
+    entry = summary(PROM, values, num_layers=3, seed=0)
     assert entry["compared"] == ["English", "target"] and entry["last_shared_layer"] == 2
     first, second, third = entry["layers"]
     assert first["mean"] == pytest.approx(0.2) and first["values"] == [0.1, 0.3, 0.2]

@@ -7,7 +7,7 @@ import pytest
 
 from prom_jax.analysis.cloze import Row, Table, read_table
 from prom_jax.analysis.probe import SCORINGS, Probe, beginnings, probe
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
 from prom_jax.parallel import sharding
 from prom_jax.utils.errors import UserError
 from tests.analysis import reference
@@ -63,7 +63,7 @@ def test_eight_devices_and_any_batch_give_the_same(byte_fallback, tables):
         np.testing.assert_allclose(few.target, one.target, rtol=1e-4)
         for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
             mesh = sharding.make_mesh(**sizes)
-            spread = llama.with_params(model, place_params(mesh, llama.to_params(model)))
+            spread = decoder.with_params(model, place_params(mesh, decoder.to_params(model), model.config))
             many = probe(spread, byte_fallback, table, scoring=scoring, shots=2, batch=5)
             assert many.rows == one.rows
             np.testing.assert_allclose(many.english, one.english, rtol=1e-4)

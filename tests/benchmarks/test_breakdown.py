@@ -10,13 +10,13 @@ from benchmarks import breakdown
 PROGRAM = """HloModule jit_update
 
 FileNames
-1 "/somewhere/prom_jax/llama.py"
-2 "/somewhere/prom_jax/attention.py"
+1 "/somewhere/prom_jax/models/decoder.py"
+2 "/somewhere/prom_jax/ops/attention.py"
 3 "/somewhere/optax/_src/transform.py"
-4 "/somewhere/prom_jax/optimization.py"
+4 "/somewhere/prom_jax/training/step.py"
 
 FunctionNames
-1 "Blocks.__call__"
+1 "Blocks.scan.<locals>.body"
 2 "attention"
 3 "scale_by_adam"
 4 "make_update.<locals>.update"

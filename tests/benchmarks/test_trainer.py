@@ -4,36 +4,36 @@ import numpy as np
 import pytest
 
 from benchmarks import peers, trainer
-from prom_jax.training.objective import Objective
+from prom_jax.training.methods.prom import PROM
 
 LAYER = 2
 
 
 @pytest.fixture
 def texts():
-    """Three updates of two texts a role, the first half of each without loss."""
+    """Three updates of two texts a stream, the first half of each without loss."""
     chance = np.random.default_rng(0)
     text = lambda length: (chance.integers(3, 300, length), np.arange(length) >= length // 2)
     return [{"target": [text(300), text(90)], "english": [text(80), text(120)]} for _ in range(3)]
 
 
-def test_rows_are_scaled_by_the_role_s_weight_over_its_tokens_with_loss(texts):
-    rows = peers.rows(texts[0], peers.packed, 256, Objective(weight=0.5))
-    assert [(row["role"], row["tokens"].shape[1]) for row in rows] == [
+def test_rows_are_scaled_by_the_stream_s_weight_over_its_tokens_with_loss(texts):
+    rows = peers.rows(texts[0], peers.packed, 256, PROM(LAYER, weight=0.5))
+    assert [(row["stream"], row["tokens"].shape[1]) for row in rows] == [
         ("target", 256),
         ("target", 134),
         ("english", 200),
     ]
-    for role, weight in (("target", 1.0), ("english", 0.5)):
-        of_role = [row for row in rows if row["role"] == role]
-        bearing = sum(int((row["labels"] != peers.IGNORED).sum()) for row in of_role)
-        np.testing.assert_allclose([row["scale"] for row in of_role], weight / bearing)
+    for stream, weight in (("target", 1.0), ("english", 0.5)):
+        of_stream = [row for row in rows if row["stream"] == stream]
+        loss_tokens = sum(int((row["labels"] != peers.IGNORED).sum()) for row in of_stream)
+        np.testing.assert_allclose([row["scale"] for row in of_stream], weight / loss_tokens)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_trainer_and_the_peer_take_the_same_updates(config, texts, remat):
     config.remat = remat
-    about = config.model, Objective(weight=0.5), LAYER, config, texts
+    about = config.model, PROM(LAYER, weight=0.5), config, texts
     theirs, ours = trainer.Trained(*about), trainer.Constant(*about)
     losses = [(theirs.step(), ours.step()) for _ in texts]
     np.testing.assert_allclose(*zip(*losses), rtol=1e-5)
@@ -41,6 +41,6 @@ def test_trainer_and_the_peer_take_the_same_updates(config, texts, remat):
 
 
 def test_an_error_in_the_trainer_s_thread_is_told(config, texts):
-    theirs = trainer.Trained(config.model, Objective(), 99, config, texts)
+    theirs = trainer.Trained(config.model, PROM(99), config, texts)
     with pytest.raises(IndexError):
         theirs.step()

@@ -13,15 +13,33 @@ from prom_jax.utils.workdir import FORMAT
 
 @pytest.mark.parametrize(
     "settings",
-    [{"config": {}}, {"pivot_layer": "1"}, {"dtype": "int32"}, {"dtype": 7}, {"details": None}, {"more": 1}],
+    [
+        {"config": {}},
+        {"heads": ["pivot_head"]},
+        {"heads": {"pivot_head": "1"}},
+        {"heads": {"pivot_head": 3}},
+        {"heads": {"lm_head": 1}},
+        {"heads": {"../pivot_head": 1}},
+        {"dtype": "int32"},
+        {"dtype": 7},
+        {"details": None},
+        {"more": 1},
+    ],
 )
 def test_a_damaged_description_is_named(tmp_path, settings):
     config = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    whole = {"format": FORMAT, "config": config, "pivot_layer": 0, "dtype": "float32", "details": {}}
+    whole = {
+        "format": FORMAT,
+        "config": config,
+        "heads": {"pivot_head": 1},
+        "dtype": "float32",
+        "details": {},
+    }
     path = tmp_path / "model.json"
     path.write_text(json.dumps(whole))
     assert Description.read(tmp_path).config.hidden_size == 8
+    assert Description.read(tmp_path).heads == {"pivot_head": 1}
     for text in (json.dumps(whole | settings), json.dumps(whole)[:-1], "[" * 100_000):
         path.write_text(text)
         with pytest.raises(UserError, match=r"model\.json is damaged .*: give another source"):

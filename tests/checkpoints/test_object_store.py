@@ -14,7 +14,7 @@ from prom_jax.checkpoints.description import Description, describe, find
 from prom_jax.checkpoints.orbax import CheckpointReader
 from prom_jax.checkpoints.storage import resolve_path
 from prom_jax.checkpoints.training import Checkpoints
-from prom_jax.models.config import LlamaConfig
+from prom_jax.models.auto import config_from_hf
 from prom_jax.utils.errors import UserError
 from tests.checkpoints.test_training import abstract, assert_same, make_mesh, state
 
@@ -138,7 +138,7 @@ def test_conversion(bucket, tiny, tmp_path):
 def test_a_bucket_that_cannot_be_used_is_named(bucket, tiny, byte_level, name, reason):
     place = f"gs://{name}/run"
     config = json.loads((tiny / "model" / "config.json").read_text())
-    description = Description(LlamaConfig.from_hf(config), 0, "float32", {})
+    description = Description(config_from_hf(config), {}, "float32", {})
     told = rf"gs://{name}/run cannot be used \({reason}.*see that the bucket is there and open to you"
     with pytest.raises(UserError, match=told):
         describe(Checkpoints(place).directory, description, byte_level)

@@ -1,8 +1,10 @@
-"""What is known of a model without its weights."""
+"""Sources: what of them is skipped, and what is known without their weights."""
 
+import json
 import shutil
 
 import huggingface_hub
+import pytest
 
 from prom_jax import convert
 from prom_jax.checkpoints import pretrained
@@ -14,6 +16,32 @@ from tests.reference import hf_model
 def same(found, expected):
     """Whether two sources are of one architecture and tokenizer."""
     return found[0] == expected[0].config and fingerprint(found[1]) == fingerprint(expected[1])
+
+
+# Keys that folders of others have, for generation, trainers and kernels.
+IDLE = {"max_length": 20, "temperature": 0.7, "gradient_checkpointing": False, "bf16": True, "use_sdpa": True}
+
+
+@pytest.mark.parametrize("read", [pretrained.open_source, pretrained.open_config])
+def test_keys_without_effect_are_skipped_in_one_line(tiny, tmp_path, capsys, read):
+    """No other key is, and a checkpoint made of the folder has none left."""
+    whole = pretrained.open_source(tiny / "model")
+    assert capsys.readouterr().out == ""
+    folder = shutil.copytree(tiny / "model", tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | IDLE))
+    read(folder)
+    keys = ", ".join(IDLE)
+    line = f"skipped   keys of the config.json of {folder} that cannot change the forward pass: {keys}\n"
+    assert capsys.readouterr().out == line
+    assert same(pretrained.open_config(folder), whole)
+
+    convert.from_hf(folder, tmp_path / "orbax")
+    convert.to_hf(folder, tmp_path / "hf")
+    capsys.readouterr()
+    for made in ("orbax", "hf"):
+        read(tmp_path / made)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_folder_without_weights(tiny, tmp_path, monkeypatch):

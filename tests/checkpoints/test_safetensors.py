@@ -24,9 +24,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import prom_jax
 from prom_jax.checkpoints.params import ParamsReader, load_params
 from prom_jax.checkpoints.pretrained import open_reader
 from prom_jax.checkpoints.safetensors import save_hf
+from prom_jax.models import decoder
 from prom_jax.utils.errors import UserError
 
 SIZES = {
@@ -40,6 +42,7 @@ SIZES = {
     "initializer_range": 0.3,
 }
 CARD = {"base_model": "owner/base", "language": "sw", "method": "prom", "learning_rate": 2e-5}
+PIVOT = {"pivot_head": 3}  # and the block after which it reads
 TOKENIZER = PreTrainedTokenizerFast(
     tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<s>": 1, "</s>": 2}, unk_token="a")),
     bos_token="<s>",
@@ -57,9 +60,11 @@ def hf_model(dtype=torch.float32, mistral=False, **settings):
     return model
 
 
-def save(params, reader, directory, **options):
+def save(params, reader, directory, heads=None, **options):
+    """Writes parameters, with further heads as in `Decoder`."""
     options = {"dtype": reader.dtype, "chat_template": "ours", "card": CARD, **options}
-    save_hf(ParamsReader(params, reader.config), TOKENIZER, directory, **options)
+    model = decoder.with_params(decoder.abstract(reader.config, heads=heads or {}), params)
+    save_hf(ParamsReader(model), TOKENIZER, directory, **options)
 
 
 def tensors(directory):
@@ -70,7 +75,7 @@ def tensors(directory):
     return found
 
 
-@pytest.mark.parametrize("pivot", [{}, {"pivot_layer": 3, "pivot_head": True}])
+@pytest.mark.parametrize("heads", [{}, PIVOT], ids=["plain", "pivot"])
 @pytest.mark.parametrize("shards", ["one", "many"])
 @pytest.mark.parametrize(
     ("dtype", "settings"),
@@ -81,13 +86,13 @@ def tensors(directory):
         (torch.float16, {"num_key_value_heads": 4}),
     ],
 )
-def test_round_trip_is_byte_identical(tmp_path, dtype, settings, shards, pivot):
+def test_round_trip_is_byte_identical(tmp_path, dtype, settings, shards, heads):
     original, again = tmp_path / "original", tmp_path / "again"
     many = {"max_shard_size": "20KB"} if shards == "many" else {}
     hf_model(dtype, **settings).save_pretrained(original, **many)
     reader = open_reader(original)
-    params = load_params(reader, **pivot)
-    save(params, reader, again, max_shard_bytes=20_000 if shards == "many" else 10**9)
+    params = load_params(reader, heads=heads)
+    save(params, reader, again, heads, max_shard_bytes=20_000 if shards == "many" else 10**9)
     assert tensors(again) == tensors(original)
     assert len(list(again.glob("model-*.safetensors"))) > 1 or shards == "one"
 
@@ -152,6 +157,19 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="No space left"):
             save(params, reader, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_shard_may_have_the_name_of_a_head(tmp_path):
+    hf_model().save_pretrained(tmp_path)
+    content = load_file(tmp_path / "model.safetensors")
+    head = content.pop("lm_head.weight")
+    save_file(content, tmp_path / "model.safetensors")
+    save_file({"lm_head.weight": head}, tmp_path / "lm_head.safetensors")
+    files = dict.fromkeys(content, "model.safetensors") | {"lm_head.weight": "lm_head.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    reader = open_reader(tmp_path)
+    assert reader.heads == {}
+    np.testing.assert_array_equal(load_params(reader)["lm_head"], head)
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -300,7 +318,7 @@ def test_terminal_codes_of_a_file_show_as_escapes(tmp_path):
     assert r"\x1b[31m" in str(raised.value) and str(raised.value).isprintable()
 
 
-# The model card of an export of commit f878607, up to its rows, and what that wrote into config.json.
+# What commit f878607 wrote: the model card up to its rows, config.json, and what that has of how it was made.
 FIRST_CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -312,23 +330,59 @@ language: "sw"
 """
 FIRST_DETAILS = {"base_model": "owner/base", "language": "sw", "method": "prom", "pivot.layer": 3, "seed": 0}
 
+FIRST_CONFIG = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "torch_dtype": "float32",
+    "prom_jax": FIRST_DETAILS,
+}
 
-def test_an_export_of_the_first_version_loads_and_is_replaced(tmp_path):
-    hf_model().save_pretrained(tmp_path)
-    config = open_reader(tmp_path).config.to_hf()
-    first = {"torch_dtype": "float32", "prom_jax": FIRST_DETAILS}
-    (tmp_path / "config.json").write_text(json.dumps(config | first))
+
+def test_an_export_of_the_first_version_loads_and_is_replaced(tmp_path, capsys):
+    hf = hf_model()
+    hf.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(FIRST_CONFIG))
     (tmp_path / "README.md").write_text(FIRST_CARD)
     head = np.random.default_rng(0).standard_normal((64, 32), np.float32)
-    save_file({"pivot_head.weight": head}, tmp_path / "pivot_head.safetensors", {"pivot_layer": "3"})
+    metadata = {"format": "pt", "pivot_layer": "3"}
+    save_file({"pivot_head.weight": head}, tmp_path / "pivot_head.safetensors", metadata)
     reader = open_reader(tmp_path)
-    assert reader.pivot_layer == 3 and reader.details == FIRST_DETAILS
-    params = load_params(reader, pivot_layer=3, pivot_head=True)
+    assert reader.heads == PIVOT and reader.details == FIRST_DETAILS
+    params = load_params(reader, heads=PIVOT)
     np.testing.assert_array_equal(params["pivot_head"], head)
+
+    model, _ = prom_jax.load(tmp_path)
+    assert capsys.readouterr().out == ""  # no key of it is skipped
+    assert model.heads == PIVOT and [len(stack) for stack in model.stacks] == [3, 1]
+    np.testing.assert_array_equal(model.head("pivot_head"), head)
+    tokens = np.arange(40)[None] % 64
+    with torch.no_grad():
+        theirs = hf(torch.from_numpy(tokens), output_hidden_states=True)
+    np.testing.assert_allclose(model(tokens), theirs.logits, rtol=1e-4, atol=1e-4)
+    states = model.hidden_states(tokens, layers=(3,))[0]
+    np.testing.assert_allclose(states, theirs.hidden_states[3], rtol=1e-4, atol=1e-4)
+
     before = tensors(tmp_path)
-    save(params, reader, tmp_path)
+    save(params, reader, tmp_path, PIVOT)
     assert tensors(tmp_path) == before
-    assert open_reader(tmp_path).pivot_layer == 3
+    assert open_reader(tmp_path).heads == PIVOT and open_reader(tmp_path).config == reader.config
 
 
 TWO_PROCESSES = """
@@ -338,11 +392,11 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from prom_jax.parallel import sharding
 from prom_jax.checkpoints.params import load_params
 from prom_jax.checkpoints.pretrained import open_reader
-from tests.checkpoints.test_safetensors import save
+from tests.checkpoints.test_safetensors import PIVOT, save
 reader = open_reader(sys.argv[3])
-params = load_params(reader, sharding.make_mesh(fsdp=4, tensor=2), pivot_layer=3, pivot_head=True)
-assert not params["lower"]["q_proj"].is_fully_addressable
-save(params, reader, sys.argv[4])
+params = load_params(reader, sharding.make_mesh(fsdp=4, tensor=2), heads=PIVOT)
+assert not params["stack0"]["q_proj"].is_fully_addressable
+save(params, reader, sys.argv[4], PIVOT)
 """
 
 

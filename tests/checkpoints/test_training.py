@@ -25,12 +25,13 @@ def state(mesh, seed=0):
     """A little of what training holds: a stack, a matrix, bfloat16 and float32, and a scalar."""
     chance = np.random.default_rng(seed)
     params = {
-        "lower": {"q_proj": chance.standard_normal((3, 16, 24), np.float32)},
+        "stack0": {"q_proj": chance.standard_normal((3, 16, 24), np.float32)},
         "lm_head": jnp.asarray(chance.standard_normal((32, 16), np.float32), jnp.bfloat16),
     }
-    place = lambda path, x: jax.device_put(
-        x, sharding.param_sharding(mesh, sharding.path_keys(path), x.shape)
-    )
+
+    def place(path, x):
+        return jax.device_put(x, sharding.param_sharding(mesh, ("tensor", "fsdp"), x.shape))
+
     count = jax.device_put(jnp.int32(7), NamedSharding(mesh, PartitionSpec()))
     return {"params": jax.tree.map_with_path(place, params), "opt_state": {"count": count}}
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from prom_jax.evaluation import decode as decoding
 from prom_jax.evaluation.decode import decode, greedy
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
 from prom_jax.parallel import sharding
 from tests.reference import hf_model, place_params, to_model
 
@@ -61,8 +60,8 @@ def test_prompts_that_share_their_beginning(family, pivot_layer, monkeypatch):
     assert len({tuple(new) for new in expected[:5]}) == 5
     model = to_model(hf, pivot_layer)
     assert greedy(model, prompts, NEW, []) == expected
-    monkeypatch.setattr(decoding, "ROOM", 5)  # so that the cache grows
-    assert dict(decode(model, prompts, NEW, [], places=1)) == dict(enumerate(expected))  # row by row
+    monkeypatch.setattr("prom_jax.evaluation.decode.GROWTH", 5)  # so that the cache grows
+    assert dict(decode(model, prompts, NEW, [], slots=1)) == dict(enumerate(expected))  # row by row
     eos = [expected[0][3], expected[3][5]]
     assert greedy(model, prompts, NEW, eos) == [generate(hf, prompt, eos) for prompt in prompts]
 
@@ -94,7 +93,7 @@ def test_greedy_on_a_mesh(sizes, context):
     hf = hf_model("smollm2")
     mesh = sharding.make_mesh(**sizes)
     model = to_model(hf, pivot_layer=3)
-    model = llama.with_params(model, place_params(mesh, llama.to_params(model)))
+    model = decoder.with_params(model, place_params(mesh, decoder.to_params(model), model.config))
     prompts = PROMPTS[:3]  # rows that its devices do not divide
     with context(mesh):
         assert greedy(model, prompts, NEW, []) == [generate(hf, prompt) for prompt in prompts]

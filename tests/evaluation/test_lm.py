@@ -20,7 +20,7 @@ from tests.tiny import WORDS
 
 @pytest.fixture(scope="module")
 def ours(tiny):
-    return HarnessModel(*prom_jax.load(tiny / "model"), places=2048)
+    return HarnessModel(*prom_jax.load(tiny / "model"), slots=2048)
 
 
 @pytest.fixture(scope="module")

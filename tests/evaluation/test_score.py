@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from prom_jax.evaluation.score import score
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
 from prom_jax.parallel import sharding
 from tests.reference import hf_model, place_params, to_model
 
@@ -29,15 +29,15 @@ def expected(hf, context, continuation):
 
 
 @pytest.mark.parametrize(("family", "window"), [("llama3", None), ("mistral", 6)])
-@pytest.mark.parametrize("places", [400, 100_000])
-def test_equals_torch(family, window, places):
+@pytest.mark.parametrize("slots", [400, 100_000])
+def test_equals_torch(family, window, slots):
     hf = hf_model(family, **({"sliding_window": window} if window else {}))
     greedy = []
     for context, _ in PAIRS[4:6]:  # continuations that the model would choose itself
         with torch.no_grad():
             greedy.append((context, [hf(torch.tensor([context])).logits[0, -1].argmax().item()]))
     pairs = PAIRS + greedy
-    results = {number: rest for number, *rest in score(to_model(hf, 3), pairs, places=places)}
+    results = {number: rest for number, *rest in score(to_model(hf, 3), pairs, slots=slots)}
     assert sorted(results) == list(range(len(pairs)))
     for number, pair in enumerate(pairs):
         log, best = expected(hf, *pair)
@@ -51,7 +51,7 @@ def test_on_a_mesh():
     model = to_model(hf)
     alone = sorted(score(model, PAIRS))
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    spread = llama.with_params(model, place_params(mesh, llama.to_params(model)))
+    spread = decoder.with_params(model, place_params(mesh, decoder.to_params(model), model.config))
     for (number, log, best), other in zip(alone, sorted(score(spread, PAIRS)), strict=True):
         assert (number, best) == (other[0], other[2])
         np.testing.assert_allclose(other[1], log, rtol=1e-5)

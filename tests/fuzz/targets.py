@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from prom_jax.checkpoints.names import PIVOT_NAME
 from safetensors.numpy import save
 from sentencepiece import sentencepiece_model_pb2
 
 from prom_jax.analysis import cloze
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints.names import PIVOT_NAME
 from prom_jax.data import sources, tokens
 from prom_jax.data.templates import plain
 from prom_jax.evaluation.answers import Answers

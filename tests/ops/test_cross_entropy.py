@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
 from prom_jax.ops.cross_entropy import cross_entropy
 from prom_jax.parallel import sharding
-from prom_jax.training.objective import Objective
+from prom_jax.training.methods.prom import PROM
 from prom_jax.training.step import make_update
 from tests.reference import hf_model, pack, place_params, random_examples, relative_error, to_model
 
@@ -36,20 +36,22 @@ def inputs(weights="binary", vocabulary=VOCABULARY):
     return hidden, head, labels, values[weights].astype(np.float32)
 
 
-def plain(hidden, head, labels, weights, label_smoothing):
+def plain(hidden, head, labels, weights, label_smoothing, softcap=None):
     """Value and gradients by torch."""
     hidden, head = (torch.from_numpy(x).requires_grad_() for x in (hidden, head))
     logits, labels = (hidden @ head.T).flatten(0, 1), torch.from_numpy(labels).long().ravel()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     loss = (losses * torch.from_numpy(weights).ravel()).sum()
     loss.backward()
     return loss.item(), (hidden.grad.numpy(), head.grad.numpy())
 
 
-@functools.partial(jax.jit, static_argnames=("label_smoothing", "chunk"))
-def chunked(hidden, head, labels, weights, label_smoothing, chunk):
+@functools.partial(jax.jit, static_argnames=("label_smoothing", "chunk", "softcap"))
+def chunked(hidden, head, labels, weights, label_smoothing, chunk, softcap=None):
     """Value where no gradient is asked for; value and gradients."""
-    loss = lambda hidden, head: cross_entropy(hidden, head, labels, weights, label_smoothing, chunk)
+    loss = lambda hidden, head: cross_entropy(hidden, head, labels, weights, label_smoothing, chunk, softcap)
     return loss(hidden, head), jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
 
 
@@ -68,6 +70,15 @@ def test_chunked_equals_plain(label_smoothing, chunk):
         arrays = inputs(weights)
         assert_same(chunked(*arrays, label_smoothing, chunk), plain(*arrays, label_smoothing))
     assert not any(np.any(x) for x in jax.tree.leaves(chunked(*inputs("none"), label_smoothing, chunk)))
+
+
+@pytest.mark.parametrize("softcap", [2.0, 30.0])  # which bends most logits, and hardly any
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_soft_capped_logits(label_smoothing, softcap):
+    for weights in ("binary", "any"):
+        arrays = inputs(weights)
+        ours = chunked(*arrays, label_smoothing, 16, softcap)
+        assert_same(ours, plain(*arrays, label_smoothing, softcap))
 
 
 def test_a_vocabulary_that_has_no_parts():
@@ -100,7 +111,7 @@ def test_meshes_equal_one_device(sizes):
         hidden, head, labels, weights = arrays = inputs(kind)
         weights[:3] = 0  # shards with nothing to do, others with more or less
         hidden, labels, weights = sharding.place_rows(mesh, (hidden, labels, weights))
-        head = jax.device_put(head, sharding.param_sharding(mesh, ("lm_head",), head.shape))
+        head = jax.device_put(head, sharding.param_sharding(mesh, ("tensor", "fsdp"), head.shape))
         with jax.set_mesh(mesh):
             ours = chunked(hidden, head, labels, weights, 0.1, 5)
         if kind == "any":
@@ -135,7 +146,7 @@ def buffers(step, tied=False, **sizes):
     optimizer = optax.adamw(1e-3)
     mesh = sharding.make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
     with jax.set_mesh(mesh):
-        params = place_params(mesh, llama.to_params(model))
+        params = place_params(mesh, decoder.to_params(model), model.config)
         batch = sharding.place_rows(mesh, {"target": rows, "english": rows})
         arguments = params, optimizer.init(params), batch
         program = jax.jit(step(model, optimizer)).lower(*arguments).compile().as_text()
@@ -150,7 +161,7 @@ def buffers(step, tied=False, **sizes):
     ("sizes", "tied"), [({"fsdp": 1}, False), ({"data": 2, "fsdp": 2, "tensor": 2}, True)]
 )
 def test_no_buffer_of_tokens_by_vocabulary(sizes, tied):
-    prom = lambda model, optimizer: make_update(model, Objective(chunk=CHUNK), optimizer, 1)
+    prom = lambda model, optimizer: make_update(model, PROM(layer=1), optimizer, 1, chunk=CHUNK)
     widest, share = buffers(prom, tied, **sizes)
     assert widest == 32  # the tokens of a chunk, or the columns of a head's matrix
     assert share < 1
@@ -159,7 +170,7 @@ def test_no_buffer_of_tokens_by_vocabulary(sizes, tied):
 def test_the_plain_formula_has_such_a_buffer():
     def plain_step(model, optimizer):
         def loss(params, rows):
-            logits = llama.with_params(model, params)(rows["tokens"], rows["positions"], rows["segments"])
+            logits = decoder.with_params(model, params)(rows["tokens"], rows["positions"], rows["segments"])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows["labels"])
             return (losses * rows["weights"]).sum()
 

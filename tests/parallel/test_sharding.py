@@ -23,12 +23,12 @@ def test_a_mesh_that_does_not_match(sizes):
 
 def test_parameters():
     mesh = sharding.make_mesh(2, 2, 2)
-    place = lambda *path, shape: sharding.param_sharding(mesh, path, shape).spec
-    assert place("lower", "q_proj", shape=(3, 8, 4)) == PartitionSpec(None, "tensor", "fsdp")
-    assert place("upper", "down_proj", shape=(3, 8, 4)) == PartitionSpec(None, "fsdp", "tensor")
-    assert place("norm", shape=(4,)) == PartitionSpec("fsdp")
+    place = lambda *axes, shape: sharding.param_sharding(mesh, axes, shape).spec
+    assert place("tensor", "fsdp", shape=(3, 8, 4)) == PartitionSpec(None, "tensor", "fsdp")
+    assert place("fsdp", "tensor", shape=(3, 8, 4)) == PartitionSpec(None, "fsdp", "tensor")
+    assert place("fsdp", shape=(4,)) == PartitionSpec("fsdp")
     # 199 rows do not split in two: the axis stays whole.
-    assert place("lm_head", shape=(199, 4)) == PartitionSpec(None, "fsdp")
+    assert place("tensor", "fsdp", shape=(199, 4)) == PartitionSpec(None, "fsdp")
 
 
 def test_rows_are_padded_with_empty_ones():

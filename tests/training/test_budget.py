@@ -9,9 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
+from prom_jax.models.auto import config_from_hf
 from prom_jax.training import budget
-from prom_jax.training.objective import Objective
+from prom_jax.training.methods.bactrian import Bactrian
+from prom_jax.training.methods.prom import PROM
+from prom_jax.training.methods.xllama2 import XLLaMA2
 from prom_jax.training.step import make_update
 from tests.reference import hf_model, pack, random_examples, to_model
 
@@ -41,21 +44,20 @@ def step_flops(method):
     all_bear_loss = np.append(np.ones(LENGTH - 1, np.float32), 0)
     examples = [(tokens, all_bear_loss) for tokens, _ in random_examples(0, [LENGTH] * ROWS, 512)]
     rows = pack(examples, [[i] for i in range(ROWS)], LENGTH)
-    objective = Objective(method, chunk=ROWS * LENGTH)  # one turn of the loss's loop
-    has_pivot = objective.has_pivot
-    head = copy.deepcopy(hf.lm_head).weight if has_pivot else None
-    model = to_model(hf, PIVOT * has_pivot, head, attention="xla")  # 'blocks' is a loop
+    head = copy.deepcopy(hf.lm_head).weight if method.heads else None
+    model = to_model(hf, PIVOT * bool(method.heads), head, attention="xla")  # 'blocks' is a loop
     optimizer = optax.sgd(1e-3)
-    params = llama.to_params(model)
-    update = jax.jit(make_update(model, objective, optimizer, 1))
+    params = decoder.to_params(model)
+    whole = ROWS * LENGTH  # tokens of a chunk: one turn of the loss's loop
+    update = jax.jit(make_update(model, method, optimizer, 1, chunk=whole))
     batch = {"target": rows, "english": rows}
     counted = update.lower(params, optimizer.init(params), batch).compile().cost_analysis()["flops"]
-    arguments = model.config, objective, PIVOT, records_of(examples), np.arange(ROWS)
+    arguments = model.config, method, records_of(examples), np.arange(ROWS)
     return counted, budget.training_flops(*arguments)
 
 
 def test_flops_are_those_that_xla_counts(unrolled):
-    (prom, our_prom), (xllama2, our_xllama2) = map(step_flops, ("prom", "xllama2"))
+    (prom, our_prom), (xllama2, our_xllama2) = map(step_flops, (PROM(PIVOT), XLLaMA2()))
     print(f"counted / ours {prom / our_prom:.4f} {xllama2 / our_xllama2:.4f}")
     print(f"PROM / xLLaMA2 counted {prom / xllama2:.4f}, ours {our_prom / our_xllama2:.4f}")
     assert prom / xllama2 <= 1.03 * our_prom / our_xllama2
@@ -68,17 +70,17 @@ def test_flops_are_those_that_xla_counts(unrolled):
 @pytest.mark.parametrize("window", [None, 4])
 def test_attention_is_counted_pair_by_pair(window):
     family = {"sliding_window": window} if window else {}
-    config = llama.LlamaConfig.from_hf(hf_model("mistral" if window else "llama2", **family).config.to_dict())
+    config = config_from_hf(hf_model("mistral" if window else "llama2", **family).config.to_dict())
     lengths = np.array([3, 9, 30])
     pairs = sum(min(t + 1, window or t + 1) for length in lengths for t in range(length))
     texts = types.SimpleNamespace(lengths=lengths, weights=np.array([1.0, 4.0, 2.0]))
     records = types.SimpleNamespace(streams={"target": texts})
     block = 64 * 64 * 2 + 64 * 8 * config.num_key_value_heads * 2 + 3 * 64 * 96
     forward = 2 * (4 * (block * 42 + 2 * 64 * pairs) + 64 * 199 * 7)  # of four layers; seven tokens bear loss
-    flops = budget.training_flops(config, Objective("bactrian"), 0, records, np.arange(3))
+    flops = budget.training_flops(config, Bactrian(), records, np.arange(3))
     assert flops == 3 * forward
     twice = np.tile(np.arange(3), 2)
-    assert budget.training_flops(config, Objective("bactrian"), 0, records, twice) == 2 * flops
+    assert budget.training_flops(config, Bactrian(), records, twice) == 2 * flops
 
 
 def test_bytes_of_a_compiled_update():

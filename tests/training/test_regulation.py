@@ -17,7 +17,7 @@ from prom_jax import train as door
 from prom_jax.analysis import regulation
 from prom_jax.checkpoints.pretrained import open_source
 from prom_jax.config import default
-from prom_jax.models.config import LlamaConfig
+from prom_jax.models.config import DecoderConfig, LayerKind
 from prom_jax.parallel.sharding import make_mesh
 from prom_jax.training.regulation import FILE, PIVOTS_THROUGH_ENGLISH, decide
 from prom_jax.training.setup import open_base
@@ -33,7 +33,7 @@ WORDS = {
     "hand": "kono",
     "egg": "yai",
 }
-LLAMA2 = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128)
+LLAMA2 = DecoderConfig(32000, 4096, 11008, 32, 32, 32, 128, (LayerKind(),) * 32)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_as_in_the_paper():
         decision = decide(config, LLAMA2)
         assert decision.weight == (0.1 if pivots else 0.0) and "WARNING" not in decision.reason
         assert pivots == (language not in ("ar", "ta", "ml", "te"))  # the asterisks of the paper's tables
-    small = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64)
+    small = DecoderConfig(49152, 576, 1536, 30, 9, 3, 64, (LayerKind(),) * 30)
     assert "WARNING: this model is not LLaMA-2-7B" in decide(config, small).reason
     config.language = "fi"
     with pytest.raises(UserError, match=r"no decision for language 'fi'.*regulate=auto"):

@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 
-from prom_jax.models import decoder as llama
+from prom_jax.models import decoder
 from prom_jax.parallel import sharding
-from prom_jax.training.objective import Objective
-from prom_jax.training.step import make_optimizer, make_schedule, make_update, stochastic_round
+from prom_jax.training.methods.prom import PROM
+from prom_jax.training.optimizer import make_optimizer, make_schedule, stochastic_round
+from prom_jax.training.step import make_update
 from tests.reference import (
     gradients,
     hf_model,
@@ -25,7 +26,7 @@ from tests.reference import (
     to_model,
 )
 
-OBJECTIVE = Objective(weight=0.7, chunk=16)
+METHOD = PROM(layer=3, weight=0.7)
 STEPS, RATE = 5, 1e-4
 
 
@@ -56,9 +57,9 @@ def run(model, mesh, accumulation=1, dtype="float32"):
     """
     schedule = make_schedule(RATE, 0.0, "linear", STEPS)
     optimizer = make_optimizer(schedule, weight_decay=0.1, clip=1.0, dtype=dtype)
-    update = jax.jit(make_update(model, OBJECTIVE, optimizer, accumulation))
+    update = jax.jit(make_update(model, METHOD, optimizer, accumulation, chunk=16))
     with jax.set_mesh(mesh):
-        params = place_params(mesh, llama.to_params(model))
+        params = place_params(mesh, decoder.to_params(model), model.config)
         start, opt_state, metrics, first = params, optimizer.init(params), [], None
         for step in range(STEPS):
             rows = sharding.place_rows(mesh, batch(step), accumulation)
@@ -91,7 +92,7 @@ def test_five_steps_on_a_mesh_equal_one_device(model, one_device, sizes, accumul
 
     # AdamW divides by the gradient's size. A gradient that is nothing but rounding has either sign, and moves
     # its parameter by up to the learning rate: a single value may differ so much, a tensor's movement hardly.
-    for ours, expected, start in zip(*map(jax.tree.leaves, (params, theirs[2], llama.to_params(model)))):
+    for ours, expected, start in zip(*map(jax.tree.leaves, (params, theirs[2], decoder.to_params(model)))):
         assert np.abs(ours - expected).max() <= RATE
         assert np.linalg.norm(ours - expected) <= 0.01 * np.linalg.norm(expected - start)
 
@@ -99,7 +100,7 @@ def test_five_steps_on_a_mesh_equal_one_device(model, one_device, sizes, accumul
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_accumulated_equals_whole(model, one_device, accumulation):
     rows = sharding.place_rows(mesh_of(fsdp=1), batch(0), accumulation)
-    metrics, parts = jax.device_get(gradients(model, OBJECTIVE, rows, accumulation))
+    metrics, parts = jax.device_get(gradients(model, METHOD, rows, accumulation))
     for key, value in metrics.items():
         assert value == pytest.approx(one_device[0][0][key], rel=1e-5), key
     assert max(relative_errors(parts, one_device[1]).values()) <= 2e-5
@@ -188,11 +189,9 @@ def test_small_updates_count_in_bfloat16():
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_training_in_bfloat16_is_close_to_float32(model, one_device, accumulation):
-    halved = llama.with_params(
-        llama.abstract(
-            model.config, compute=model.compute, pivot_layer=3, pivot_head=True, param_dtype="bfloat16"
-        ),
-        jax.tree.map(lambda x: x.astype(jnp.bfloat16), llama.to_params(model)),
+    halved = decoder.with_params(
+        decoder.abstract(model.config, compute=model.compute, heads=model.heads, param_dtype="bfloat16"),
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16), decoder.to_params(model)),
     )
     metrics, _, params = run(halved, mesh_of(data=2, fsdp=2, tensor=2), accumulation, dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}

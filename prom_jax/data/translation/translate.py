@@ -180,7 +180,7 @@ LONGEST = 5000  # characters; a longer line is cut at white space
 
 
 def split(text: str) -> list[str]:
-    """Parts of `text` that make it up when joined: those at odd places are to be translated."""
+    """Parts of `text` that make it up when joined: those at odd indices are to be translated."""
     parts, fenced = [""], False
     for line in text.splitlines(keepends=True):
         edge = bool(FENCE.match(line))
@@ -347,7 +347,7 @@ class Cache:
             self._connection.executemany("INSERT OR REPLACE INTO translations VALUES (?, ?, ?, ?, ?)", rows)
 
     def close(self) -> None:
-        """Leaves one file behind, without SQLite's own two beside it."""
+        """Leaves one file, without SQLite's own two."""
         with self._lock:
             self._connection.close()
 
@@ -357,6 +357,6 @@ class Cache:
             yield
         except (sqlite3.Error, OSError) as error:
             raise UserError(
-                f"The translation cache {self._path} cannot be used ({error}): make room on its disk and run "
-                "the same command again (what it holds is kept), or name another file if it is damaged."
+                f"The translation cache {self._path} cannot be used ({error}): free some space and "
+                "run the same command again (what it holds is kept), or name another file if it is damaged."
             ) from None

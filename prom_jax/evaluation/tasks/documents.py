@@ -2,7 +2,7 @@
 
 Each public function is a task's `custom_dataset`. The harness calls it with the task's `dataset_kwargs` and
 with all of its metadata, of which `data_dir` is ours: where it is given the official file is read, which may
-lie anywhere below it; without it the data set is fetched from the hub. They return {"test": data set} with
+are anywhere below it; without it the data set is fetched from the hub. They return {"test": data set} with
 the columns
 
 - `question` and, but for MGSM, `context`: as the benchmark has them, zero-width characters included;
@@ -44,7 +44,7 @@ def mlqa(language: str, data_dir: str | None = None, **_) -> dict:
 def indicqa(language: str, data_dir: str | None = None, **_) -> dict:
     """IndicQA (Doddapaneni et al. 2023), with and without answers."""
     name = f"indicqa.{language}.json"
-    # On the hub it is these same files beside a script, which `datasets` rightly refuses to run.
+    # On the hub it is these same files with a script, which `datasets` rightly refuses to run.
     directory = data_dir or _hub_file(name, "ai4bharat/IndicQA", f"data/{name}")
     return _questions(*_squad_file(directory, name), language)
 
@@ -157,8 +157,8 @@ def _find(directory: str, name: str) -> Path:
             f"There is no {name} below '{directory}': put it there, or leave --data_dir out to fetch it."
         )
     if len(found) > 1:
-        places = ", ".join(map(str, found))
-        raise UserError(f"There are {len(found)} files {name} below '{directory}' ({places}): leave one.")
+        paths = ", ".join(map(str, found))
+        raise UserError(f"There are {len(found)} files {name} below '{directory}' ({paths}): leave one.")
     return found[0]
 
 

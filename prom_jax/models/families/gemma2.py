@@ -1,5 +1,5 @@
-"""Gemma 2: norms by 1 + weight before and after attention and MLP, GELU, soft caps of scores and logits, and a
-sliding window in every other layer."""
+"""Gemma 2: norms by 1 + weight before and after attention and MLP, GELU, soft caps of scores and logits, and
+a sliding window in every other layer."""
 
 from prom_jax.models.families.llama import EMBEDDING, OUTPUT, PROJECTIONS
 from prom_jax.models.family import FULL, GGUF, SLIDING, Family, in_layer, layer_type_keys, layers_of_types
@@ -20,7 +20,7 @@ LAYERS_OF_27B = 46
 
 def read(settings) -> dict:
     """Fields of `DecoderConfig`; raises UserError for another activation."""
-    settings.take("hidden_act")  # older files have it beside the other, which is the one that counts
+    settings.take("hidden_act")  # older files have it too; the other one counts
     if (activation := settings.take("hidden_activation", ACTIVATION)) != ACTIVATION:
         raise UserError(f"hidden_activation={activation!r:.100}: expected {ACTIVATION!r}")
     types = [FULL if i % 2 else SLIDING for i in range(settings["num_hidden_layers"])]

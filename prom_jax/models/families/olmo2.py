@@ -1,4 +1,4 @@
-"""OLMo 2: Llama with norms after attention and MLP in place of before, and norms of all queries and all keys."""
+"""OLMo 2: Llama with norms after attention and MLP, not before, and norms of all queries and of all keys."""
 
 from prom_jax.models.families.llama import EMBEDDING, O_BIAS, OUTPUT, PROJECTIONS, QKV_BIASES
 from prom_jax.models.family import GGUF, Family, in_layer, same_layers
