@@ -297,6 +297,6 @@ def extended(small, tmp_path, monkeypatch):
 def test_what_the_page_of_extending_shows_works(extended, tiny):
     run(extended, {"root": tiny})
     assert {"balanced", "prom_replay"} <= known_methods().keys()
-    assert "granite" in auto.known_families()
+    assert "gemma" in auto.known_families()
     (name,) = harness.load_tasks(["prom_jax/evaluation/tasks/capitals_sw.yaml"])
     assert name == "capitals_sw"

@@ -111,14 +111,12 @@ def _splits() -> dict[str, list]:
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
-    digits_first = [pre_tokenizers.Digits(individual_digits=True), gpt2]
-
     def gpt4(digits):
         return [pre_tokenizers.Split(Regex(_WORDS % digits), behavior="isolated"), bytes_only]
 
     return {
-        **dict.fromkeys(("default", "gpt-2"), [gpt2]),
-        **dict.fromkeys(("smollm", "refact"), digits_first),
+        **{name: [gpt2] for name in ("default", "gpt-2")},
+        **{name: [pre_tokenizers.Digits(individual_digits=True), gpt2] for name in ("smollm", "refact")},
         **dict.fromkeys((*_WHOLE_WORDS, "dbrx"), gpt4("{1,3}")),
         "qwen2": gpt4(""),
     }
