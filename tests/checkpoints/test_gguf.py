@@ -299,8 +299,8 @@ def test_gguf_rope_scaling_is_recovered(tmp_path):
         open_reader(write(np.linspace(1, 32, 32, dtype=np.float32)))
 
 
-# What GGUF cannot say: windows of Qwen; scalings of an original length but 8192; other layers of SmolLM 3
-# than every fourth; other scales of Gemma's queries than its heads' size.
+# Changes to what GGUF cannot say: windows of Qwen; scalings of another original length than 8192; layers of
+# SmolLM 3 without positions but every fourth; scales of Gemma's queries that are not its heads' size.
 NOT_IN_GGUF = {
     "qwen2 with windows": {"use_sliding_window": False, "sliding_window": None},
     "llama3": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
