@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 from prom_jax.models import decoder
 from prom_jax.models.auto import config_from_hf
@@ -200,16 +201,27 @@ def test_a_tpu_has_a_kernel_for_each_kind():
     """Lowered, not run: one of two kernels is chosen as a layer runs, and no mask is made."""
     gradient, arguments = gradient_of_mixed("splash")
     text = gradient.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
-    calls = re.findall(r"custom_call @tpu_custom_call.*", text)
-    print(len(calls), len(set(calls)))
-    assert text.count("stablehlo.case") >= 2
+    programs = re.findall(
+        r'@tpu_custom_call\(.*backend_config = "(.*?)".*kernel_name = "(splash_mha_[a-z]+)', text
+    )
+    of_direction = {name: {program for program, other in programs if other == name} for _, name in programs}
+    assert {name: len(different) for name, different in of_direction.items()} == {
+        "splash_mha_fwd": 2,
+        "splash_mha_dq": 2,
+        "splash_mha_dkv": 2,
+    }
+    assert text.count("stablehlo.case") >= 2  # forward and backward
     assert "256x256xi1" not in text and "256x256xf32" not in text
 
 
-def test_a_gpu_has_its_kernels_for_both_kinds(hopper):
-    """Lowered, not run: the mask is chosen as a layer runs, and no scores are held."""
+def test_a_gpu_has_its_kernels_for_both_kinds(hopper, monkeypatch):
+    """Lowered, not run: the mask is chosen as a layer runs, and no scores are held. Nor are the arguments of
+    the program read as flags, though remat lets tokamax trace some of it late."""
+    monkeypatch.setitem(flags.FLAGS.__dict__, "__flags_parsed", False)
+    monkeypatch.setattr("sys.argv", ["program", "--a_flag_of_its_own=1"])
     gradient, arguments = gradient_of_mixed("tokamax")
     text = gradient.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert not flags.FLAGS.is_parsed()
     calls = re.findall(r"custom_call @\S*(mosaic_gpu|triton)", text)
     assert set(calls) == {"mosaic_gpu"} and len(calls) >= 2
     assert "2x2x1x256x256xi1" in text  # the masks of both windows, and one of them

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from prom_jax.models import decoder
+from prom_jax.models.auto import config_from_hf
 from prom_jax.parallel import sharding
 from prom_jax.utils.errors import UserError
+from tests.reference import hf_model
 
 
 def test_the_rest_of_the_devices():
@@ -23,12 +26,13 @@ def test_a_mesh_that_does_not_match(sizes):
 
 def test_parameters():
     mesh = sharding.make_mesh(2, 2, 2)
-    place = lambda *axes, shape: sharding.param_sharding(mesh, axes, shape).spec
-    assert place("tensor", "fsdp", shape=(3, 8, 4)) == PartitionSpec(None, "tensor", "fsdp")
-    assert place("fsdp", "tensor", shape=(3, 8, 4)) == PartitionSpec(None, "fsdp", "tensor")
-    assert place("fsdp", shape=(4,)) == PartitionSpec("fsdp")
+    axes = decoder.param_axes(config_from_hf(hf_model("llama2").config.to_dict()))
+    place = lambda name, shape: sharding.param_sharding(mesh, axes[name], shape).spec
+    assert place("q_proj", shape=(3, 8, 4)) == PartitionSpec(None, "tensor", "fsdp")
+    assert place("down_proj", shape=(3, 8, 4)) == PartitionSpec(None, "fsdp", "tensor")
+    assert place("norm", shape=(4,)) == PartitionSpec("fsdp")
     # 199 rows do not split in two: the axis stays whole.
-    assert place("tensor", "fsdp", shape=(199, 4)) == PartitionSpec(None, "fsdp")
+    assert place("lm_head", shape=(199, 4)) == PartitionSpec(None, "fsdp")
 
 
 def test_rows_are_padded_with_empty_ones():
