@@ -192,7 +192,9 @@ def about(jobs: dict, peer: str) -> dict[str, str]:
     for name, job in jobs.items():
         config = job.config
         backend, dtype = attention.resolve(config.attention), config.optimizer.dtype
-        shapes = ", ".join(f"{rows} × {length} {stream}" for stream, (rows, length) in job.batches.shapes.items())
+        shapes = ", ".join(
+            f"{rows} × {length} {stream}" for stream, (rows, length) in job.batches.shapes.items()
+        )
         appended = f", {job.batches.appended} appended" * bool(job.batches.appended)
         told[name] = (
             f"{config.method} in JAX; texts in rows ({shapes}{appended}) without "
