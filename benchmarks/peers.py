@@ -59,6 +59,8 @@ def rows(texts: dict, layout, length: int, method: PROM) -> list[dict]:
     """The rows of an update: tokens and labels [R, T], stream, and the scale of the sum of their losses."""
     result = []
     for stream, some in texts.items():
+        if not some:  # an update of translations alone has no English
+            continue
         of_stream = list(layout(some, length))
         weight = method.weight if stream == "english" else 1.0
         scale = weight / sum((labels != IGNORED).sum() for _, labels in of_stream)

@@ -30,6 +30,12 @@ def test_rows_are_scaled_by_the_stream_s_weight_over_its_tokens_with_loss(texts)
         np.testing.assert_allclose([row["scale"] for row in of_stream], weight / loss_tokens)
 
 
+@pytest.mark.parametrize("layout", [peers.packed, peers.padded])
+def test_a_stream_without_texts_has_no_rows(texts, layout):
+    some = texts[0] | {"english": []}
+    assert {row["stream"] for row in peers.rows(some, layout, 256, PROM(LAYER))} == {"target"}
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_trainer_and_the_peer_take_the_same_updates(config, texts, remat):
     config.remat = remat

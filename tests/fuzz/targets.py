@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from prom_jax.checkpoints.names import PIVOT_NAME
 from safetensors.numpy import save
 from sentencepiece import sentencepiece_model_pb2
 
@@ -99,7 +98,7 @@ TENSORS = {
     "model.embed_tokens.weight": (24, 8), "lm_head.weight": (24, 8), "model.norm.weight": (8,),
 }  # fmt: skip
 WEIGHTS = save({name: np.ones(shape, np.float32) for name, shape in TENSORS.items()})
-PIVOT = save({PIVOT_NAME: np.ones((24, 8), np.float32)}, {"pivot_layer": "1"})
+PIVOT = save({weights.head_tensor("pivot_head"): np.ones((24, 8), np.float32)}, {"pivot_layer": "1"})
 HALF = save({name: np.ones(TENSORS[name], np.float16) for name in sorted(TENSORS)[:9]})
 OTHER_HALF = save({name: np.ones(TENSORS[name], np.float16) for name in sorted(TENSORS)[9:]})
 SHARDS = {"a.safetensors": HALF, "b.safetensors": OTHER_HALF, "pytorch_model.bin": b"\x80\x04."}
@@ -112,8 +111,7 @@ INDEX = {
 def read_model(folder: Path):
     """A model with all of its weights, each through half a slice and whole."""
     reader = models.open_reader(next(folder.glob("*.gguf"), folder))
-    pivot = {"pivot_layer": reader.pivot_layer, "pivot_head": reader.pivot_layer > 0}
-    for param in jax.tree.leaves(weights.lazy_params(reader, **pivot)):
+    for param in jax.tree.leaves(weights.lazy_params(reader, heads=reader.heads)):
         param.read(tuple(slice(0, size) for size in param.shape))
         param.read(tuple(slice(0, (size + 1) // 2) for size in param.shape))
     weights.fingerprint(reader)
@@ -376,7 +374,7 @@ def read_answers(folder: Path):
     Answers(folder / "answers.jsonl", ANSWERS).get("x")
 
 
-DESCRIPTION = {"format": FORMAT, "config": CONFIG, "pivot_layer": 1, "dtype": "float32"}
+DESCRIPTION = {"format": FORMAT, "config": CONFIG, "heads": {"pivot_head": 1}, "dtype": "float32"}
 DESCRIPTION["details"] = {"method": "prom"}
 
 TARGETS = {

@@ -192,7 +192,10 @@ def test_overrides_keep_the_type(given, key, value, last):
         ("--config.steps", "--config.steps: expected an integer"),
         ("--config.optimizer.epochs=all", "--config.optimizer.epochs=all: expected a number"),
         ("--config.pivot.translation_source=2", "translation_source=2: expected true or false"),
-        ("--config=configs/th.py:bactrain", "unknown variant 'bactrain': expected one of bactrian, xllama2"),
+        (
+            "--config=configs/th.py:bactrain",
+            "unknown variant 'bactrain': expected one of bactrian, prom, xllama2",
+        ),
         ("--config=configs/xx.py", "configs/xx.py does not exist: --config expects a configuration file"),
     ],
 )
@@ -233,5 +236,5 @@ def test_a_command_ends_with_one_line():
     command = [sys.executable, "-m", "prom_jax.train", "--config", "configs/demo.py:bactrain"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    known = "bactrian, xllama2, unregulated, published"
+    known = "bactrian, prom, xllama2, unregulated, published"
     assert done.stderr == f"error: unknown variant 'bactrain': expected one of {known}\n"
