@@ -16,9 +16,9 @@ from prom_jax.utils.errors import UserError
 
 
 def _all_but_cheap(primitive, *_, **__):
-    # Weights that were gathered for a block are gathered again, and its mask is chosen again, or those of all
-    # layers would be kept.
-    return primitive.name not in ("sharding_constraint", "dynamic_slice", "squeeze")
+    # Weights that were gathered for a block are gathered again, and its mask is chosen, cut and padded again,
+    # or those of all layers would be kept.
+    return primitive.name not in ("sharding_constraint", "dynamic_slice", "slice", "squeeze", "pad")
 
 
 # What is kept of a block for the backward pass.

@@ -258,7 +258,9 @@ def _tokamax_backward(is_causal, softcap, backward, d_out):
         return *backward(d_out), None
 
 
-_tokamax_kernel.defvjp(_tokamax_forward, _tokamax_backward)
+# As tokamax does it for its own: what remat computes without a gradient is then traced by the function above,
+# and not by tokamax later, outside of `absl_flags_parsed`.
+_tokamax_kernel.defvjp(_tokamax_forward, _tokamax_backward, optimize_remat=True)
 
 
 def _splash(q_BTHD, k, v, mask: PackedMask, softcap):

@@ -14,6 +14,7 @@ from prom_jax.models import decoder
 from prom_jax.models.auto import config_from_hf
 from prom_jax.models.config import LayerKind, RopeScaling
 from prom_jax.models.decoder import Exit, Rows
+from prom_jax.parallel import sharding
 from prom_jax.training.methods.bactrian import Bactrian
 from prom_jax.utils.errors import UserError
 from tests.reference import (
@@ -22,8 +23,10 @@ from tests.reference import (
     gradients,
     hf_model,
     pack,
+    place_params,
     random_examples,
     relative_error,
+    relative_errors,
     short_window,
     to_model,
 )
@@ -203,6 +206,20 @@ def generate(hf, prompt):
 def test_cached_decoding_equals_transformers(family):
     hf = hf_model(family, **short_window(family))
     assert greedy(to_model(hf, 3), PROMPTS, NEW, []) == [generate(hf, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("family", ["qwen3 with biases", "olmo2", "gemma2"])
+def test_a_mesh_changes_nothing(family):
+    """Norms over what is divided among devices, biases, and windows by layer."""
+    model = to_model(hf_model(family, **short_window(family)))
+    batch = {"target": pack(random_examples(0, [60, 50, 40, 64]), [[0], [1], [2], [3]], 64)}
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    spread = decoder.with_params(model, place_params(mesh, decoder.to_params(model), model.config))
+    (losses, alone) = gradients(model, Bactrian(), batch)
+    with jax.set_mesh(mesh):
+        metrics, ours = gradients(spread, Bactrian(), sharding.place_rows(mesh, batch))
+    assert metrics["loss"] == pytest.approx(float(losses["loss"]), rel=1e-5)
+    assert max(relative_errors(ours, alone).values()) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["smollm2", "gemma2"])
