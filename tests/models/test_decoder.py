@@ -13,7 +13,7 @@ from prom_jax.evaluation.decode import greedy
 from prom_jax.models import decoder
 from prom_jax.models.auto import config_from_hf
 from prom_jax.models.config import LayerKind, RopeScaling
-from prom_jax.models.decoder import Exit, Rows
+from prom_jax.models.inputs import Exit, Rows
 from prom_jax.parallel import sharding
 from prom_jax.training.methods.bactrian import Bactrian
 from prom_jax.utils.errors import UserError
