@@ -12,6 +12,7 @@ import prom_jax
 from prom_jax.evaluation.decode import greedy
 from prom_jax.models import decoder
 from prom_jax.models.auto import config_from_hf
+from prom_jax.models.blocks import REMAT, Compute
 from prom_jax.models.config import LayerKind, RopeScaling
 from prom_jax.models.inputs import Exit, Rows
 from prom_jax.parallel import sharding
@@ -224,7 +225,7 @@ def test_a_mesh_changes_nothing(family):
 def test_remat_changes_nothing(family):
     hf = hf_model(family)
     batch = {"target": pack(random_examples(0, [60, 50]), [[0], [1]], 64)}
-    results = {remat: gradients(to_model(hf, remat=remat), Bactrian(), batch) for remat in decoder.REMAT}
+    results = {remat: gradients(to_model(hf, remat=remat), Bactrian(), batch) for remat in REMAT}
 
     def assert_same(ours, theirs):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
@@ -284,7 +285,7 @@ def test_exits_and_settings_are_checked():
                 decoder.abstract(config, **where)
     for name in ("dtype", "remat", "attention"):
         with pytest.raises(UserError, match="'other': expected one of"):
-            decoder.Compute(**{name: "other"})
+            Compute(**{name: "other"})
 
 
 # A real model.
