@@ -40,19 +40,29 @@ class Settings:
         """Removes a key and returns its value; the family's default where it is absent, or else `default`."""
         return self._rest.pop(key, self._defaults.get(key, default))
 
-    def take_rope(self) -> Rope:
+    def take_rope(self, partial: bool = False) -> Rope:
         """The rotary embedding of all layers: `rope_parameters` (transformers 5) or `rope_theta` and
         `rope_scaling` (4).
 
+        Args:
+          partial: whether the family can rotate a share of a head's dimensions. The models of transformers
+            that cannot read over that key.
         Raises:
-          UserError: for a scaling that is not supported, or whose keys are not those expected.
+          UserError: for a scaling that is not supported, or whose keys are not those expected, and for a
+            share where the family knows none.
         """
         rope = dict(self._rest.pop("rope_parameters", None) or self._rest.pop("rope_scaling", None) or {})
         self._rest.pop("rope_scaling", None)
         theta = self._rest.pop("rope_theta", None)
         share = self._rest.pop("partial_rotary_factor", None)
         rope.setdefault("rope_theta", theta)
-        return self._rope(rope, share)
+        rope = self._rope(rope, share)
+        if rope.share != 1.0 and not partial:
+            raise UserError(
+                f"config.json sets partial_rotary_factor={rope.share}, which is not supported in this "
+                "family: expected 1.0"
+            )
+        return rope
 
     def _rope(self, rope: dict, share) -> Rope:
         check_kinds(rope)

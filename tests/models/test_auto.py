@@ -204,6 +204,8 @@ def test_families_are_known_by_their_files():
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attention_dropout": 0.1}, r"attention_dropout=0\.1"),
         ({"partial_rotary_factor": "half"}, "partial_rotary_factor='half'"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"factor=0\.5"),
         ({"model_type": "qwen9", "architectures": ["Qwen9ForCausalLM"]}, "Qwen9ForCausalLM"),
         ({"model_type": "qwen2"}, r"unsupported architecture \['LlamaForCausalLM'\] .*'qwen2'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
@@ -271,15 +273,6 @@ def test_layers_are_told_apart():
     config = config_from_hf({**LLAMA2_7B, **VERSIONS["smollm3"][0], **windows})
     assert [kind.window for kind in config.layers] == 9 * [None, None, None, 64]
     assert config_from_hf(config_to_hf(config)) == config
-
-
-@pytest.mark.parametrize("share", [0.5, 0.25])
-def test_a_share_of_a_head_is_rotated(share):
-    config = config_from_hf({**LLAMA2_7B, "partial_rotary_factor": share})
-    assert config.layers[0].rope == Rope(share=share)
-    assert config_from_hf(config_to_hf(config)) == config
-    expected = 10000 ** -(np.arange(0, 128 * share, 2) / (128 * share))
-    np.testing.assert_allclose(rope_frequencies(config.layers[0].rope, 128, share), expected, rtol=2e-6)
 
 
 def test_a_scaling_keeps_its_numbers():

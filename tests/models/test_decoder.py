@@ -12,8 +12,10 @@ import prom_jax
 from prom_jax.evaluation.decode import greedy
 from prom_jax.models import decoder
 from prom_jax.models.auto import config_from_hf
+from prom_jax.models.blocks import REMAT, Compute
 from prom_jax.models.config import LayerKind, RopeScaling
-from prom_jax.models.decoder import Exit, Rows
+from prom_jax.models.inputs import Exit, Rows
+from prom_jax.parallel import sharding
 from prom_jax.training.methods.bactrian import Bactrian
 from prom_jax.utils.errors import UserError
 from tests.reference import (
@@ -22,8 +24,10 @@ from tests.reference import (
     gradients,
     hf_model,
     pack,
+    place_params,
     random_examples,
     relative_error,
+    relative_errors,
     short_window,
     to_model,
 )
@@ -163,20 +167,18 @@ def test_exits_are_hidden_states():
     np.testing.assert_array_equal(model.hidden_states(tokens, layers=(4, 0)), states[np.array([4, 0])])
     np.testing.assert_array_equal(states[0], model.embed_tokens[...][tokens])
     assert relative_error(model.logits(states[4]), model(tokens)) < 1e-6
-    # A batch alone, with another one, and with two exits.
+    # With another batch.
     for exits, expected in (
         ([Exit(3)], [states[3]]),
-        ([Exit()], [states[4]]),
         ([Exit(3), Exit()], states[3:]),
         ([Exit(stop=500), Exit(3, start=500)], [states[4][:, :500], states[3][:, 500:]]),
     ):
         rows = Rows(jnp.asarray(tokens), exits=tuple(exits))
         other = Rows(jnp.asarray(tokens[:, :64]))
-        alone, with_other = _forward(model, rows).states, _forward(model, other, rows).states
-        assert relative_error(with_other[0][0], states[4][:, :64]) < 1e-5
-        for found in (alone[0], with_other[1]):
-            for ours, theirs in zip(found, expected, strict=True):
-                assert relative_error(ours, theirs) < 1e-5
+        (of_other,), of_rows = _forward(model, other, rows).states
+        assert relative_error(of_other, states[4][:, :64]) < 1e-5
+        for ours, theirs in zip(of_rows, expected, strict=True):
+            assert relative_error(ours, theirs) < 1e-5
 
 
 @jax.jit
@@ -205,11 +207,25 @@ def test_cached_decoding_equals_transformers(family):
     assert greedy(to_model(hf, 3), PROMPTS, NEW, []) == [generate(hf, prompt) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("family", ["qwen3 with biases", "olmo2", "gemma2"])
+def test_a_mesh_changes_nothing(family):
+    """Norms over what is divided among devices, biases, and windows by layer."""
+    model = to_model(hf_model(family, **short_window(family)))
+    batch = {"target": pack(random_examples(0, [60, 50, 40, 64]), [[0], [1], [2], [3]], 64)}
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    spread = decoder.with_params(model, place_params(mesh, decoder.to_params(model), model.config))
+    (losses, alone) = gradients(model, Bactrian(), batch)
+    with jax.set_mesh(mesh):
+        metrics, ours = gradients(spread, Bactrian(), sharding.place_rows(mesh, batch))
+    assert metrics["loss"] == pytest.approx(float(losses["loss"]), rel=1e-5)
+    assert max(relative_errors(ours, alone).values()) < 1e-4
+
+
 @pytest.mark.parametrize("family", ["smollm2", "gemma2"])
 def test_remat_changes_nothing(family):
     hf = hf_model(family)
     batch = {"target": pack(random_examples(0, [60, 50]), [[0], [1]], 64)}
-    results = {remat: gradients(to_model(hf, remat=remat), Bactrian(), batch) for remat in decoder.REMAT}
+    results = {remat: gradients(to_model(hf, remat=remat), Bactrian(), batch) for remat in REMAT}
 
     def assert_same(ours, theirs):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
@@ -269,7 +285,7 @@ def test_exits_and_settings_are_checked():
                 decoder.abstract(config, **where)
     for name in ("dtype", "remat", "attention"):
         with pytest.raises(UserError, match="'other': expected one of"):
-            decoder.Compute(**{name: "other"})
+            Compute(**{name: "other"})
 
 
 # A real model.

@@ -11,6 +11,7 @@ from absl import flags
 
 from prom_jax.models import decoder
 from prom_jax.models.auto import config_from_hf
+from prom_jax.models.blocks import REMAT
 from prom_jax.models.config import LayerKind, Rope
 from prom_jax.models.decoder import Compute, Rows
 from prom_jax.training.methods.prom import PROM
@@ -166,7 +167,7 @@ def test_blocks_keep_no_mask_for_each_layer_without_remat(hf, length):
     assert by_layer == [] and masks == [(2, 2, 1, length, length)]
 
 
-@pytest.mark.parametrize("remat", decoder.REMAT)
+@pytest.mark.parametrize("remat", REMAT)
 def test_a_tpu_keeps_no_mask_at_all(hf, remat):
     assert kept_of_layers(hf, 256, attention="splash", remat=remat) == ([], [])
 

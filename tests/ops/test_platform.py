@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from prom_jax.models import decoder
-from prom_jax.models.decoder import Rows
+from prom_jax.models.blocks import REMAT
+from prom_jax.models.inputs import Rows
 from prom_jax.ops.cross_entropy import cross_entropy
 from prom_jax.ops.linear import linear
 from prom_jax.ops.norm import rms_norm
@@ -146,7 +147,7 @@ def test_the_norm_is_differentiated_forward(monkeypatch):
     assert_forward_is_backward(norm, (x, weight))
 
 
-@pytest.mark.parametrize("remat", decoder.REMAT)
+@pytest.mark.parametrize("remat", REMAT)
 def test_a_model_is_differentiated_forward(monkeypatch, remat):
     switch_off(monkeypatch)
     model = to_model(hf_model("mistral", sliding_window=6), attention="xla", remat=remat)
