@@ -95,6 +95,26 @@ FAMILIES = {
             "final_logit_softcapping": 1.0,
         },
     ),
+    # The last layer of two has no window, and a base and a scaling of its own.
+    "gemma3": (
+        "Gemma3",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "sliding_window": 100,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        },
+    ),
+    # All four layers have a window.
+    "gemma3 with a cap": (
+        "Gemma3",
+        {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 100, "final_logit_softcapping": 1.0},
+    ),
     "smollm3": ("SmolLM3", {"num_key_value_heads": 2, "no_rope_layer_interval": 2}),
     "granite": (
         "Granite",
@@ -114,13 +134,18 @@ def short_window(family):
     return {"sliding_window": 6} if "sliding_window" in FAMILIES[family][1] else {}
 
 
+def config_class(name):
+    """The class of a family's configuration, of text where there is another one for more."""
+    return getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+
+
 def hf_model(family, **settings):
     """A random model of transformers in float32, in which attention, positions, norms and biases matter."""
     torch.manual_seed(0)
     name, shape = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **shape, **settings})
+    config = config_class(name)(**{**SIZES, **shape, **settings})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    offset = 1.0 if name == "Gemma2" else 0.0  # it adds 1 itself
+    offset = 1.0 if name in ("Gemma2", "Gemma3") else 0.0  # they add 1 themselves
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.uniform_(-0.5, 0.5)

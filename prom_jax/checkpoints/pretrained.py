@@ -37,13 +37,23 @@ def open_source(source):
 
 
 def open_reader(source) -> Reader:
-    """A reader of the weights of a Hugging Face directory, a hub id or a `.gguf` file.
+    """A reader of the weights of a Hugging Face directory, a hub id or a `.gguf` file. A line tells which
+    tensors of a multimodal model are left out.
 
     Raises:
       UserError: if they cannot be reached or read, or are of a model that is not supported.
     """
     path = local_path(source)
-    return gguf.GGUFReader(path) if path.is_file() else safetensors.SafetensorsReader(path)
+    if path.is_file():
+        return gguf.GGUFReader(path)
+    reader = safetensors.SafetensorsReader(path)
+    if reader.left_out:
+        parts = sorted({name.removeprefix("model.").split(".")[0] for name in reader.left_out})
+        console.print(
+            f"left out  {len(reader.left_out)} tensors of {' and '.join(parts)} of {source}, which is a "
+            f"{reader.multimodal.architecture}: its language model alone is read"
+        )
+    return reader
 
 
 def load_tokenizer(source):

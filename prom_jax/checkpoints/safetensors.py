@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from prom_jax.checkpoints import hub
 from prom_jax.checkpoints.params import check_tensors, head_tensor, hf_shapes
 from prom_jax.checkpoints.reader import Reader
-from prom_jax.models.auto import config_from_hf, config_to_hf
+from prom_jax.models.auto import config_from_hf, config_to_hf, multimodal_of
 from prom_jax.models.config import DecoderConfig
 from prom_jax.tokenization import PreTrainedTokenizerFast, folder
 from prom_jax.utils.errors import UserError
@@ -33,19 +33,31 @@ _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class SafetensorsReader:
-    """A Hugging Face directory with one or many safetensors files."""
+    """A Hugging Face directory with one or many safetensors files. Of a multimodal model it reads the language
+    model alone, under the names of a model of text.
+
+    Attributes:
+      multimodal: what is known of multimodal models of that kind; None for a model of text.
+      left_out: the names of the tensors of other parts of a multimodal model.
+    """
 
     def __init__(self, directory):
         self.source = Path(directory)
-        self.config, self.details = read_config(self.source)
-        self._files = {}  # tensor -> the open file it is in, and that file's path
+        content, self.details = _read_config(self.source)
+        self.config, self.multimodal = config_from_hf(content), multimodal_of(content.get("model_type"))
+        self._files = {}  # tensor -> the open file it is in, that file's path, and its name in there
+        self.left_out = set()
         for path, names in self._shards():
             file = _open_safetensors(path)
             held = set(file.keys())
             for name in held if names is None else names:
                 if name not in held:
                     raise UserError(f"{path} lacks {name}, which the index says is there; fetch both again")
-                self._files[name] = (file, path)
+                ours = self.multimodal.text_tensor(name) if self.multimodal else name
+                if ours is None:
+                    self.left_out.add(name)
+                else:
+                    self._files[ours] = (file, path, name)
         if not self._files:
             raise UserError(f"{self.source} has no tensors: expected a whole model; fetch it again")
         dtypes = {self._dtype(name) for name in self._files}
@@ -70,7 +82,8 @@ class SafetensorsReader:
         return self._slice(name)[index]
 
     def _slice(self, name):
-        return self._files[name][0].get_slice(name)
+        file, _, name_in_file = self._files[name]
+        return file.get_slice(name_in_file)
 
     def _dtype(self, name):
         dtype = self._slice(name).get_dtype()
@@ -122,7 +135,7 @@ class SafetensorsReader:
 
     def _open_heads(self):
         """Further heads, and after which block each reads."""
-        model = {path for _, path in self._files.values()}  # shards may have any names
+        model = {path for _, path, _ in self._files.values()}  # shards may have any names
         for path in sorted(set(self.source.glob("*_head.safetensors")) - model):
             head, file = path.stem, _open_safetensors(path)
             name, layer = head_tensor(head), (file.metadata() or {}).get("pivot_layer", "")
@@ -131,7 +144,7 @@ class SafetensorsReader:
                     f"{path}: expected a tensor {name!r} and its layer as metadata 'pivot_layer'; "
                     "delete the file to do without its head"
                 )
-            self._files[name] = (file, path)
+            self._files[name] = (file, path, name)
             yield head, int(layer)
 
 
@@ -141,14 +154,20 @@ def read_config(directory: Path) -> tuple[DecoderConfig, dict]:
     Raises:
       UserError: if there is none, or it is not supported.
     """
-    config = _read_json(directory / "config.json")
-    details = config.pop(DETAILS_KEY, {})
+    content, details = _read_config(directory)
+    return config_from_hf(content), details
+
+
+def _read_config(directory: Path) -> tuple[dict, dict]:
+    """The content of a `config.json`, and what it says of how the model was made."""
+    content = _read_json(directory / "config.json")
+    details = content.pop(DETAILS_KEY, {})
     if not isinstance(details, dict):
         raise UserError(
             f"{directory / 'config.json'} sets {DETAILS_KEY}={details!r}: expected an object, as in an "
             "export; remove the key"
         )
-    return config_from_hf(config), details
+    return content, details
 
 
 def _read_json(path: Path) -> dict:

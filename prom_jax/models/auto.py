@@ -6,7 +6,7 @@ import pkgutil
 
 from prom_jax.models import families
 from prom_jax.models.config import DecoderConfig
-from prom_jax.models.family import Family
+from prom_jax.models.family import Family, Multimodal
 from prom_jax.models.settings import REQUIRED, Settings, check_kinds
 from prom_jax.utils.errors import UserError
 
@@ -19,19 +19,30 @@ def known_families() -> dict[str, Family]:
     return {module.FAMILY.model_type: module.FAMILY for module in modules}
 
 
+def multimodal_of(model_type) -> Multimodal | None:
+    """The multimodal models of that `model_type` whose language model is of a family known here."""
+    candidates = (family.multimodal for family in known_families().values() if family.multimodal)
+    return next((model for model in candidates if model.model_type == model_type), None)
+
+
 def family_of(config: DecoderConfig) -> Family:
     """The family of a model."""
     return known_families()[config.model_type]
 
 
 def config_from_hf(hf: dict) -> DecoderConfig:
-    """Reads the content of a `config.json`, of transformers 4 or 5.
+    """Reads the content of a `config.json`, of transformers 4 or 5. Of a multimodal model it is the
+    architecture of the language model.
 
+    Args:
+      hf: the content.
+    Returns:
+      The architecture.
     Raises:
       UserError: for an architecture, key or value that is not supported. Nothing is ignored but what cannot
         change the computation.
     """
-    hf = dict(hf)
+    hf = _text_config(dict(hf))
     family = _take_family(hf)
     settings = Settings(hf, family.defaults)
     fields = {key: settings.take(key) for key in REQUIRED}
@@ -65,6 +76,27 @@ def config_to_hf(config: DecoderConfig) -> dict:
     }
 
 
+def _text_config(hf: dict) -> dict:
+    """The language model's part of a multimodal model's `config.json`, with the keys of the whole that say
+    something of it; any other model's as it is."""
+    check_kinds({"model_type": hf.get("model_type")})
+    multimodal = multimodal_of(hf.get("model_type"))
+    if multimodal is None:
+        return hf
+    architectures = hf.pop("architectures", None)
+    if architectures not in (None, [multimodal.architecture]):
+        raise UserError(
+            f"unsupported architecture {architectures!r:.100} (model_type {multimodal.model_type!r}): "
+            f"expected {multimodal.architecture}"
+        )
+    hf = {key: value for key, value in hf.items() if key != "model_type" and key not in multimodal.keys}
+    check_kinds(hf)
+    text = dict(hf.pop("text_config", {}))
+    text.pop("architectures", None)  # of whichever class the language model was taken from
+    (model_type,) = (name for name, family in known_families().items() if family.multimodal is multimodal)
+    return {"model_type": model_type, **text, **{key: value for key, value in hf.items() if value is not None}}
+
+
 def _take_family(hf: dict) -> Family:
     """Removes what names the family."""
     model_type = hf.pop("model_type", None)
@@ -73,7 +105,9 @@ def _take_family(hf: dict) -> Family:
     architectures = hf.pop("architectures", None) or [family and family.architecture]
     # The first exports of LLaMA spelled its name otherwise.
     if family is None or str(architectures).replace("LLaMA", "Llama") != str([family.architecture]):
-        expected = ", ".join(family.architecture for family in known_families().values())
+        families = known_families().values()
+        known = [*families, *(family.multimodal for family in families if family.multimodal)]
+        expected = ", ".join(sorted(model.architecture for model in known))
         raise UserError(
             f"unsupported architecture {architectures!r:.100} (model_type {model_type!r:.100}): expected one "
             f"of {expected}"

@@ -4,11 +4,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from prom_jax.models.config import DecoderConfig, LayerKind
-from prom_jax.models.settings import Settings
+from prom_jax.models.config import DecoderConfig, LayerKind, Rope
+from prom_jax.models.settings import FULL, SLIDING, Settings
 
 LAYER_HF, LAYER_GGUF = "model.layers.{layer}.", "blk.{layer}."
-FULL, SLIDING = "full_attention", "sliding_attention"  # as `layer_types` names them
 HEAD_SHAPE, HEAD_AXES = ("vocabulary", "hidden"), ("tensor", "fsdp")  # of every LM head
 
 
@@ -62,6 +61,32 @@ class GGUF:
 
 
 @dataclass(frozen=True)
+class Multimodal:
+    """A model of text and other things, whose language model is of a family. Of its folder the language model
+    alone is read.
+
+    Attributes:
+      model_type, architecture: as its `config.json` has them, in which `text_config` is the language model's.
+      keys: further keys of its `config.json`, which say nothing of the language model.
+      renames: beginnings of the names of the language model's tensors, and what they are in the family's
+        own; of two that fit the first counts.
+      others: beginnings of the names of all other tensors.
+    """
+
+    model_type: str
+    architecture: str
+    keys: tuple[str, ...]
+    renames: tuple[tuple[str, str], ...]
+    others: tuple[str, ...]
+
+    def text_tensor(self, name: str) -> str | None:
+        """A tensor's name in the family's own models; None for a tensor of another part."""
+        if name.startswith(self.others):
+            return None
+        return next((new + name.removeprefix(old) for old, new in self.renames if name.startswith(old)), name)
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of models.
 
@@ -73,6 +98,7 @@ class Family:
         among them.
       write: the family's own keys of a `config.json`, the inverse of `read`.
       gguf: None where GGUF files are not read.
+      multimodal: models that have one of this family as their language model; None for none.
     """
 
     model_type: str
@@ -82,6 +108,7 @@ class Family:
     read: Callable[[Settings], dict]
     write: Callable[[DecoderConfig], dict]
     gguf: GGUF | None = None
+    multimodal: Multimodal | None = None
 
     def tensors_of(self, config: DecoderConfig) -> tuple[Tensor, ...]:
         """The rows of the table that a model has."""
@@ -95,15 +122,25 @@ def same_layers(settings: Settings, window: int | None = None) -> tuple[LayerKin
     return (LayerKind(window, settings.take_rope()),) * number
 
 
-def layers_of_types(settings: Settings, default: Sequence[str], window: int | None) -> tuple[LayerKind, ...]:
-    """Layers of which some have the window, with the rotary embedding that the settings describe.
+def layers_of_types(
+    settings: Settings, default: Sequence[str], window: int | None, ropes: Mapping[str, Rope] | None = None
+) -> tuple[LayerKind, ...]:
+    """Layers of which some have the window.
 
     Args:
+      settings: what is left of the `config.json`.
       default: the type of each layer, where the file does not say it.
+      window: of the layers of sliding attention.
+      ropes: the rotary embedding of each type of layer; None for the one that the settings describe.
+    Returns:
+      The kind of each layer.
     """
-    rope = settings.take_rope()
+    if ropes is None:
+        ropes = dict.fromkeys((FULL, SLIDING), settings.take_rope())
     types = settings.take_layer_types(default, (FULL, SLIDING))
-    return tuple(LayerKind(window if layer_type == SLIDING else None, rope) for layer_type in types)
+    return tuple(
+        LayerKind(window if layer_type == SLIDING else None, ropes[layer_type]) for layer_type in types
+    )
 
 
 def layer_type_keys(config: DecoderConfig) -> dict:

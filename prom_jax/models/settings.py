@@ -1,10 +1,11 @@
 """Reading a `config.json`: each key is taken by who knows what it means, and none is ignored in silence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prom_jax.models.config import MAX_LAYERS, Rope, RopeScaling
 from prom_jax.utils.errors import UserError
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # as `layer_types` names them
 REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -21,19 +22,20 @@ class Settings:
       values: the content of the file.
       defaults: what absent keys mean.
     Raises:
-      UserError: for a value of the wrong kind, or where a key of REQUIRED is absent.
+      UserError: for a value of the wrong kind, or where a key of REQUIRED is absent and has no default.
     """
 
     def __init__(self, values: dict, defaults: dict):
         check_kinds(values)
         self._rest, self._defaults = dict(values), defaults
-        missing = [key for key in REQUIRED if key not in values]
+        known = {**defaults, **values}
+        missing = [key for key in REQUIRED if key not in known]
         if missing:
             raise UserError(f"config.json lacks {', '.join(missing)}; is it a whole model's config?")
-        self._required = {key: values[key] for key in REQUIRED}
+        self._required = {key: known[key] for key in REQUIRED}
 
     def __getitem__(self, key: str):
-        """A key of REQUIRED, taken or not."""
+        """A key of REQUIRED, taken or not; the family's default where it is absent."""
         return self._required[key]
 
     def take(self, key: str, default=None):
@@ -56,15 +58,41 @@ class Settings:
         theta = self._rest.pop("rope_theta", None)
         share = self._rest.pop("partial_rotary_factor", None)
         rope.setdefault("rope_theta", theta)
-        rope = self._rope(rope, share)
-        if rope.share != 1.0 and not partial:
-            raise UserError(
-                f"config.json sets partial_rotary_factor={rope.share}, which is not supported in this "
-                "family: expected 1.0"
-            )
-        return rope
+        return self._rope(rope, share, partial)
 
-    def _rope(self, rope: dict, share) -> Rope:
+    def take_ropes(self, theta_keys: Mapping[str, str]) -> dict[str, Rope]:
+        """The rotary embedding of each type of layer: `rope_parameters` by type (transformers 5), or a base
+        for each type, and `rope_scaling` for the layers of full attention alone (4).
+
+        Args:
+          theta_keys: of each type of layer the key of its base in transformers 4.
+        Returns:
+          The rotary embedding of each of these types.
+        Raises:
+          UserError: as `take_rope`, and for a type of layer that is not among them.
+        """
+        by_type = dict(self._rest.pop("rope_parameters", None) or {})
+        scaling = self._rest.pop("rope_scaling", None)
+        share = self._rest.pop("partial_rotary_factor", None)
+        thetas = {key: self.take(key) for key in theta_keys.values()}
+        ropes = {}
+        for layer_type, key in theta_keys.items():
+            values = by_type.pop(layer_type, None) or {}
+            if not isinstance(values, dict):
+                raise UserError(
+                    f"config.json sets {layer_type}={values!r:.100} in rope_parameters: expected an object"
+                )
+            scaled = scaling if layer_type == FULL and scaling else {}
+            theta = self._defaults.get(key) if thetas[key] is None else thetas[key]
+            ropes[layer_type] = self._rope({"rope_theta": theta, **values, **scaled}, share)
+        if by_type:
+            raise UserError(
+                f"config.json sets rope_parameters with {sorted(by_type)!r:.100}: expected those of "
+                f"{' and '.join(theta_keys)}"
+            )
+        return ropes
+
+    def _rope(self, rope: dict, share, partial: bool = False) -> Rope:
         check_kinds(rope)
         theta = float(rope.pop("rope_theta", None) or self._defaults.get("rope_theta", 10000.0))
         own_share = rope.pop("partial_rotary_factor", None)
@@ -87,6 +115,11 @@ class Settings:
                 f"{sorted(fields)}"
             )
         scaling = RopeScaling(rope_type, **{key: rope[key] for key in fields}) if fields else None
+        if share != 1.0 and not partial:
+            raise UserError(
+                f"config.json sets partial_rotary_factor={share}, which is not supported in this "
+                "family: expected 1.0"
+            )
         return Rope(theta, scaling, share)
 
     def take_number(self, key: str, default: float, optional: bool = False) -> float | None:
@@ -150,14 +183,34 @@ _ROPE_FIELDS = {
 
 def rope_keys(rope: Rope) -> dict:
     """The keys of a `config.json` for a rotary embedding, which transformers 4 and 5 both read."""
-    keys = {"rope_theta": rope.theta, "rope_scaling": None}
-    if rope.scaling:
-        fields = _ROPE_FIELDS[rope.scaling.rope_type]
-        values = {field: getattr(rope.scaling, field) for field in fields}
-        keys["rope_scaling"] = {"rope_type": rope.scaling.rope_type, **values}
+    keys = {"rope_theta": rope.theta, "rope_scaling": _scaling_keys(rope) if rope.scaling else None}
     if rope.share != 1.0:
         keys["partial_rotary_factor"] = rope.share
     return keys
+
+
+def rope_keys_by_type(ropes: Mapping[str, Rope], theta_keys: Mapping[str, str]) -> dict:
+    """The keys of a `config.json` for a rotary embedding of each type of layer: the inverse of `take_ropes`.
+
+    Args:
+      ropes: the rotary embedding of each type of layer.
+      theta_keys: of each type of layer the key of its base in transformers 4.
+    Returns:
+      Keys that transformers 4 and 5 both read; only 5 where another type than full attention has a scaling,
+      which the keys of 4 cannot say.
+    """
+    if any(rope.scaling for layer_type, rope in ropes.items() if layer_type != FULL):
+        keys = {layer_type: {"rope_theta": rope.theta} | _scaling_keys(rope) for layer_type, rope in ropes.items()}
+        return {"rope_parameters": keys}
+    thetas = {theta_keys[layer_type]: rope.theta for layer_type, rope in ropes.items()}
+    return {**thetas, "rope_scaling": rope_keys(ropes[FULL])["rope_scaling"] if FULL in ropes else None}
+
+
+def _scaling_keys(rope: Rope) -> dict:
+    if rope.scaling is None:
+        return {"rope_type": "default"}
+    fields = _ROPE_FIELDS[rope.scaling.rope_type]
+    return {"rope_type": rope.scaling.rope_type, **{field: getattr(rope.scaling, field) for field in fields}}
 
 
 # What a key's value has to be, in words, and whether it is.
@@ -205,19 +258,21 @@ def _is_object(value) -> bool:
 
 _KINDS = (
     ("a whole number above 0", _is_size, ("vocab_size", "hidden_size", "intermediate_size",
-     "num_attention_heads", "max_position_embeddings")),
+     "num_attention_heads", "max_position_embeddings", "sliding_window_pattern")),
     ("a whole number above 0 or null", _is_size, ("num_key_value_heads", "head_dim", "sliding_window",
      "original_max_position_embeddings")),
     ("a whole number", _is_whole, ("max_window_layers",)),
     (f"1 to {MAX_LAYERS} layers", _is_layer_number, ("num_hidden_layers",)),
     ("a number above 0", _is_number, ("rms_norm_eps", "factor", "low_freq_factor", "high_freq_factor")),
-    ("a number above 0 or null", _is_number, ("rope_theta", "partial_rotary_factor")),
+    ("a number above 0 or null", _is_number, ("rope_theta", "rope_local_base_freq",
+     "partial_rotary_factor")),
     ("true or false", _is_bool, ("tie_word_embeddings",)),
     ("true, false or null", _is_bool, ("attention_bias", "mlp_bias", "use_sliding_window")),
     ("a token's number or null", _is_token, ("bos_token_id", "pad_token_id")),
     ("a token's number or a list of them, or null", _is_token_or_list, ("eos_token_id",)),
     ("a name or null", _is_name, ("model_type", "rope_type", "type")),
     ("an object or null", _is_object, ("rope_parameters", "rope_scaling")),
+    ("an object", _is_object, ("text_config",)),
     ("a list of names or null", _is_names, ("layer_types",)),
 )  # fmt: skip
 _KIND_OF = {key: (words, holds) for words, holds, keys in _KINDS for key in keys}

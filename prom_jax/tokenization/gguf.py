@@ -1,6 +1,7 @@
 """Tokenizers written in a GGUF file's metadata."""
 
 import functools
+import math
 from collections.abc import Mapping
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -49,6 +50,8 @@ def _build(metadata: Mapping, path) -> PreTrainedTokenizerFast:
         )
     tokens, kinds = get("tokens"), get("token_type", [])
     check_lengths(tokens)
+    if build is _sentencepiece:
+        tokens = _with_marked_spaces(tokens, kinds)
     tokenizer = build(path, tokens, get)
     added = [
         AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
@@ -122,6 +125,15 @@ def _splits() -> dict[str, list]:
     }
 
 
+def _with_marked_spaces(tokens: list[str], kinds: list[int]) -> list[str]:
+    """SentencePiece's own spelling of runs of spaces that are user-defined, which the makers of GGUF files
+    write as they look in a text."""
+    runs = {
+        i for i, kind in enumerate(kinds) if kind == _USER_DEFINED and i < len(tokens) and not tokens[i].strip(" ")
+    }
+    return [token.replace(" ", "▁") if i in runs else token for i, token in enumerate(tokens)]
+
+
 def _sentencepiece(path, tokens: list[str], get) -> PreTrainedTokenizerFast:
     """LLaMA's scheme: spaces as '▁', bytes for what the vocabulary lacks."""
     if get("remove_extra_whitespaces", False):
@@ -130,9 +142,13 @@ def _sentencepiece(path, tokens: list[str], get) -> PreTrainedTokenizerFast:
             "use the model's Hugging Face directory instead"
         )
     vocab = {token: i for i, token in enumerate(tokens)}
+    # SentencePiece takes user-defined pieces, such as Gemma's runs of spaces, before all others. Their scores
+    # in GGUF mean nothing.
+    first = {i for i, kind in enumerate(get("token_type", [])) if kind == _USER_DEFINED}
+    scores = [math.inf if i in first else score for i, score in enumerate(get("scores"))]
     return LlamaTokenizer(
         vocab=vocab,
-        merges=ranked_merges(vocab, get("scores")),
+        merges=ranked_merges(vocab, scores),
         add_prefix_space=get("add_space_prefix", True),
         **_special_tokens(tokens, get, add_bos=True),
     )

@@ -131,7 +131,7 @@ def write_gguf(path, settings, arrays, architecture="llama"):
     return path
 
 
-ARCHITECTURES = {"mistral": "llama"}  # in GGUF where it is not the model_type
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # in GGUF where it is not the model_type
 KEYS = {  # in GGUF, by transformers' names
     "vocab_size": "vocab_size",
     "hidden_size": "embedding_length",
@@ -142,6 +142,7 @@ KEYS = {  # in GGUF, by transformers' names
     "max_position_embeddings": "context_length",
     "rms_norm_eps": gguf.Keys.Attention.LAYERNORM_RMS_EPS,
     "sliding_window": gguf.Keys.Attention.SLIDING_WINDOW,
+    "_sliding_window_pattern": gguf.Keys.Attention.SLIDING_WINDOW_PATTERN,
     "attn_logit_softcapping": gguf.Keys.LLM.ATTN_LOGIT_SOFTCAPPING,
     "final_logit_softcapping": gguf.Keys.LLM.FINAL_LOGIT_SOFTCAPPING,
     "embedding_multiplier": gguf.Keys.LLM.EMBEDDING_SCALE,
@@ -156,7 +157,7 @@ KEYS = {  # in GGUF, by transformers' names
 def gguf_settings(config, **settings):
     """Of a transformers config what a GGUF file says; settings that are None are left out."""
     held = {theirs.removeprefix("{arch}."): getattr(config, ours, None) for ours, theirs in KEYS.items()}
-    rope = config.rope_parameters
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     held["rope.freq_base"] = float(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         held |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope["factor"]}
@@ -192,7 +193,7 @@ def to_gguf(model, path, kind=None, **settings):
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     for name, value in model.named_parameters():
         value = value.detach().float().numpy()
-        if "norm" in name and architecture == "gemma2":
+        if "norm" in name and architecture in ("gemma2", "gemma3"):
             value = 1 + value
         if architecture in ("llama", "smollm3", "granite") and ("q_proj" in name or "k_proj" in name):
             value = interleave(value, head_dim_of(config))
@@ -306,8 +307,10 @@ NOT_IN_GGUF = {
     "llama3": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     "smollm3": {"no_rope_layer_interval": 4},
     "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16},
+    "gemma3 with a cap": {"query_pre_attn_scalar": 8},
 }
-READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2")
+READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -319,7 +322,7 @@ def test_gguf_of_each_family(tmp_path, family):
     assert reader.config == config_from_hf(model.config.to_dict())
     params = load_params(reader)
     expected = to_params(dict(model.named_parameters()), reader.config)
-    if model.config.model_type == "gemma2":  # 1 + w - 1
+    if model.config.model_type in ("gemma2", "gemma3_text"):  # 1 + w - 1
         jax.tree.map(
             lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-7), params, expected
         )

@@ -11,7 +11,7 @@ from prom_jax.models.config import Rope, RopeScaling
 from prom_jax.models.layers import rope_frequencies
 from prom_jax.models.settings import REQUIRED
 from prom_jax.utils.errors import UserError
-from tests.reference import FAMILIES, SIZES
+from tests.reference import FAMILIES, SIZES, config_class
 
 LLAMA2_7B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
@@ -89,6 +89,23 @@ VERSIONS = {
         },
         {"rope_type": "default", "rope_theta": 1e4},
     ),
+    "gemma3": (
+        {
+            "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "attention_bias": False,
+            "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid",
+            "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh", "hidden_size": 2560,
+            "intermediate_size": 10240, "num_attention_heads": 8, "num_hidden_layers": 34,
+            "num_key_value_heads": 4, "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6,
+            "rope_local_base_freq": 1e4, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "rope_theta": 1e6, "sliding_window": 1024, "sliding_window_pattern": 6,
+            "tie_word_embeddings": True, "vocab_size": 262208,
+        },
+        {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        },
+    ),
     "smollm3": (
         {
             "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False,
@@ -113,7 +130,7 @@ VERSIONS = {
 NOT_COMPARED = {
     "transformers_version", "architectures", "dtype", "_name_or_path", "initializer_range", "pretraining_tp",
     "no_rope_layer_interval", "cache_implementation", "max_window_layers", "hidden_act", "attention_dropout",
-    "_sliding_window_pattern",
+    "_sliding_window_pattern", "sliding_window_pattern",
 }  # fmt: skip
 
 
@@ -139,7 +156,8 @@ def test_config_round_trip(name):
         with pytest.raises(UserError, match=r"attention_dropout=0\.1"):
             config_from_hf(version_4)
         version_4["attention_dropout"] = 0.0
-    version_5 = {k: v for k, v in version_4.items() if k not in ("rope_theta", "rope_scaling")}
+    old = ("rope_theta", "rope_scaling", "rope_local_base_freq")
+    version_5 = {key: value for key, value in version_4.items() if key not in old}
     version_5["rope_parameters"] = rope
     config = config_from_hf(version_4)
     assert config_from_hf(version_5) == config
@@ -156,13 +174,16 @@ def test_config_round_trip(name):
     hf = {key: value for key, value in config_to_hf(config).items() if key not in small}
     model = transformers.AutoModel.from_config(cls.from_dict({**hf, **small}))
     frequencies = rope_frequencies(config.layers[0].rope, config.head_dim)
-    np.testing.assert_allclose(frequencies, model.rotary_emb.inv_freq.numpy(), rtol=2e-6, atol=0)
+    rotary = model.rotary_emb
+    theirs = getattr(rotary, "inv_freq", None)  # Gemma 3 has one of each type of layer
+    theirs = rotary.sliding_attention_inv_freq if theirs is None else theirs
+    np.testing.assert_allclose(frequencies, theirs.numpy(), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_shape_comes_back_from_transformers(family):
     name, shape = FAMILIES[family]
-    cls = getattr(transformers, f"{name}Config")
+    cls = config_class(name)
     theirs = cls(**{**SIZES, **shape})
     config = config_from_hf(theirs.to_dict())
     assert not config.skipped
@@ -185,7 +206,7 @@ def test_absent_keys_are_as_in_transformers(model_type):
 def test_families_are_known_by_their_files():
     for model_type, family in known_families().items():
         assert family.model_type == model_type
-        module = importlib.import_module(f"prom_jax.models.families.{model_type}")
+        module = importlib.import_module(f"prom_jax.models.families.{model_type.removesuffix('_text')}")
         assert module.FAMILY is family
         assert hasattr(transformers, family.architecture)
         names = [row.name for row in family.tensors]

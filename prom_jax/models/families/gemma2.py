@@ -18,49 +18,67 @@ ACTIVATION = "gelu_pytorch_tanh"
 LAYERS_OF_27B = 46
 
 
-def read(settings) -> dict:
-    """Fields of `DecoderConfig`; raises UserError for another activation."""
+def read_common(settings) -> dict:
+    """Fields of `DecoderConfig` that Gemma 3 has too; raises UserError for another activation."""
     settings.take("hidden_act")  # older files have it too; the other one counts
     if (activation := settings.take("hidden_activation", ACTIVATION)) != ACTIVATION:
         raise UserError(f"hidden_activation={activation!r:.100}: expected {ACTIVATION!r}")
-    types = [FULL if i % 2 else SLIDING for i in range(settings["num_hidden_layers"])]
     return {
-        "layers": layers_of_types(settings, types, settings.take("sliding_window")),
         "unit_offset_norms": True,
         "activation": "gelu_tanh",
         "embedding_scale": settings["hidden_size"] ** 0.5,
         "attention_scale": settings.take_number("query_pre_attn_scalar", 256) ** -0.5,
+    }
+
+
+def read(settings) -> dict:
+    """Fields of `DecoderConfig`; raises UserError for another activation."""
+    types = [FULL if i % 2 else SLIDING for i in range(settings["num_hidden_layers"])]
+    return {
+        "layers": layers_of_types(settings, types, settings.take("sliding_window")),
+        **read_common(settings),
         "attention_softcap": settings.take_number("attn_logit_softcapping", 50.0, optional=True),
         "logit_softcap": settings.take_number("final_logit_softcapping", 30.0, optional=True),
+    }
+
+
+def write_common(config) -> dict:
+    """Keys of `config.json` that Gemma 3 has too."""
+    return {
+        "hidden_act": ACTIVATION,
+        "hidden_activation": ACTIVATION,
+        "query_pre_attn_scalar": round(config.attention_scale**-2),
+        **layer_type_keys(config),
     }
 
 
 def write(config) -> dict:
     """Keys of `config.json`."""
     return {
-        "hidden_act": ACTIVATION,
-        "hidden_activation": ACTIVATION,
-        "query_pre_attn_scalar": round(config.attention_scale**-2),
+        **write_common(config),
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
-        **layer_type_keys(config),
         **rope_keys(config.layers[0].rope),
     }
 
 
+def gguf_query_scale(settings, layers_of_largest: int) -> dict:
+    """What queries are scaled by, which GGUF does not say: in the largest model it is not the head's size."""
+    if settings["block_count"] == layers_of_largest:
+        return {"query_pre_attn_scalar": settings["embedding_length"] / settings["attention.head_count"]}
+    size = settings.get("attention.key_length")
+    return {} if size is None else {"query_pre_attn_scalar": size}
+
+
 def gguf_keys(settings, tensors) -> dict:
-    """Keys of `config.json` from GGUF, which does not say what queries are scaled by: in the largest model it
-    is not the head's size."""
+    """Keys of `config.json` from GGUF."""
     names = {
         "sliding_window": "attention.sliding_window",
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
-        "query_pre_attn_scalar": "attention.key_length",
     }
     keys = {key: settings[name] for key, name in names.items() if name in settings}
-    if settings["block_count"] == LAYERS_OF_27B:
-        keys["query_pre_attn_scalar"] = settings["embedding_length"] / settings["attention.head_count"]
-    return {"model_type": "gemma2", **keys}
+    return {"model_type": "gemma2", **gguf_query_scale(settings, LAYERS_OF_27B), **keys}
 
 
 FAMILY = Family(
