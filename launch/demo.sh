@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh requirements.txt
-source launch/model.sh
+source launch/model.sh smollm2
 exec python -m prom_jax.train --config=configs/demo.py --config.model="$SMOLLM2" "$@"

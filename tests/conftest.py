@@ -4,6 +4,7 @@ LLaMA-2's does; and a tiny model with data to train it on."""
 
 import os
 import tempfile
+from pathlib import Path
 
 # Compiling is most of the suite's time: with the simplest code it takes an eighth.
 os.environ["XLA_FLAGS"] = (
@@ -92,6 +93,16 @@ def smollm2(tmp_path_factory):
     model, tokenizer = prom_jax.load(path)
     prom_jax.save_hf(model, tokenizer, folder)
     return model, tokenizer, folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def gemma3():
+    """Gemma-3-270M as ours, its tokenizer, and the path of its .gguf file."""
+    path = os.environ.get("GEMMA3")
+    if not path:
+        pytest.skip("GEMMA3 does not name the .gguf file; bash launch/model.sh gemma fetches it")
+    model, tokenizer = prom_jax.load(path)
+    return model, tokenizer, Path(path)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh requirements-dev.txt
-source launch/model.sh
+source launch/model.sh smollm2
 export SMOLLM2
+[ -z "${GEMMA3:-}" ] || export GEMMA3
 exec python -m pytest --numprocesses=2 --dist=loadfile "$@"

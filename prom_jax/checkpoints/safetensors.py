@@ -33,8 +33,9 @@ _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class SafetensorsReader:
-    """A Hugging Face directory with one or many safetensors files. Of a multimodal model it reads the language
-    model alone, under the names of a model of text.
+    """A Hugging Face directory with one or many safetensors files.
+
+    Of a multimodal model the language model alone is read, under the names of a model of text.
 
     Attributes:
       multimodal: what is known of multimodal models of that kind; None for a model of text.

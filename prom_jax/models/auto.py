@@ -89,12 +89,13 @@ def _text_config(hf: dict) -> dict:
             f"unsupported architecture {architectures!r:.100} (model_type {multimodal.model_type!r}): "
             f"expected {multimodal.architecture}"
         )
-    hf = {key: value for key, value in hf.items() if key != "model_type" and key not in multimodal.keys}
     check_kinds(hf)
     text = dict(hf.pop("text_config", {}))
     text.pop("architectures", None)  # of whichever class the language model was taken from
+    of_parts = ("model_type", *multimodal.keys)
+    of_whole = {key: value for key, value in hf.items() if key not in of_parts and value is not None}
     (model_type,) = (name for name, family in known_families().items() if family.multimodal is multimodal)
-    return {"model_type": model_type, **text, **{key: value for key, value in hf.items() if value is not None}}
+    return {"model_type": model_type, **text, **of_whole}
 
 
 def _take_family(hf: dict) -> Family:

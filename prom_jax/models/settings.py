@@ -200,8 +200,12 @@ def rope_keys_by_type(ropes: Mapping[str, Rope], theta_keys: Mapping[str, str]) 
       which the keys of 4 cannot say.
     """
     if any(rope.scaling for layer_type, rope in ropes.items() if layer_type != FULL):
-        keys = {layer_type: {"rope_theta": rope.theta} | _scaling_keys(rope) for layer_type, rope in ropes.items()}
-        return {"rope_parameters": keys}
+        return {
+            "rope_parameters": {
+                layer_type: {"rope_theta": rope.theta, **_scaling_keys(rope)}
+                for layer_type, rope in ropes.items()
+            }
+        }
     thetas = {theta_keys[layer_type]: rope.theta for layer_type, rope in ropes.items()}
     return {**thetas, "rope_scaling": rope_keys(ropes[FULL])["rope_scaling"] if FULL in ropes else None}
 

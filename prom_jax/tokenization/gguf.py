@@ -128,10 +128,11 @@ def _splits() -> dict[str, list]:
 def _with_marked_spaces(tokens: list[str], kinds: list[int]) -> list[str]:
     """SentencePiece's own spelling of runs of spaces that are user-defined, which the makers of GGUF files
     write as they look in a text."""
-    runs = {
-        i for i, kind in enumerate(kinds) if kind == _USER_DEFINED and i < len(tokens) and not tokens[i].strip(" ")
-    }
-    return [token.replace(" ", "▁") if i in runs else token for i, token in enumerate(tokens)]
+    user_defined = {i for i, kind in enumerate(kinds) if kind == _USER_DEFINED}
+    return [
+        token.replace(" ", "▁") if i in user_defined and not token.strip(" ") else token
+        for i, token in enumerate(tokens)
+    ]
 
 
 def _sentencepiece(path, tokens: list[str], get) -> PreTrainedTokenizerFast:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
-from prom_jax.checkpoints.gguf import open_gguf
+from prom_jax.checkpoints.gguf import _TYPES, open_gguf
 from prom_jax.checkpoints.params import ParamsReader, load_params
 from prom_jax.checkpoints.pretrained import open_reader
 from prom_jax.checkpoints.safetensors import save_hf
@@ -70,18 +70,76 @@ def q4_1(b):
     return halves(b[:, :2])[:, None] * nibbles(b[:, 4:]) + halves(b[:, 2:4])[:, None]
 
 
+def fifth_bits(packed):
+    """16 where the i-th of 32 bits is set, else 0."""
+    return 16 * np.unpackbits(packed, axis=-1, bitorder="little").astype(np.float32)
+
+
+def q5_0(b):
+    return halves(b[:, :2])[:, None] * (nibbles(b[:, 6:]) + fifth_bits(b[:, 2:6]) - 16)
+
+
+def q5_1(b):
+    values = nibbles(b[:, 8:]) + fifth_bits(b[:, 4:8])
+    return halves(b[:, :2])[:, None] * values + halves(b[:, 2:4])[:, None]
+
+
+def iq4_nl(b):
+    steps = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+    return halves(b[:, :2])[:, None] * steps[nibbles(b[:, 2:]).astype(int)]
+
+
+def scale_and_minimum(s, j):
+    """The j-th of eight pairs of six bits in twelve bytes."""
+    if j < 4:
+        return s[j] & 63, s[j + 4] & 63
+    return (s[j + 4] & 15) | (s[j - 4] >> 6 << 4), (s[j + 4] >> 4) | (s[j] >> 6 << 4)
+
+
+def q2_k(blocks):
+    out = np.empty((len(blocks), 256), np.float32)
+    for row, b in zip(out, blocks, strict=True):
+        scales, q, d, d_min = b[:16].astype(int), b[16:80], halves(b[80:82]), halves(b[82:84])
+        for i in range(256):
+            half, quarter, at = i // 128, i % 128 // 32, i % 32
+            value = q[32 * half + at] >> (2 * quarter) & 3
+            row[i] = d * (scales[i // 16] & 15) * value - d_min * (scales[i // 16] >> 4)
+    return out
+
+
+def q3_k(blocks):
+    out = np.empty((len(blocks), 256), np.float32)
+    for row, b in zip(out, blocks, strict=True):
+        high, q, s, d = b[:32], b[32:96].astype(int), b[96:108].astype(int), halves(b[108:110])
+        for i in range(256):
+            half, quarter, at, group = i // 128, i % 128 // 32, i % 32, i // 16
+            low_bits = s[group % 8] >> (4 * (group // 8)) & 15
+            scale = low_bits | (s[8 + group % 4] >> (2 * (group // 4)) & 3) << 4
+            value = (q[32 * half + at] >> (2 * quarter) & 3) - (0 if high[at] >> (i // 32) & 1 else 4)
+            row[i] = d * (scale - 32) * value
+    return out
+
+
 def q4_k(blocks):
     out = np.empty((len(blocks), 256), np.float32)
     for row, b in zip(out, blocks, strict=True):
         d, d_min, s, q = halves(b[:2]), halves(b[2:4]), b[4:16].astype(int), b[16:]
         for j in range(8):
-            if j < 4:
-                scale, minimum = s[j] & 63, s[j + 4] & 63
-            else:
-                scale = (s[j + 4] & 15) | (s[j - 4] >> 6 << 4)
-                minimum = (s[j + 4] >> 4) | (s[j] >> 6 << 4)
+            scale, minimum = scale_and_minimum(s, j)
             chunk = q[32 * (j // 2) : 32 * (j // 2) + 32]
             values = chunk >> 4 if j % 2 else chunk & 15
+            row[32 * j : 32 * j + 32] = d * scale * values - d_min * minimum
+    return out
+
+
+def q5_k(blocks):
+    out = np.empty((len(blocks), 256), np.float32)
+    for row, b in zip(out, blocks, strict=True):
+        d, d_min, s, high, q = halves(b[:2]), halves(b[2:4]), b[4:16].astype(int), b[16:48], b[48:]
+        for j in range(8):
+            scale, minimum = scale_and_minimum(s, j)
+            chunk = q[32 * (j // 2) : 32 * (j // 2) + 32]
+            values = (chunk >> 4 if j % 2 else chunk & 15) | (high >> j & 1) << 4
             row[32 * j : 32 * j + 32] = d * scale * values - d_min * minimum
     return out
 
@@ -106,8 +164,14 @@ BLOCKS = {
     "Q8_0": (32, 34, (0,), q8_0),
     "Q4_0": (32, 18, (0,), q4_0),
     "Q4_1": (32, 20, (0, 2), q4_1),
+    "Q5_0": (32, 22, (0,), q5_0),
+    "Q5_1": (32, 24, (0, 2), q5_1),
+    "Q2_K": (256, 84, (80, 82), q2_k),
+    "Q3_K": (256, 110, (108,), q3_k),
     "Q4_K": (256, 144, (0, 2), q4_k),
+    "Q5_K": (256, 176, (0, 2), q5_k),
     "Q6_K": (256, 210, (208,), q6_k),
+    "IQ4_NL": (32, 18, (0,), iq4_nl),
 }
 GGUF_SIZES = {**SIZES, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
 
@@ -257,6 +321,50 @@ def test_every_gguf_type_against_its_formula(tmp_path, kind):
     jax.tree.map(np.testing.assert_array_equal, parts, params)
 
 
+def random_blocks(kind, rows, columns):
+    """Finite values of a type that the package alone knows, [rows, bytes]: made by it of random numbers where
+    it can, or else of random bytes, of which none that could be one of float16's exponents is large."""
+    random = np.random.default_rng(0)
+    kind = gguf.GGMLQuantizationType[kind]
+    try:
+        return gguf.quantize(random.normal(size=(rows, columns)).astype(np.float32), kind)
+    except NotImplementedError:
+        values, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+        return random.integers(0, 0x40, (rows, columns // values * num_bytes), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("kind", sorted(set(_TYPES) - set(BLOCKS)))
+def test_other_gguf_types_are_as_the_package_reads_them(tmp_path, kind):
+    model = hf_model(**GGUF_SIZES)
+    arrays, expected = {}, {}
+    for name, parameter in model.named_parameters():
+        array = parameter.detach().numpy()
+        if "down_proj" in name:
+            array = (kind, random_blocks(kind, *array.shape))
+            expected[name] = gguf.dequantize(array[1], gguf.GGMLQuantizationType[kind])
+        arrays[gguf_name(name, "llama", 2)] = array
+    reader = open_reader(write_gguf(tmp_path / "m.gguf", gguf_settings(model.config), arrays))
+    params = load_params(reader)
+    for layer in (0, 1):
+        matrix = expected[f"model.layers.{layer}.mlp.down_proj.weight"]
+        assert np.isfinite(matrix).all() and matrix.std() > 0
+        np.testing.assert_array_equal(params["stack0"]["down_proj"][layer], matrix)
+    parts = load_params(reader, sharding.make_mesh(fsdp=4, tensor=2))
+    jax.tree.map(np.testing.assert_array_equal, parts["stack0"]["down_proj"], params["stack0"]["down_proj"])
+
+
+def test_all_types_that_the_package_dequantises_are_known():
+    known = set()
+    for kind in gguf.GGMLQuantizationType:
+        _, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+        try:
+            gguf.dequantize(np.zeros((1, num_bytes), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        known.add(kind.name)
+    assert known == set(_TYPES)
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"), [(None, torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)]
 )
@@ -380,9 +488,9 @@ def test_bad_gguf_files_are_refused(tmp_path):
     write_gguf(path, {}, {"a": np.ones(3, np.float32)}, architecture="gpt2")
     with pytest.raises(UserError, match="'gpt2'"):
         open_reader(path)
-    q5 = ("Q5_0", np.zeros((64, 22), np.uint8))
-    write_gguf(path, gguf_settings(hf_model().config), {"token_embd.weight": q5})
-    with pytest.raises(UserError, match=r"token_embd\.weight is of type Q5_0"):
+    q8 = ("Q8_K", np.zeros((64, 292), np.uint8))  # of sums on the way, not of models
+    write_gguf(path, gguf_settings(hf_model().config), {"token_embd.weight": q8})
+    with pytest.raises(UserError, match=r"token_embd\.weight is of type Q8_K"):
         open_reader(path)
 
 

@@ -17,6 +17,8 @@ from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -29,6 +31,8 @@ from prom_jax.checkpoints.params import ParamsReader, load_params
 from prom_jax.checkpoints.pretrained import open_reader
 from prom_jax.checkpoints.safetensors import save_hf
 from prom_jax.models import decoder
+from prom_jax.models.auto import config_from_hf
+from prom_jax.models.settings import REQUIRED
 from prom_jax.utils.errors import UserError
 
 SIZES = {
@@ -41,6 +45,7 @@ SIZES = {
     "max_position_embeddings": 64,
     "initializer_range": 0.3,
 }
+LAYER_TYPES = ["sliding_attention", "full_attention"] * 2
 CARD = {"base_model": "owner/base", "language": "sw", "method": "prom", "learning_rate": 2e-5}
 PIVOT = {"pivot_head": 3}  # and the block after which it reads
 TOKENIZER = PreTrainedTokenizerFast(
@@ -243,7 +248,7 @@ def test_bad_folders_are_refused(tmp_path):
         bad("expected safetensors files in the same folder", index(outside))
     bad("does not exist, though the index", index("gone.safetensors"))
     (tmp_path / "one.safetensors").write_bytes((good / "model.safetensors").read_bytes())
-    bad("which the index places there", lambda folder: [
+    bad("which the index says is there", lambda folder: [
         save_file({"x": content[norm]}, folder / "part.safetensors"), index("part.safetensors")(folder)
     ])  # fmt: skip
     bad("pivot_layer", lambda f: save_file({"x": content[norm]}, f / "pivot_head.safetensors"))
@@ -417,3 +422,71 @@ def test_two_processes_write_what_one_does(tmp_path):
     assert tensors(tmp_path / "out") == tensors(tmp_path / "base")
     head = load_file(tmp_path / "out" / "pivot_head.safetensors")["pivot_head.weight"]
     np.testing.assert_array_equal(head, load_file(tmp_path / "base" / "model.safetensors")["lm_head.weight"])
+
+
+def rename_to_transformers_4(name):
+    """transformers 5 reads both spellings, and which one it writes has changed."""
+    name = name.replace("model.language_model.", "language_model.model.")
+    return name.removeprefix("model.") if name.startswith(("model.vision", "model.multi")) else name
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_the_language_model_of_a_multimodal_folder(tmp_path, capsys, version):
+    """Gemma 3 of text and pictures, in the names of either version of transformers: its text model alone is
+    read, and what is exported is one."""
+    text = {**SIZES, "head_dim": 8, "vocab_size": 70, "sliding_window": 16, "eos_token_id": 2}
+    text |= {
+        "bos_token_id": 1,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "layer_types": LAYER_TYPES,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    config.image_token_index, config.mm_tokens_per_image = 69, 4
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    folder, state = tmp_path / "folder", {n: p.detach().numpy() for n, p in model.named_parameters()}
+    model.config.save_pretrained(folder)
+    if version == 4:
+        state = {rename_to_transformers_4(name): value for name, value in state.items()}
+        content = json.loads((folder / "config.json").read_text())
+        left_out = ("bos_token_id", "eos_token_id", "initializer_range", "max_position_embeddings")
+        kept = {key: value for key, value in text.items() if key not in left_out}
+        content["text_config"] = {"model_type": "gemma3_text", **kept}
+        content |= {"eos_token_id": 2, "bos_token_id": 1}
+        (folder / "config.json").write_text(json.dumps(content))
+    TOKENIZER.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors")
+
+    ours, tokenizer = prom_jax.load(folder)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "tensors of multi_modal_projector and vision_tower" in printed
+    assert "its language model alone is read" in printed
+    assert ours.config.model_type == "gemma3_text"
+    assert (ours.config.bos_token_id, ours.config.eos_token_id) == (1, 2)
+    tokens = np.random.default_rng(0).integers(0, 64, (1, 60))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours(tokens), logits, rtol=0, atol=1e-4 * np.abs(logits).max())
+    prom_jax.save_hf(ours, tokenizer, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert type(again).__name__ == "Gemma3ForCausalLM"
+    with torch.no_grad():
+        np.testing.assert_allclose(again(torch.from_numpy(tokens)).logits, logits, rtol=0, atol=1e-5)
+
+
+def test_other_settings_of_a_multimodal_folder_are_named():
+    text = {"model_type": "gemma3_text", **{key: SIZES[key] for key in REQUIRED}}
+    whole = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    assert config_from_hf(whole) == config_from_hf(text)
+    assert config_from_hf({**whole, "eos_token_id": [1, 106]}).eos_token_id == (1, 106)
+    for settings, error in (
+        ({"text_config": []}, r"text_config=\[\]: expected an object"),
+        ({"vision_scale": 2}, "vision_scale=2"),
+        ({"architectures": ["Gemma3Model"]}, "expected Gemma3ForConditionalGeneration"),
+        ({"text_config": {"model_type": "llama"}}, "config.json lacks|unsupported architecture"),
+    ):
+        with pytest.raises(UserError, match=error):
+            config_from_hf({**whole, **settings})

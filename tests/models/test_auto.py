@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from prom_jax.models.auto import config_from_hf, config_to_hf, family_of, known_families
-from prom_jax.models.config import Rope, RopeScaling
+from prom_jax.models.config import LayerKind, Rope, RopeScaling
 from prom_jax.models.layers import rope_frequencies
 from prom_jax.models.settings import REQUIRED
 from prom_jax.utils.errors import UserError
@@ -260,6 +260,13 @@ def test_unsupported_settings_are_named(settings, error):
         ("gemma2", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar=None: expected a number above 0"),
         ("gemma2", {"attn_logit_softcapping": "50"}, "attn_logit_softcapping='50'"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: expected null"),
+        ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern=0"),
+        ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters with .'rope_type'"),
+        ("gemma3", {"rope_parameters": {"full_attention": 3}}, "full_attention=3 in rope_parameters"),
+        ("gemma3", {"rope_parameters": {"full_attention": {"rope_theta": "x"}}}, "rope_theta='x'"),
+        ("gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ("gemma3", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
         ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]: expected 0 or 1 for each of 36"),
         ("smollm3", {"no_rope_layers": 36 * ["1"]}, "no_rope_layers"),
         ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
@@ -294,6 +301,26 @@ def test_layers_are_told_apart():
     config = config_from_hf({**LLAMA2_7B, **VERSIONS["smollm3"][0], **windows})
     assert [kind.window for kind in config.layers] == 9 * [None, None, None, 64]
     assert config_from_hf(config_to_hf(config)) == config
+
+
+def test_each_type_of_layer_has_a_rotary_embedding():
+    settings = {**LLAMA2_7B, **VERSIONS["gemma3"][0]}
+    config = config_from_hf(settings)
+    assert config.layers[:6] == 5 * (LayerKind(1024, Rope(1e4)),) + (
+        LayerKind(None, Rope(1e6, RopeScaling("linear", 8.0))),
+    )
+    assert config.eos_token_id == (1, 106)
+    # A scaling of the layers with a window too, which the keys of transformers 4 cannot say.
+    thetas = {"sliding_attention": 2e4, "full_attention": 3e6}
+    ropes = {
+        name: {"rope_type": "linear", "factor": 2.0, "rope_theta": theta} for name, theta in thetas.items()
+    }
+    settings = {key: value for key, value in settings.items() if "rope_" not in key}
+    config = config_from_hf(settings | {"rope_parameters": ropes})
+    assert config.ropes == tuple(Rope(theta, RopeScaling("linear", 2.0)) for theta in thetas.values())
+    assert config_from_hf(config_to_hf(config)) == config
+    theirs = hf_class("gemma3_text").from_dict(config_to_hf(config))
+    assert config_from_hf(theirs.to_dict()) == config
 
 
 def test_a_scaling_keeps_its_numbers():

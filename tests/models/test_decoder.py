@@ -119,6 +119,8 @@ def changed(config, window=None, theta=None, scaling=None, **fields):
         ("gemma2", {"attention_softcap": 5.02}),
         ("gemma2", {"attention_scale": 24.1**-0.5}),
         ("gemma2", {"embedding_scale": 8.01}),
+        ("gemma3", {"window": 101}),
+        ("gemma3", {"attention_scale": 24.1**-0.5}),
         ("granite", {"residual_scale": 0.221}),
         ("granite", {"attention_scale": 0.201}),
     ],
@@ -128,6 +130,27 @@ def test_the_tolerance_catches_a_small_bug(family, bug):
     config = changed(config_from_hf(hf.config.to_dict()), **bug)
     tokens = tokens_of(hf)
     ours = to_model(hf, config=config).hidden_states(tokens)
+    error, token_error = worst_errors(ours, hf_forward(hf, tokens)[0])
+    assert error > 5 * MAX_ERROR
+    assert token_error > 5 * MAX_TOKEN_ERROR
+
+
+@pytest.mark.parametrize(
+    "changes", [{"theta": 1.01e4}, {"theta": 1.1e6}, {"scaling": RopeScaling("linear", 8.1)}]
+)
+def test_each_kind_of_layer_has_its_own_angles(changes):
+    """A small bug in those of one kind alone."""
+    hf = hf_model("gemma3")
+    config, tokens = config_from_hf(hf.config.to_dict()), tokens_of(hf)
+    local = changes.get("theta", 1e6) < 1e5
+
+    def change(kind):
+        affected = (kind.window is not None) == local
+        return dataclasses.replace(kind, rope=dataclasses.replace(kind.rope, **changes)) if affected else kind
+
+    assert len(config.ropes) == len(config.windows) == 2
+    wrong = dataclasses.replace(config, layers=tuple(map(change, config.layers)))
+    ours = to_model(hf, config=wrong).hidden_states(tokens)
     error, token_error = worst_errors(ours, hf_forward(hf, tokens)[0])
     assert error > 5 * MAX_ERROR
     assert token_error > 5 * MAX_TOKEN_ERROR
@@ -207,7 +230,7 @@ def test_cached_decoding_equals_transformers(family):
     assert greedy(to_model(hf, 3), PROMPTS, NEW, []) == [generate(hf, prompt) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("family", ["qwen3 with biases", "olmo2", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen3 with biases", "olmo2", "gemma2", "gemma3"])
 def test_a_mesh_changes_nothing(family):
     """Norms over what is divided among devices, biases, and windows by layer."""
     model = to_model(hf_model(family, **short_window(family)))
@@ -234,7 +257,7 @@ def test_remat_changes_nothing(family):
         jax.tree.map(assert_same, results[remat], results["none"])
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2", "olmo2", "gemma2", "granite"])
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "olmo2", "gemma2", "gemma3", "granite"])
 def test_bfloat16_is_as_close_as_in_transformers(family):
     hf = hf_model(family)
     model, tokens = to_model(hf, dtype="bfloat16"), tokens_of(hf)

@@ -9,7 +9,7 @@ shift
 cd "$(dirname "$0")/../.."
 node=$(hostname -s)
 if [ $# = 0 ]; then
-  source launch/model.sh
+  source launch/model.sh smollm2
   set -- --config=configs/demo.py --config.model="$SMOLLM2" --config.steps=12 --config.pivot.regulate=never
 fi
 

@@ -58,8 +58,8 @@ def test_bad_tokenizers_are_refused(tmp_path, llama_model):
     def gguf_with(**fields):
         return write_gguf(tmp_path / "m.gguf", **fields)
 
-    with pytest.raises(UserError, match=r"'qwen2'.*smollm"):
-        load_tokenizer(gguf_with(**{**byte_level, "pre": "qwen2"}))
+    with pytest.raises(UserError, match=r"'tekken'.*smollm"):
+        load_tokenizer(gguf_with(**{**byte_level, "pre": "tekken"}))
     with pytest.raises(UserError, match="pre=None"):
         load_tokenizer(gguf_with(**{k: v for k, v in byte_level.items() if k != "pre"}))
     with pytest.raises(UserError, match="'bert'"):

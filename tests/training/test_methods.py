@@ -138,6 +138,8 @@ def models(family, has_pivot=True):
         (FINAL, "olmo2"),
         (RAW, "gemma2"),
         (FINAL, "gemma2"),
+        (RAW, "gemma3"),
+        (FINAL, "gemma3"),
         (FINAL, "smollm3"),
         (RAW, "granite"),
     ],

@@ -1,5 +1,5 @@
-"""Gemma 3: Gemma 2 with norms of each head's queries and keys in place of soft caps, five layers with a window to
-each one without, and a rotary base for either kind."""
+"""Gemma 3: Gemma 2 with norms of each head's queries and keys in place of soft caps, a window
+in five of six layers, and a rotary base for either kind."""
 
 from prom_jax.models.families import gemma2
 from prom_jax.models.families.llama import EMBEDDING, OUTPUT, PROJECTIONS
@@ -15,7 +15,9 @@ LAYERS_OF_27B = 62
 def read(settings) -> dict:
     """Fields of `DecoderConfig`; raises UserError for another activation, or a soft cap of scores."""
     if settings.take("attn_logit_softcapping") is not None:  # transformers has the key and leaves it out
-        raise UserError("config.json sets attn_logit_softcapping: expected null, as the family has no such cap")
+        raise UserError(
+            "config.json sets attn_logit_softcapping: expected null, as the family has no such cap"
+        )
     settings.take("_sliding_window_pattern")  # of transformers 5, which always says the layers' types too
     pattern = settings.take("sliding_window_pattern", 6)
     types = [SLIDING if (i + 1) % pattern else FULL for i in range(settings["num_hidden_layers"])]

@@ -1,0 +1,103 @@
+"""Gemma-3-270M, its real weights, against transformers' reading of the same file: layers, logits, answers and
+export.
+
+Its window is 512 tokens: texts are shorter and longer than it by far.
+"""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prom_jax
+from prom_jax.evaluation.decode import greedy
+from prom_jax.models import decoder
+from tests.models.test_decoder import MAX_ERROR, MAX_TOKEN_ERROR, TEXT, hf_forward, worst_errors
+
+PROMPTS = [
+    "The capital of Kenya is",
+    "Water boils at 100 degrees because",
+    "Once upon a time, in a village by the sea,",
+    "عاصمة مصر هي",
+    "كان يا ما كان في قديم الزمان",
+    "Η πρωτεύουσα της Ελλάδας είναι",
+    "Ο ήλιος ανατέλλει από",
+    "Μια φορά κι έναν καιρό",
+    "เมืองหลวงของประเทศไทยคือ",
+    "กาลครั้งหนึ่งนานมาแล้ว",
+]
+NEW = 64
+COLUMNS = 16_384  # of the logits that are compared at once: copies of all of them take gigabytes
+
+
+@pytest.fixture(scope="module")
+def theirs(gemma3):
+    path = gemma3[-1]
+    hf = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return hf.eval()
+
+
+def long_text(tokenizer, length):
+    ids = tokenizer(TEXT + TEXT[::-1])["input_ids"]
+    assert len(ids) >= length
+    return np.array([ids[:length]])
+
+
+def errors_of_logits(ours, theirs):
+    """As `worst_errors`: of an element, relative to the largest, and of a token, in L2."""
+    squares = np.zeros((2, ours.shape[1]))
+    difference = largest = 0.0
+    for start in range(0, ours.shape[-1], COLUMNS):
+        a, b = (np.asarray(x[0, :, start : start + COLUMNS], np.float64) for x in (ours, theirs))
+        squares += ((a - b) ** 2).sum(-1), (b**2).sum(-1)
+        difference, largest = max(difference, np.abs(a - b).max()), max(largest, np.abs(b).max())
+    return difference / largest, np.sqrt(squares[0] / squares[1]).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [600, 1500])
+def test_layers_and_logits(gemma3, theirs, length):
+    model, tokenizer, _ = gemma3
+    assert decoder.num_parameters(model) == 268_098_176
+    tokens = long_text(tokenizer, length)
+    states, logits = hf_forward(theirs, tokens)
+    errors = {"states": worst_errors(model.hidden_states(tokens), states)}
+    errors["logits"] = errors_of_logits(model(tokens), logits)
+    for what, (error, token_error) in errors.items():
+        print(f"gemma3, {length} tokens: {what} {error:.1e} / {token_error:.1e} (element / token)")
+    for error, token_error in errors.values():
+        assert error <= MAX_ERROR
+        assert token_error <= MAX_TOKEN_ERROR
+
+
+@pytest.mark.slow
+def test_greedy_answers(gemma3, theirs):
+    model, tokenizer, _ = gemma3
+    prompts = tokenizer(PROMPTS)["input_ids"]
+    ours = greedy(model, prompts, NEW, [])
+    for prompt, new in zip(prompts, ours, strict=True):
+        expected = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None
+        )
+        assert tokenizer.decode(new) == tokenizer.decode(expected[0, len(prompt) :])
+        assert new == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.slow
+def test_its_export_loads_in_transformers(gemma3, theirs, tmp_path):
+    model, tokenizer, _ = gemma3
+    prom_jax.save_hf(model, tokenizer, tmp_path / "hf")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    assert type(exported).__name__ == "Gemma3ForCausalLM"
+    tokens = torch.from_numpy(long_text(tokenizer, 600))
+    with torch.no_grad():
+        error, token_error = errors_of_logits(exported(tokens).logits.numpy(), theirs(tokens).logits.numpy())
+    print(f"gemma3, its export in transformers: logits {error:.1e} / {token_error:.1e} (element / token)")
+    assert error <= MAX_ERROR / 10
+    assert token_error <= MAX_TOKEN_ERROR / 10
+    again, again_tokenizer = prom_jax.load(tmp_path / "hf")
+    assert again.config == model.config
+    for text in [*PROMPTS, TEXT]:
+        ids = tokenizer(text)["input_ids"]
+        assert again_tokenizer(text)["input_ids"] == ids
+        assert AutoTokenizer.from_pretrained(tmp_path / "hf")(text)["input_ids"] == ids
