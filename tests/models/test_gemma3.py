@@ -97,7 +97,7 @@ def test_its_export_loads_in_transformers(gemma3, theirs, tmp_path):
     assert token_error <= MAX_TOKEN_ERROR / 10
     again, again_tokenizer = prom_jax.load(tmp_path / "hf")
     assert again.config == model.config
-    for text in [*PROMPTS, TEXT]:
-        ids = tokenizer(text)["input_ids"]
-        assert again_tokenizer(text)["input_ids"] == ids
-        assert AutoTokenizer.from_pretrained(tmp_path / "hf")(text)["input_ids"] == ids
+    texts = [*PROMPTS, TEXT]
+    ids = tokenizer(texts)["input_ids"]
+    assert again_tokenizer(texts)["input_ids"] == ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")(texts)["input_ids"] == ids
