@@ -124,7 +124,7 @@ class Peer:
         self.blocks = torch.compile(self.model.model, dynamic=True) if compiled else self.model.model
 
     def step(self, texts: dict, learning_rate: float) -> tuple[float, int]:
-        """One update on texts by stream; returns its loss and the number of tokens it computed, padding too."""
+        """One update on texts by stream; returns its loss and how many tokens it computed."""
         total, places = 0.0, 0
         for row in rows(texts, self.layout, self.config.data.seq_len, self.method):
             with torch.autocast(self.device, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16"):
