@@ -52,7 +52,7 @@ def train(model, pre_tokenizer, alphabet):
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_programs_are_freed():
-    """A program takes memory maps, of which a process has 65,530; past them it ends by a segmentation fault."""
+    """Each takes memory maps, of which a process has 65,530; past them it ends by a segmentation fault."""
     yield
     jax.clear_caches()
     gc.collect()
