@@ -2,6 +2,7 @@
 BPE without BOS, and a SentencePiece-like one with BOS that marks the start of a text alone with a space, as
 LLaMA-2's does; and a tiny model with data to train it on."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -48,6 +49,14 @@ def train(model, pre_tokenizer, alphabet):
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_freed():
+    """Each takes memory maps, of which a process has 65,530; past them it ends by a segmentation fault."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import prom_jax
@@ -76,3 +77,15 @@ def test_no_circle_of_imports():
 
 def test_settings_import_nothing_of_ours():
     assert IMPORTS[SETTINGS] <= {PACKAGE.name, "prom_jax.utils.errors"}
+
+
+def test_docstrings_have_blocks():
+    """`Args:` and the like stand in lines of their own, so that a documentation generator reads them."""
+    inline = re.compile(r"^\s*(Args|Returns|Raises|Yields|Attributes): *\S", re.MULTILINE)
+    wrong = [
+        f"{module}.{node.name}"
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and inline.search(ast.get_docstring(node) or "")
+    ]
+    assert not wrong

@@ -8,6 +8,7 @@ would copy it. Which parameters there are is in the family's table (`models.fami
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -35,7 +36,8 @@ class Decoder(nnx.Module):
     Args:
       config: the architecture.
       compute: how it is computed.
-      heads: further LM heads next to the model's own, untied: their names, and after which block each reads.
+      heads: further LM heads next to the model's own, untied: their names, which end in `_head`, and after
+        which block each reads; None for the last one.
       exits: further numbers of blocks after which hidden states may leave; after all of them they always may.
       rngs: randomness of the initial values (normal, σ = 0.02).
       param_dtype: of the parameters.
@@ -48,11 +50,16 @@ class Decoder(nnx.Module):
         config: DecoderConfig,
         *,
         compute: Compute = Compute(),
-        heads: Mapping[str, int] = MappingProxyType({}),
+        heads: Mapping[str, int | None] = MappingProxyType({}),
         exits: Sequence[int] = (),
         rngs: nnx.Rngs,
         param_dtype=jnp.float32,
     ):
+        heads = {name: layer or config.num_hidden_layers for name, layer in heads.items()}
+        if wrong := [name for name in heads if not re.fullmatch(r"\w+_head", name) or name == "lm_head"]:
+            raise UserError(
+                f"a head is called {wrong[0]!r}: expected a name that ends in '_head', not 'lm_head'"
+            )
         exits = {*exits, *heads.values()} - {config.num_hidden_layers}
         for layer in exits:
             check_exit(layer, config.num_hidden_layers)
