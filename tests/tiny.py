@@ -55,8 +55,16 @@ def tiny_config(root):
     return c
 
 
-def sentencepiece_model(lines, vocab_size):
-    """A SentencePiece BPE like LLaMA's: byte fallback, runs of spaces as pieces of the lowest score."""
+def sentencepiece_model(lines, vocab_size, **settings):
+    """A SentencePiece BPE like LLaMA's: byte fallback, runs of spaces as pieces of the lowest score.
+
+    Args:
+      lines: to train on.
+      vocab_size: the number of pieces.
+      settings: further ones of SentencePiece's trainer.
+    Returns:
+      The model.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -71,8 +79,11 @@ def sentencepiece_model(lines, vocab_size):
         split_digits=True,
         num_threads=1,
         minloglevel=2,
+        **settings,
     )
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    if "user_defined_symbols" in settings:
+        return proto
     spaces = [piece for piece in proto.pieces if set(piece.piece) == {"▁"}]
     assert len(spaces) > 1
     for piece in spaces:

@@ -4,6 +4,9 @@ export.
 Its window is 512 tokens: texts are shorter and longer than it by far.
 """
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ import prom_jax
 from prom_jax.evaluation.decode import greedy
 from prom_jax.models import decoder
 from tests.models.test_decoder import MAX_ERROR, MAX_TOKEN_ERROR, TEXT, hf_forward, worst_errors
+from tests.tokenization.made_up import TEXTS
 
 PROMPTS = [
     "The capital of Kenya is",
@@ -28,6 +32,29 @@ PROMPTS = [
 ]
 NEW = 64
 COLUMNS = 16_384  # of the logits that are compared at once: copies of all of them take gigabytes
+
+
+# Of the ids that the model's own tokenizer.json gives to `hard_texts`.
+DIGEST = "35e6c921d0d71578ea3b777ffae73472529d12821861a4744d93de7e9fefc1bc"
+
+
+def hard_texts():
+    """Runs of white space, tokens spelled out or nearly so, characters of many scripts at random."""
+    runs = [f"a{character * n}b" for character in (" ", "\n", "\t", " \n") for n in range(70)]
+    spelled = ["<bos>hi<eos>", "<start_of_turn>user\nhi<end_of_turn>\n", "<unused99><unused62420>", "<td>x</td>",
+               "[multimodal]<mask><unk><pad>", "<0x0A> <0x41>", "▁▁ ▁ a▁b", "< bos > <bo", "\0\1\x7f\U0010ffff"]  # fmt: skip
+    alphabet = " \t\n aeiou.,0123456789<>ก้าสεληعرب😀▁\u0301\u200d\u00a0é½²"
+    chance = np.random.default_rng(0)
+    return [
+        *TEXTS, *runs, *spelled,
+        *("".join(chance.choice(list(alphabet), length)) for length in chance.integers(1, 60, 2000)),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ids_are_those_of_its_own_tokenizer(gemma3):
+    ids = gemma3[1](hard_texts())["input_ids"]
+    assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == DIGEST
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,14 @@ import json
 import unicodedata
 
 import pytest
+import sentencepiece
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from prom_jax.checkpoints.pretrained import load_tokenizer
 from prom_jax.utils.errors import UserError
+from tests.tiny import sentencepiece_model
 from tests.tokenization.made_up import (
+    CORPUS,
     GPT2,
     SMOLLM,
     SPECIAL_TEXTS,
@@ -131,3 +134,27 @@ def test_gguf_vocabularies_that_make_no_sense_are_refused(tmp_path, llama_model)
     ):
         with pytest.raises(UserError, match=r"the tokenizer in .*m\.gguf cannot be read"):
             load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
+
+
+RUNS = [character * n for n in range(2, 9) for character in ("▁", "\n", "\t")]
+
+
+def test_user_defined_pieces_come_first(tmp_path):
+    """As in Gemma: runs of spaces, newlines and tabs that are pieces of their own, and no prefix space. GGUF
+    files have -1000 for their scores and spell spaces as spaces."""
+    lines = [line for text in CORPUS for line in text.split("\n")]
+    symbols = ["\n", "\t", *RUNS, "<td>", "<end>"]
+    model = sentencepiece_model(lines, 500, user_defined_symbols=symbols, add_dummy_prefix=False)
+    fields = {**llama_fields(model), "add_space_prefix": False}
+    for i, piece in enumerate(model.pieces):
+        if piece.type == piece.USER_DEFINED:
+            fields["tokens"][i], fields["scores"][i] = piece.piece.replace("▁", " "), -1000.0
+    loaded = load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    runs = [f"{a}a{run * n}b{z}" for run in " \n\t" for n in range(1, 30) for a, z in (("", ""), (run, run))]
+    mixed = ["a \n  \n\t b", "<td>hi</td> <end>", "x<td> <td>  <td>", "< td>", "  hi", "<td"]
+    for text in [*TEXTS, *runs, *mixed]:
+        ids = loaded(text).input_ids
+        assert ids == [1, *reference.encode(text)], text
+        assert loaded.decode(ids, skip_special_tokens=True) == text
+    assert loaded("x▁▁▁a▁▁b▁").input_ids == [1, *reference.encode("x▁▁▁a▁▁b▁")]
