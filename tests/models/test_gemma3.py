@@ -41,8 +41,11 @@ DIGEST = "35e6c921d0d71578ea3b777ffae73472529d12821861a4744d93de7e9fefc1bc"
 def hard_texts():
     """Runs of white space, tokens spelled out or nearly so, characters of many scripts at random."""
     runs = [f"a{character * n}b" for character in (" ", "\n", "\t", " \n") for n in range(70)]
-    spelled = ["<bos>hi<eos>", "<start_of_turn>user\nhi<end_of_turn>\n", "<unused99><unused62420>", "<td>x</td>",
-               "[multimodal]<mask><unk><pad>", "<0x0A> <0x41>", "▁▁ ▁ a▁b", "< bos > <bo", "\0\1\x7f\U0010ffff"]  # fmt: skip
+    spelled = [
+        "<bos>hi<eos>", "<start_of_turn>user\nhi<end_of_turn>\n", "<unused99><unused62420>", "<td>x</td>",
+        "[multimodal]<mask><unk><pad>", "<0x0A> <0x41>", "▁▁ ▁ a▁b", "< bos > <bo",
+        "\0\1\x7f\U0010ffff",
+    ]  # fmt: skip
     alphabet = " \t\n aeiou.,0123456789<>ก้าสεληعرب😀▁\u0301\u200d\u00a0é½²"
     chance = np.random.default_rng(0)
     return [
