@@ -94,8 +94,13 @@ def _text_config(hf: dict) -> dict:
     text.pop("architectures", None)  # of whichever class the language model was taken from
     of_parts = ("model_type", *multimodal.keys)
     of_whole = {key: value for key, value in hf.items() if key not in of_parts and value is not None}
-    (model_type,) = (name for name, family in known_families().items() if family.multimodal is multimodal)
-    return {"model_type": model_type, **text, **of_whole}
+    (expected,) = (name for name, family in known_families().items() if family.multimodal is multimodal)
+    if (model_type := text.pop("model_type", expected)) != expected:
+        raise UserError(
+            f"text_config of a {multimodal.model_type!r} has model_type {model_type!r:.100}: expected "
+            f"{expected!r}"
+        )
+    return {"model_type": expected, **text, **of_whole}
 
 
 def _take_family(hf: dict) -> Family:

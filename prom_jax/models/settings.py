@@ -82,9 +82,12 @@ class Settings:
                 raise UserError(
                     f"config.json sets {layer_type}={values!r:.100} in rope_parameters: expected an object"
                 )
-            scaled = scaling if layer_type == FULL and scaling else {}
+            if layer_type == FULL and scaling:
+                values = {**values, **scaling}
             theta = self._defaults.get(key) if thetas[key] is None else thetas[key]
-            ropes[layer_type] = self._rope({"rope_theta": theta, **values, **scaled}, share)
+            if values.get("rope_theta") is None:
+                values = {**values, "rope_theta": theta}
+            ropes[layer_type] = self._rope(dict(values), share)
         if by_type:
             raise UserError(
                 f"config.json sets rope_parameters with {sorted(by_type)!r:.100}: expected those of "
@@ -105,7 +108,7 @@ class Settings:
                 f"config.json asks for rope scaling {rope_type!r:.100}: expected {', '.join(_ROPE_FIELDS)}"
             )
         # Some files have it at the top, outside the scaling that it belongs to.
-        original = self._rest.pop("original_max_position_embeddings", None)
+        original = self._rest.get("original_max_position_embeddings")
         longest = self._rest.get("max_position_embeddings", self._defaults.get("max_position_embeddings"))
         rope.setdefault("original_max_position_embeddings", original or longest)
         rest = set(rope) - set(fields) - {"original_max_position_embeddings"}

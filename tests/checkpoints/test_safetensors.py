@@ -486,7 +486,7 @@ def test_other_settings_of_a_multimodal_folder_are_named():
         ({"text_config": []}, r"text_config=\[\]: expected an object"),
         ({"vision_scale": 2}, "vision_scale=2"),
         ({"architectures": ["Gemma3Model"]}, "expected Gemma3ForConditionalGeneration"),
-        ({"text_config": {"model_type": "llama"}}, "config.json lacks|unsupported architecture"),
+        ({"text_config": {**text, "model_type": "llama"}}, "model_type 'llama': expected 'gemma3_text'"),
     ):
         with pytest.raises(UserError, match=error):
             config_from_hf({**whole, **settings})

@@ -310,6 +310,11 @@ def test_each_type_of_layer_has_a_rotary_embedding():
         LayerKind(None, Rope(1e6, RopeScaling("linear", 8.0))),
     )
     assert config.eos_token_id == (1, 106)
+    without = {
+        **settings,
+        "rope_parameters": {"sliding_attention": {"rope_theta": None}, "full_attention": None},
+    }
+    assert config_from_hf(without) == config
     # A scaling of the layers with a window too, which the keys of transformers 4 cannot say.
     thetas = {"sliding_attention": 2e4, "full_attention": 3e6}
     ropes = {
