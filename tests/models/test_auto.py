@@ -261,6 +261,7 @@ def test_unsupported_settings_are_named(settings, error):
         ("gemma2", {"attn_logit_softcapping": "50"}, "attn_logit_softcapping='50'"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: expected null"),
+        ("gemma3", {"sliding_window": None}, "sliding_window=None: expected a number above 0"),
         ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern=0"),
         ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters with .'rope_type'"),
         ("gemma3", {"rope_parameters": {"full_attention": 3}}, "full_attention=3 in rope_parameters"),

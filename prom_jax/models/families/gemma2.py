@@ -44,10 +44,11 @@ def read(settings) -> dict:
 
 def write_common(config) -> dict:
     """Keys of `config.json` that Gemma 3 has too."""
+    query_scale = round(config.attention_scale**-2, 6)
     return {
         "hidden_act": ACTIVATION,
         "hidden_activation": ACTIVATION,
-        "query_pre_attn_scalar": round(config.attention_scale**-2),
+        "query_pre_attn_scalar": int(query_scale) if query_scale.is_integer() else query_scale,
         **layer_type_keys(config),
     }
 

@@ -13,7 +13,11 @@ LAYERS_OF_27B = 62
 
 
 def read(settings) -> dict:
-    """Fields of `DecoderConfig`; raises UserError for another activation, or a soft cap of scores."""
+    """Fields of `DecoderConfig`.
+
+    Raises:
+      UserError: for another activation, a soft cap of scores, or no window.
+    """
     if settings.take("attn_logit_softcapping") is not None:  # transformers has the key and leaves it out
         raise UserError(
             "config.json sets attn_logit_softcapping: expected null, as the family has no such cap"
@@ -21,7 +25,7 @@ def read(settings) -> dict:
     settings.take("_sliding_window_pattern")  # of transformers 5, which always says the layers' types too
     pattern = settings.take("sliding_window_pattern", 6)
     types = [SLIDING if (i + 1) % pattern else FULL for i in range(settings["num_hidden_layers"])]
-    window, ropes = settings.take("sliding_window"), settings.take_ropes(THETA_KEYS)
+    window, ropes = settings.take_number("sliding_window", 4096), settings.take_ropes(THETA_KEYS)
     return {
         "layers": layers_of_types(settings, types, window, ropes),
         "logit_softcap": settings.take_number("final_logit_softcapping", None, optional=True),
