@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from prom_jax.checkpoints.gguf import _TYPES, open_gguf
 from prom_jax.checkpoints.params import ParamsReader, load_params
@@ -448,12 +448,16 @@ def test_gguf_of_each_family(tmp_path, family):
     assert relative_error(ours(tokens), logits) <= 1e-4
 
 
-def test_gguf_of_the_largest_gemma2(tmp_path):
+@pytest.mark.parametrize(
+    ("config_class", "architecture", "layers"),
+    [(Gemma2Config, "gemma2", 46), (Gemma3TextConfig, "gemma3", 62)],
+)
+def test_gguf_of_the_largest_gemma(tmp_path, config_class, architecture, layers):
     """Whose queries are not scaled by the size of its heads, which the file does not say."""
-    sizes = {**SIZES, "num_hidden_layers": 46, "head_dim": 16, "query_pre_attn_scalar": 8}
-    config = Gemma2Config(**sizes, pad_token_id=None)
+    sizes = {**SIZES, "num_hidden_layers": layers, "head_dim": 16, "query_pre_attn_scalar": 8}
+    config = config_class(**sizes, pad_token_id=None)
     embedding = {"token_embd.weight": np.ones((64, 32), np.float32)}
-    reader = open_reader(write_gguf(tmp_path / "m.gguf", gguf_settings(config), embedding, "gemma2"))
+    reader = open_reader(write_gguf(tmp_path / "m.gguf", gguf_settings(config), embedding, architecture))
     assert reader.config == config_from_hf(config.to_dict())
     assert reader.config.attention_scale == 8**-0.5
 

@@ -44,7 +44,7 @@ def write(config) -> dict:
 
 
 def gguf_keys(settings, tensors) -> dict:
-    """Keys of `config.json` from GGUF, which does not say what queries are scaled by (`gemma2.gguf_keys`)."""
+    """Keys of `config.json` from GGUF; what it leaves out is as in the published models."""
     names = {
         "sliding_window": "attention.sliding_window",
         "sliding_window_pattern": "attention.sliding_window_pattern",
