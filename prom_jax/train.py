@@ -35,6 +35,7 @@ from prom_jax.parallel import flags, multihost, sharding
 from prom_jax.reporting.card import write as write_card
 from prom_jax.reporting.plots import learning_curves
 from prom_jax.training import budget
+from prom_jax.training.objective import head_chunks
 from prom_jax.training.optimizer import abstract_state, make_optimizer, make_schedule
 from prom_jax.training.setup import Experiment, open_base, resolve
 from prom_jax.training.step import make_update, trained_params
@@ -162,7 +163,8 @@ def compile_update(job: Job):
     parts = job.config.batch.accumulation
     params = weights.abstract_params(job.model, job.mesh)
     opt_state = abstract_state(job.optimizer, trained_params(params, job.method), job.mesh)
-    step = make_update(job.model, job.method, job.optimizer, parts, job.batches.appended)
+    chunks = head_chunks(job.batches, parts * sharding.num_batch_shards(job.mesh))
+    step = make_update(job.model, job.method, job.optimizer, parts, job.batches.appended, chunks)
 
     def update(params, opt_state, batch, stops):
         params, opt_state, metrics = step(params, opt_state, batch)

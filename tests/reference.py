@@ -236,7 +236,8 @@ def gradients(model, method, batch, accumulation=1, appended=None, chunk=16):
     keep = optax.GradientTransformation(
         lambda params: None, lambda updates, state, params: (updates, updates)
     )
-    update = make_update(model, method, keep, accumulation, appended, chunk)
+    chunks = dict.fromkeys(method.streams, chunk)
+    update = make_update(model, method, keep, accumulation, appended, chunks)
     _, kept, metrics = update(decoder.to_params(model), None, batch)
     return {key: value for key, value in metrics.items() if key.startswith(("loss", "weight"))}, kept
 

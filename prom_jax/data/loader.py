@@ -152,6 +152,12 @@ class Batches:
         """Indices into the records of the examples that a step takes, int64."""
         return self._plan.examples[slice(*self._plan.ends[step : step + 2])]
 
+    def loss_tokens(self, stream: str) -> np.ndarray:
+        """The loss tokens of a stream in each step, int64 [steps]."""
+        ends = self._plan.ends[: self.num_steps + 1]
+        total = np.append(0, np.cumsum(self._records.streams[stream].weights[self._plan.examples]))
+        return np.diff(total[ends])
+
     def tokens(self, step: int) -> int:
         """Tokens of a step's examples, whether they share them or not."""
         return self._tokens_of(self.examples_of(step))

@@ -8,8 +8,8 @@ import jax
 from prom_jax.data.loader import Batches
 from prom_jax.models import decoder
 from prom_jax.ops import attention
-from prom_jax.parallel.sharding import local_rows, place_rows
-from prom_jax.training.objective import MAIN_HEAD, L, Method, TokenLoss, token_losses
+from prom_jax.parallel.sharding import local_rows, num_batch_shards, place_rows
+from prom_jax.training.objective import MAIN_HEAD, L, Method, TokenLoss, head_chunks, token_losses
 from prom_jax.utils.console import track
 
 
@@ -38,10 +38,12 @@ class HeldOut:
         self._tokens = {stream: int(texts.weights.sum()) for stream, texts in records.streams.items()}
         self._bytes = {stream: int(texts.bytes.sum()) for stream, texts in records.streams.items()}
 
+        chunks = head_chunks(self._batches, num_batch_shards(mesh))
+
         def sums(params, batch):
             whole = decoder.with_params(model, params)
             return {
-                name: token_losses(whole, {stream: batch[stream]}, [loss])[stream]
+                name: token_losses(whole, {stream: batch[stream]}, [loss], chunks=chunks)[stream]
                 for name, (stream, loss) in self._losses.items()
             }
 

@@ -5,14 +5,16 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from prom_jax.ops.platform import on_cpu
 from prom_jax.parallel.sharding import BATCH, num_batch_shards, reduce_scatter_grad, unshard_fsdp
 
 # Tokens whose logits are in memory at a time, on each device. For each chunk the head's gradient is read and
-# written once, which takes as long as some hundred tokens' products.
-MIN_CHUNK, MAX_CHUNK = 256, 1024
+# written once, which takes as long as the products of CHUNK_COST tokens.
+CHUNKS = tuple(range(64, 1025, 32))
+CHUNK_COST = 100
 _PARTS = 64  # of the vocabulary, for a sum over it on a CPU, where its size is a multiple
 _HEAD_AXES = ("tensor", "fsdp")  # of a head [V, D]
 
@@ -32,14 +34,29 @@ def cross_entropy(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing=0.
       labels_RT: int32 token ids.
       weights_RT: float32; 0 where the token has no loss.
       label_smoothing: α.
-      chunk: tokens at a time; None for half of a shard's tokens, in MIN_CHUNK to MAX_CHUNK, as all tokens of
-        the last chunk are computed whether they have loss or not.
+      chunk: tokens at a time (`choose_chunk`); None for half of a shard's tokens, 256 to 1,024.
       softcap: logits x become softcap · tanh(x / softcap); None for no cap.
     Returns:
       Float32 scalar, the sum; divide by the sum of weights of the whole update.
     """
     value = functools.partial(_value, label_smoothing=label_smoothing, chunk=chunk, softcap=softcap)
     return _on_shards(value, hidden_RTD, head_VD, labels_RT, weights_RT)[0]
+
+
+def choose_chunk(loss_tokens, slots: int) -> int:
+    """The chunk with which updates cost least: all tokens of the last chunk are computed, whether they have
+    loss or not, and each chunk has a cost of its own.
+
+    Args:
+      loss_tokens: int [updates], the loss tokens of each on one shard.
+      slots: of a shard's rows, which is the most that a chunk can have.
+    Returns:
+      A number of tokens, one of CHUNKS or `slots`.
+    """
+    options = [size for size in CHUNKS if size < slots] or [slots]
+    chunks = np.maximum(1, -(-np.asarray(loss_tokens)[:, None] // np.array(options)))
+    costs = (chunks * (np.array(options) + CHUNK_COST)).sum(axis=0)
+    return options[int(costs.argmin())]
 
 
 def _forward(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing, chunk, softcap):
@@ -110,7 +127,7 @@ class _Chunks:
 
     def __init__(self, hidden_RTD, head_VD, labels_RT, weights_RT, *, label_smoothing, chunk, softcap):
         tokens = weights_RT.size
-        self.chunk = min(chunk or min(max(-(-tokens // 2), MIN_CHUNK), MAX_CHUNK), tokens)
+        self.chunk = min(chunk or min(max(-(-tokens // 2), 256), CHUNKS[-1]), tokens)
         self.hidden = hidden_RTD.reshape(tokens, -1)
         self.head, self.labels, self.weights = head_VD, labels_RT.ravel(), weights_RT.ravel()
         self.label_smoothing, self.softcap = label_smoothing, softcap

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from prom_jax.data.examples import PRIMARY
 from prom_jax.models.inputs import Exit, Rows
-from prom_jax.ops.cross_entropy import cross_entropy
+from prom_jax.ops.cross_entropy import choose_chunk, cross_entropy
 
 MAIN_HEAD = "lm_head"
 
@@ -110,7 +110,7 @@ def L(*streams: str, **settings) -> TokenLoss:
     return TokenLoss(streams, **settings)
 
 
-def token_losses(model, batch, terms, appended: str | None = None, chunk: int | None = None) -> dict:
+def token_losses(model, batch, terms, appended: str | None = None, chunks: Mapping | None = None) -> dict:
     """The sums of several token losses by stream, in one pass over the layers.
 
     Args:
@@ -118,18 +118,34 @@ def token_losses(model, batch, terms, appended: str | None = None, chunk: int | 
       batch: {stream: rows}.
       terms: of which each stream is in one.
       appended: the stream whose rows continue those of the primary one, which has as many.
-      chunk: as in `ops.cross_entropy`.
+      chunks: the chunk of each stream, as in `ops.cross_entropy`; see `head_chunks`.
     Returns:
       {stream: float32 scalar}.
     """
-    term_of = {stream: term for term in terms for stream in term.streams}
+    chunks, term_of = chunks or {}, {stream: term for term in terms for stream in term.streams}
     streams = [stream for stream in _primary_first(term_of) if stream in batch]
     groups = [(stream,) for stream in streams]
     if appended in streams:
         groups = [(streams[0], appended), *((s,) for s in streams[1:] if s != appended)]
     states = model.forward(*(_rows(batch, group, term_of) for group in groups)).states
     left = {stream: x for group, exits in zip(groups, states) for stream, x in zip(group, exits)}
-    return {stream: term_of[stream].read(model, left[stream], batch[stream], chunk) for stream in streams}
+    return {
+        stream: term_of[stream].read(model, left[stream], batch[stream], chunks.get(stream))
+        for stream in streams
+    }
+
+
+def head_chunks(batches, shards: int) -> dict[str, int]:
+    """The chunk of loss tokens that a head takes at a time, for each stream of batches.
+
+    Args:
+      batches: of `data.loader`, whose plan knows the loss tokens of each update.
+      shards: into how many parts an update is split, over devices and in time.
+    """
+    return {
+        stream: choose_chunk(-(-batches.loss_tokens(stream) // shards), -(-rows // shards) * length)
+        for stream, (rows, length) in batches.shapes.items()
+    }
 
 
 def _rows(batch, streams: tuple[str, ...], term_of: Mapping[str, TokenLoss]) -> Rows:
@@ -229,14 +245,14 @@ class Method:
         layers = {getattr(term, "layer", None) for term in self.terms}
         return tuple(sorted(layers - {None}))
 
-    def sums(self, model, batch, appended: str | None = None, chunk: int | None = None) -> dict:
+    def sums(self, model, batch, appended: str | None = None, chunks: Mapping | None = None) -> dict:
         """The sums of all terms, float32 scalars by name; those of token losses in one pass over the layers.
 
         Args:
-          model, batch, appended, chunk: as in `token_losses`.
+          model, batch, appended, chunks: as in `token_losses`.
         """
         exits = [term for term in self.terms if isinstance(term, TokenLoss)]
-        sums = token_losses(model, batch, exits, appended, chunk)
+        sums = token_losses(model, batch, exits, appended, chunks)
         for term in (term for term in self.terms if not isinstance(term, TokenLoss)):
             sums |= term.sums(model, batch)
         return sums

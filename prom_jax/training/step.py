@@ -1,6 +1,7 @@
 """One update: gradients of a method's loss, summed over micro-batches, and the optimizer's step."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     accumulation: int,
     appended: str | None = None,
-    chunk: int | None = None,
+    chunks: Mapping[str, int] | None = None,
 ):
     """The function (params, opt_state, batch) → (params, opt_state, metrics) of one update.
 
@@ -29,7 +30,7 @@ def make_update(
       accumulation: into how many parts the batch is split; gradients are summed over them, each term
         divided by the divisors of the whole update, so the result is that of the whole batch.
       appended: the stream that continues the rows of the first one, as `data.loader.Batches` says.
-      chunk: of loss tokens, as in `ops.cross_entropy`.
+      chunks: of loss tokens by stream, as in `training.objective.head_chunks`.
     Returns:
       Metrics are float32 scalars: loss, and by name of a sum loss_… (per token) and weight_…; grad_norm;
       param_norm after the update.
@@ -43,7 +44,7 @@ def make_update(
 
         def losses(trained, part):
             whole = decoder.with_params(model, merge_params(trained, params))
-            sums = method.sums(whole, part, appended, chunk)
+            sums = method.sums(whole, part, appended, chunks)
             return {name: scale[name] * sums[name] for name in sums}, sums
 
         gradients, sums = accumulate(_differentiate(losses, method.combine), trained, batch, accumulation)

@@ -97,6 +97,8 @@ def test_shapes_dtypes_and_fill(records):
     for stream in ("target", "english"):
         real = np.mean([(run[i][stream]["segments"] > 0).mean() for i in range(len(run))])
         assert real == pytest.approx(run.fill[stream])
+        weights = [run[i][stream]["weights"].sum() for i in range(len(run))]
+        assert run.loss_tokens(stream).tolist() == weights
     assert run.tokens(0) == sum((rows["segments"] > 0).sum() for rows in batch.values()) and run.saved == 0
 
 

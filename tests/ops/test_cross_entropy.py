@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from prom_jax.models import decoder
-from prom_jax.ops.cross_entropy import cross_entropy
+from prom_jax.ops.cross_entropy import CHUNK_COST, CHUNKS, choose_chunk, cross_entropy
 from prom_jax.parallel import sharding
 from prom_jax.training.methods.prom import PROM
 from prom_jax.training.step import make_update
@@ -161,7 +161,9 @@ def buffers(step, tied=False, **sizes):
     ("sizes", "tied"), [({"fsdp": 1}, False), ({"data": 2, "fsdp": 2, "tensor": 2}, True)]
 )
 def test_no_buffer_of_tokens_by_vocabulary(sizes, tied):
-    prom = lambda model, optimizer: make_update(model, PROM(layer=1), optimizer, 1, chunk=CHUNK)
+    prom = lambda model, optimizer: make_update(
+        model, PROM(layer=1), optimizer, 1, chunks={"target": CHUNK, "english": CHUNK}
+    )
     widest, share = buffers(prom, tied, **sizes)
     assert widest == 32  # the tokens of a chunk, or the columns of a head's matrix
     assert share < 1
@@ -179,3 +181,17 @@ def test_the_plain_formula_has_such_a_buffer():
     widest, share = buffers(plain_step, fsdp=1)
     assert widest == TOKENS
     assert share >= 1
+
+
+@pytest.mark.parametrize("numbers", [[47, 40, 52], [578, 437, 600], [1024] * 3, [0, 0], [2000, 10, 10, 10]])
+def test_the_chunk_is_the_cheapest_for_the_plans_loss_tokens(numbers):
+    def cost(chunk):
+        return sum(max(1, math.ceil(number / chunk)) * (chunk + CHUNK_COST) for number in numbers)
+
+    assert choose_chunk(numbers, 2048) == min(CHUNKS, key=cost)
+    assert choose_chunk(numbers, 40) == 40  # a shard has no more
+
+
+def test_few_loss_tokens_take_a_small_chunk_and_many_a_large_one():
+    assert choose_chunk([47, 40, 52], 2048) == 64
+    assert choose_chunk([900, 1000, 1024], 1024) >= 512

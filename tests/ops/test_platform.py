@@ -102,7 +102,7 @@ def test_a_whole_model(both, attention):
 
     def losses():
         def total(params):
-            sums = METHOD.sums(decoder.with_params(model, params), BATCH, chunk=16)
+            sums = METHOD.sums(decoder.with_params(model, params), BATCH, chunks=dict.fromkeys(BATCH, 16))
             return sum(sums.values()), sums
 
         return jax.value_and_grad(total, has_aux=True)(decoder.to_params(model))

@@ -49,7 +49,7 @@ def step_flops(method):
     optimizer = optax.sgd(1e-3)
     params = decoder.to_params(model)
     whole = ROWS * LENGTH  # tokens of a chunk: one turn of the loss's loop
-    update = jax.jit(make_update(model, method, optimizer, 1, chunk=whole))
+    update = jax.jit(make_update(model, method, optimizer, 1, chunks={"target": whole, "english": whole}))
     batch = {"target": rows, "english": rows}
     counted = update.lower(params, optimizer.init(params), batch).compile().cost_analysis()["flops"]
     arguments = model.config, method, records_of(examples), np.arange(ROWS)

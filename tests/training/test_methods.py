@@ -294,7 +294,7 @@ def test_parameters_that_are_not_trained_stay_and_have_no_state():
     params = decoder.to_params(model)
     state = optimizer.init(trained_params(params, method))
     assert [x.shape for x in jax.tree.leaves(state)] == [(), *2 * [params["pivot_head"].shape]]
-    update = jax.jit(make_update(model, method, optimizer, 1, chunk=16))
+    update = jax.jit(make_update(model, method, optimizer, 1, chunks={"english": 16, "target": 16}))
     after, _, metrics = update(params, state, PACKED)
     head = gradients(model, RAW, PACKED)[1]["pivot_head"]
     assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(head), rel=1e-5)

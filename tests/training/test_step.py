@@ -57,7 +57,9 @@ def run(model, mesh, accumulation=1, dtype="float32"):
     """
     schedule = make_schedule(RATE, 0.0, "linear", STEPS)
     optimizer = make_optimizer(schedule, weight_decay=0.1, clip=1.0, dtype=dtype)
-    update = jax.jit(make_update(model, METHOD, optimizer, accumulation, chunk=16))
+    update = jax.jit(
+        make_update(model, METHOD, optimizer, accumulation, chunks=dict.fromkeys(METHOD.streams, 16))
+    )
     with jax.set_mesh(mesh):
         params = place_params(mesh, decoder.to_params(model), model.config)
         start, opt_state, metrics, first = params, optimizer.init(params), [], None
