@@ -125,7 +125,7 @@ def test_bad_input(tiny, data, whole, tmp_path):
         ({"out": tmp_path / "file"}, "cannot be made a folder"),
         ({"limit": 0}, "--limit=0"),
         ({"max_length": 2048}, "context has 1024 tokens"),
-        ({"max_length": 256}, "leaves no room"),
+        ({"max_length": 256}, "leaves no token"),
         ({"out": out, "bos": None}, "no BOS|bos=False, now True"),
         ({"out": out, "compute_dtype": "bfloat16"}, "compute_dtype='float32', now 'bfloat16'"),
     ]

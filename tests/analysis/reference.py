@@ -12,7 +12,7 @@ WORDS = {
     "house": "nyumba",
     "tree": "mti",
     "in": "inzi",  # one begins the other
-    "tank": "tango",  # share their beginnings
+    "tank": "tango",  # share their first tokens
     "sun": "jua",
     "language": "ภาษา",
     "taxi": "taxi",  # are equal

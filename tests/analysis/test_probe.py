@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prom_jax.analysis.cloze import Row, Table, read_table
-from prom_jax.analysis.probe import SCORINGS, Probe, beginnings, probe
+from prom_jax.analysis.probe import SCORINGS, Probe, probe, word_starts
 from prom_jax.models import decoder
 from prom_jax.parallel import sharding
 from prom_jax.utils.errors import UserError
@@ -96,8 +96,8 @@ def test_rows_that_cannot_be_measured(byte_level, metaspace, tables):
     assert dropped(model, metaspace)["the tokenizer cannot spell one of its words"] == 1
 
 
-def test_beginnings(byte_level, byte_fallback):
-    spelled = lambda tokenizer, *args: tokenizer.convert_ids_to_tokens(beginnings(tokenizer, *args))
+def test_word_starts(byte_level, byte_fallback):
+    spelled = lambda tokenizer, *args: tokenizer.convert_ids_to_tokens(word_starts(tokenizer, *args))
     assert spelled(byte_level, "task", "prefix") == ["t", "tas", "Ġtas", "Ġtask"]
     assert spelled(byte_level, "task", "byte") == ["t", "tas", "Ġtas", "Ġtask"]
     assert spelled(byte_level, "ภาษา", "byte") == ["Ġà¸łà¸²", "à"]

@@ -180,7 +180,7 @@ def test_a_place_that_cannot_be_written(recipe, byte_level, tmp_path, monkeypatc
             raise RuntimeError("write() failed: No space left on device")
 
     monkeypatch.setattr(records, "ArrayRecordWriter", Full)
-    with pytest.raises(UserError, match=r"cannot be written into .*No space left.*make room"):
+    with pytest.raises(UserError, match=r"cannot be written into .*No space left.*free some space"):
         prepare(recipe(), byte_level, tmp_path / "r")
     assert list((tmp_path / "r").iterdir()) == []
 

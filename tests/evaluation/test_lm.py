@@ -111,7 +111,7 @@ def test_long_prompts_lose_their_beginning(tiny, theirs, capsys):
     )
     requests = asked("generate_until", (text(60), {"max_gen_toks": 16, "until": []}))
     assert ours.generate_until(requests) == short.generate_until(requests)
-    assert "1 of 1 prompts are longer than 48 tokens and lose their beginning" in capsys.readouterr().out
+    assert "1 of 1 prompts are longer than 48 tokens and cut on the left" in capsys.readouterr().out
     requests = asked("loglikelihood", (text(60), " " + text(3)), (text(2), " " + text(60)))
     pairs = zip(ours.loglikelihood(requests)[:1], short.loglikelihood(requests[:1]))
     for got, expected in pairs:
@@ -154,7 +154,7 @@ def test_answers_are_asked_once(tmp_path, ours, monkeypatch, capsys):
     [
         ({"do_sample": True}, "only greedy decoding"),
         ({"temperature": 0.7}, "only greedy decoding"),
-        ({"max_gen_toks": 1024}, "leaves no room for a prompt in a context of 1024"),
+        ({"max_gen_toks": 1024}, "leaves no token for a prompt in a context of 1024"),
     ],
 )
 def test_what_cannot_be_generated(ours, settings, message):

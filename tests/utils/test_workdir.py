@@ -35,7 +35,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match=r"a.json cannot be written .*No space left.*make room"):
+    with pytest.raises(UserError, match=r"a.json cannot be written .*No space left.*free some space"):
         write_json(path, 2)
     assert json.loads(path.read_text()) == 1 and len(list(tmp_path.iterdir())) == 1
 

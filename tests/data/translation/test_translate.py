@@ -315,7 +315,7 @@ def test_a_full_disk_keeps_what_was_stored(tmp_path):
     cache, key = Cache(tmp_path / "cache.sqlite"), ("engine", "en", "th")
     cache.put(key, {"a": "b"})
     cache._connection.execute("PRAGMA max_page_count = 1")  # SQLite's own way to say that there is no room
-    with pytest.raises(UserError, match=r"disk is full.*make room"):
+    with pytest.raises(UserError, match=r"disk is full.*free some space"):
         cache.put(key, {str(i): "x" * 1000 for i in range(100)})
     assert cache.get(key, ["a", "1"]) == {"a": "b"}
 
