@@ -2,8 +2,8 @@
 # Downloads a model to try things with into a cache, checks it, and says where it is.
 #   source launch/model.sh                             # SmolLM2-135M-Instruct (GGUF, 98 MB): sets SMOLLM2
 #   bash launch/model.sh gemma --accept-gemma-terms    # Gemma-3-270M (GGUF, 253 MB): prints its path
-# Gemma comes under the Gemma Terms of Use; without the flag, a terminal is asked. Sourced with `gemma` it sets GEMMA3,
-# which is also set by any other sourcing where the file is in the cache. Run, not sourced, it prints the path.
+# Gemma comes under the Gemma Terms of Use; without the flag, a terminal is asked. Sourced with `gemma` it sets GEMMA3.
+# Run, not sourced, it prints the path.
 
 _cache="${XDG_CACHE_HOME:-$HOME/.cache}/prom_jax"
 _terms="the Gemma Terms of Use (https://ai.google.dev/gemma/terms)"
@@ -64,9 +64,6 @@ _fetch_gemma() {
   _checked "$file" a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818 && GEMMA3="$file"
 }
 
-if [ -f "$_cache/gemma3/gemma-3-270m-q4_k_m.gguf" ]; then
-  GEMMA3="${GEMMA3:-$_cache/gemma3/gemma-3-270m-q4_k_m.gguf}"
-fi
 if [ "${BASH_SOURCE[0]}" != "$0" ]; then
   if [ "${1:-}" = gemma ]; then
     _fetch_gemma "${2:-}"
