@@ -6,6 +6,7 @@ interference.png. The records are those of the run, in --workdir, and are made i
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -17,10 +18,12 @@ from prom_jax import config as configuration
 from prom_jax.analysis.interference import cosines, draw, inner_products, only, summary
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
+from prom_jax.data.examples import further_streams
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Records, prepare
 from prom_jax.models import decoder
 from prom_jax.models.blocks import Compute
+from prom_jax.models.decoder import check_exit
 from prom_jax.parallel import sharding
 from prom_jax.reporting.plots import interference_by_layer
 from prom_jax.training import budget
@@ -58,13 +61,19 @@ def measure(config, workdir: Path, model: str, out: Path, methods: list[str], nu
     reader, tokenizer = models.open_source(model)
     layer = configuration.pivot_layer(config, reader.config.num_hidden_layers)
     if reader.heads and not config.pivot.layer:
-        layer = next(iter(reader.heads.values()))
+        layer = reader.heads.get("pivot_head", layer)
+    check_exit(layer, reader.config.num_hidden_layers, "pivot.layer")
     # λ scales a gradient without turning it: any but 0 will do, whatever regulation says.
     measured = {name: find_method(name).from_config(config, layer, 1.0) for name in methods}
     network = load(config, reader, mesh, measured.values())
     has_english = bool(config.data.english) or config.pivot.translation_source
     everything = find_method("prom" if has_english else "bactrian").from_config(config, layer, 1.0)
-    data = prepare(recipe(config, everything), tokenizer, workdir / "records")
+    named = dict.fromkeys(texts.stream for method in measured.values() for texts in method.compared)
+    streams = (*everything.streams, *(stream for stream in named if stream not in ("target", "english")))
+    examples = dataclasses.replace(
+        recipe(config, everything), streams=streams, more=further_streams(tuple(config.data.streams))
+    )
+    data = prepare(examples, tokenizer, workdir / "records")
     shape = {"sequences": config.batch.sequences, "seq_len": config.data.seq_len}
     batches = Batches(data.train, **shape, seed=config.seed, epochs=1.0)
     steps = draw(batches, data.train, measured.values(), number)

@@ -185,12 +185,11 @@ def open_checkpoints(job: Job) -> Checkpoints:
 
 def load(job: Job) -> dict:
     """Parameters of the base model, sharded."""
-    method = job.method
     return weights.load_params(
         job.base.reader,
         job.mesh,
-        heads=method.heads,
-        exits=method.exits,
+        heads=job.model.heads,
+        exits=job.model.exits,
         dtype=job.config.optimizer.dtype,
     )
 
@@ -199,7 +198,7 @@ def init_state(job: Job, checkpoints: Checkpoints, params: dict, abstract):
     """The parameters and a new optimizer state, sharded as the abstract ones; checkpoints to come are
     described."""
     dtype = np.dtype(job.base.reader.dtype).name
-    description = Description(job.base.reader.config, job.method.heads, dtype, job.details)
+    description = Description(job.base.reader.config, job.model.heads, dtype, job.details, job.method.exits)
     describe(checkpoints.directory, description, job.base.tokenizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract[1])
     init = jax.jit(job.optimizer.init, out_shardings=shardings)
@@ -258,7 +257,8 @@ def present(metrics: dict) -> dict:
         for key, value in metrics.items()
         if key.startswith("weight_") and not value
     ]
-    return {key: value for key, value in metrics.items() if key.partition("_")[2] not in absent}
+    hidden = {f"{kind}_{name}" for name in absent for kind in ("loss", "weight")}
+    return {key: value for key, value in metrics.items() if key not in hidden}
 
 
 def check_finite(job: Job, metrics: dict, step: int, checkpoints: Checkpoints):

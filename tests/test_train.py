@@ -341,6 +341,7 @@ def test_bad_flags_are_one_line(tiny, tmp_path, flag, message):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_kill_9_at_random_moments(tiny, finished, tmp_path):
     """The process is killed twice, wherever it happens to be; the end is that of an unbroken run."""
     chance, workdir = random.Random(time.time_ns()), tmp_path / "run"

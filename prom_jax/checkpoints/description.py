@@ -28,15 +28,17 @@ class Description:
 
     Attributes:
       config: the architecture.
-      heads: further LM heads, and after which block each reads, above which another stack begins.
+      heads: further LM heads, and after which block each reads.
       dtype: of the source's weights, the default of an export.
       details: for the model card.
+      exits: blocks, besides those of heads, above which another stack begins.
     """
 
     config: DecoderConfig
     heads: dict[str, int]
     dtype: str
     details: dict
+    exits: tuple[int, ...] = ()
 
     def write(self, directory):
         """Writes `model.json`."""
@@ -62,7 +64,10 @@ class Description:
                 inside = type(layer) is int and 0 < layer <= config.num_hidden_layers
                 if not inside or not re.fullmatch(r"(?!lm_)[a-z]\w*_head", head, re.ASCII):
                     raise TypeError(f"heads has {head!r:.100} at {layer!r:.100}")
-            return cls(**fields | {"config": config})
+            exits = tuple(fields.get("exits", ()))
+            if not all(type(layer) is int and 0 < layer < config.num_hidden_layers for layer in exits):
+                raise TypeError(f"exits is {exits!r:.100}")
+            return cls(**fields | {"config": config, "exits": exits})
 
 
 def check_readable(directory):

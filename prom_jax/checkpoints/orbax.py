@@ -123,7 +123,7 @@ class CheckpointReader:
         if not steps or (place != directory and int(place.name) not in steps):
             raise UserError(f"{place} holds no whole checkpoint: train on, or give another source")
         self.step = max(steps) if place == directory else int(place.name)
-        exits = decoder.abstract(self.config, heads=self.heads).exits
+        exits = decoder.abstract(self.config, heads=self.heads, exits=description.exits).exits
         self._paths = {name: (path, index) for name, path, index in hf_tensors(self.config, exits)}
         self.names = set(self._paths)
         self._paths |= {head_tensor(head): ((head,), ()) for head in self.heads}

@@ -295,11 +295,11 @@ def stack_bounds(num_layers: int, exits: Sequence[int]) -> list[tuple[int, int]]
     return list(zip((0, *exits), (*exits, num_layers)))
 
 
-def check_exit(layer: int, num_layers: int):
-    """Raises UserError unless there is at least one block on either side of an exit."""
+def check_exit(layer: int, num_layers: int, name: str = "exit"):
+    """Raises UserError, in which an exit has this name, unless there is a block on either side of it."""
     if not 0 < layer < num_layers:
         raise UserError(
-            f"pivot.layer={layer}: expected 1 to {num_layers - 1} for a model of {num_layers} layers "
+            f"{name}={layer}: expected 1 to {num_layers - 1} for a model of {num_layers} layers "
             "(0 for three quarters of them)"
         )
 

@@ -68,9 +68,9 @@ class Multimodal:
     Attributes:
       model_type, architecture: as its `config.json` has them, in which `text_config` is the language model's.
       keys: further keys of its `config.json`, which say nothing of the language model.
-      renames: beginnings of the names of the language model's tensors, and what they are in the family's
+      renames: prefixes of the names of the language model's tensors, and what they are in the family's
         own; of two that fit the first counts.
-      others: beginnings of the names of all other tensors.
+      others: prefixes of the names of all other tensors.
     """
 
     model_type: str

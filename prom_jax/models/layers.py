@@ -101,7 +101,7 @@ def block(config: DecoderConfig, weights: dict, x_BTD, angles_BTF, mask, backend
         return _norm(config, weights, name, x)
 
     def add(x, h):
-        return x + (h if config.residual_scale == 1 else h * jnp.asarray(config.residual_scale, h.dtype))
+        return x + (h if config.residual_scale == 1 else _scaled(h, config.residual_scale))
 
     h, cache = _attend(config, weights, norm("attention_norm", x_BTD), angles_BTF, mask, backend, cache)
     x_BTD = add(x_BTD, norm("attention_out_norm", h))
@@ -121,7 +121,7 @@ def _attend(config, weights, x_BTD, angles_BTF, mask, backend, cache):
     q, k = _head_norm(config, weights, "q_norm", q), _head_norm(config, weights, "k_norm", k)
     q, k = rotate(q, angles_BTF), rotate(k, angles_BTF)
     if config.attention_scale is not None:  # `attention` itself divides by √head_dim
-        q = q * jnp.asarray(config.attention_scale * math.sqrt(config.head_dim), q.dtype)
+        q = _scaled(q, config.attention_scale * math.sqrt(config.head_dim))
     if cache is not None and cache.slot is None:
         k, v = cache.append(k, v)
     elif cache is not None:
@@ -130,6 +130,11 @@ def _attend(config, weights, x_BTD, angles_BTF, mask, backend, cache):
     h = attention(q, k, v, mask, backend, layer, config.attention_softcap)
     (h,) = _project(weights, h.reshape(*h.shape[:2], -1), "o", training=training)
     return h, cache
+
+
+def _scaled(x, scale: float):
+    """`x` times a scale that is not rounded to its dtype before."""
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def _mlp(config, weights, x_BTD, training: bool):

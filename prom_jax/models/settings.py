@@ -289,7 +289,6 @@ _FIXED = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "attention_dropout": (0.0, 0, None),
-    "partial_rotary_factor": (1.0, None),
     "rope_interleaved": (False, None),
     "quantization_config": (None,),
     "is_encoder_decoder": (False,),

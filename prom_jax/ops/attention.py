@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from prom_jax.ops import attention_cpu
 from prom_jax.parallel.sharding import BATCH, num_batch_shards
+from prom_jax.utils.errors import UserError
 from prom_jax.utils.temporary import absl_flags_parsed
 
 # 'xla' and 'cudnn' are jax.nn.dot_product_attention's own, 'splash' is Pallas's for TPU, 'tokamax' are that
@@ -184,6 +185,8 @@ def attention(q_BTHD, k, v, mask, backend="auto", layer=None, softcap: float | N
         return _on_each_device(functools.partial(_tokamax, softcap), q_BTHD, k, v, mask_B1TS)
     if layer is not None:
         k, v = k[layer].swapaxes(1, 2), v[layer].swapaxes(1, 2)
+    if softcap is not None and backend == "cudnn":
+        raise UserError("attention='cudnn' has no soft caps, which this model has: use 'auto'")
     if softcap is not None:
         return _softcapped(q_BTHD, k, v, mask_B1TS, softcap)
     implementation = "cudnn" if backend == "cudnn" else "xla"

@@ -27,19 +27,24 @@ def learning_curves(rows: list[dict], path: Path):
     """
     training = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "loss" not in row]
-    roles = [role for role in ROLES if any(f"loss_{role}" in row for row in training)]
+    streams = dict.fromkeys(key.removeprefix("loss_") for row in training for key in row if "loss_" in key)
+    roles = sorted(
+        streams, key=lambda stream: (stream not in ROLES, ROLES.index(stream) if stream in ROLES else 0)
+    )
+    colours = dict(zip((role for role in roles if role not in COLOURS), OTHER_COLOURS)) | COLOURS
+    labels = {role: role for role in roles} | LABELS
     figure = Figure(figsize=(4 * len(roles) + 4, 3.5), layout="constrained")
     *panels, right = figure.subplots(1, len(roles) + 1)
     for role, axes in zip(roles, panels):
         points = [(row["step"], row[f"loss_{role}"]) for row in training if row.get(f"weight_{role}", 0) > 0]
-        axes.plot(*zip(*points), label=LABELS[role], color=COLOURS[role])
+        axes.plot(*zip(*points), label=labels[role], color=colours.get(role))
         axes.set(xlabel="step", ylabel="training loss (nats per token)")
-    for name, label in LABELS.items():
+    for name, label in labels.items():
         key = f"eval_{name}_bits_per_byte"
         points = [(row["step"], row[key]) for row in evaluations if key in row]
         if points:
             style = "--" if name.startswith("text") else "-"
-            colour = COLOURS[name.removeprefix("text_")]
+            colour = colours.get(name.removeprefix("text_"))
             right.plot(*zip(*points), style, marker="o", label=label, color=colour)
     right.set(xlabel="step", ylabel="held-out bits per byte")
     for axes in (*panels, right):

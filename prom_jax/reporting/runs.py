@@ -166,7 +166,7 @@ def _method(training: dict, pivot: Pivot | None) -> str:
 
 
 def _pivot(training: dict) -> Pivot | None:
-    if training["method"] != "prom" or not training.get("pivot.weight"):
+    if not training.get("pivot.weight"):
         return None
     keys = {key.removeprefix("pivot."): training[key] for key in training if key.startswith("pivot.")}
     known = {name: keys.pop(name) for name in Pivot._fields if name in keys}

@@ -48,8 +48,11 @@ class Loss:
 
     terms: tuple[Term, ...]
 
-    def __add__(self, term: Term) -> "Loss":
-        return Loss((*self.terms, term))
+    def __add__(self, other: "Term | Loss") -> "Loss":
+        return Loss((*self.terms, *(other.terms if isinstance(other, Loss) else (other,))))
+
+    def __rmul__(self, weight: float) -> "Loss":
+        return Loss(tuple(weight * term for term in self.terms))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +78,8 @@ class TokenLoss:
     def __rmul__(self, weight: float) -> "TokenLoss":
         return dataclasses.replace(self, weight=weight * self.weight)
 
-    def __add__(self, term: Term) -> Loss:
-        return Loss((self, term))
+    def __add__(self, other: "Term | Loss") -> Loss:
+        return Loss((self,)) + other
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -188,12 +191,10 @@ class Method:
       label, colour: in tables and pictures.
       compared: the texts whose gradients `interference` compares.
       regulated: whether its weight λ is for regulation to decide.
-      reference: whether reports compare the other methods with it.
       loss: the terms.
     """
 
     regulated: ClassVar[bool] = False
-    reference: ClassVar[bool] = False
     name: ClassVar[str]
     label: ClassVar[str]
     colour: ClassVar[str]
@@ -225,8 +226,18 @@ class Method:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The terms of the loss."""
-        return self.loss.terms if isinstance(self.loss, Loss) else (self.loss,)
+        """The terms of the loss.
+
+        Raises:
+          ValueError: if two of them have a sum of the same name, such as that of one stream.
+        """
+        terms = self.loss.terms if isinstance(self.loss, Loss) else (self.loss,)
+        names = [name for term in terms for name in term.names]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(
+                f"{sorted(twice)} are in two terms of {self.name!r}: expected one for each stream"
+            )
+        return terms
 
     @property
     def streams(self) -> tuple[str, ...]:

@@ -22,8 +22,13 @@ def make_schedule(learning_rate, warmup_ratio, schedule, num_steps):
 def make_optimizer(schedule, weight_decay, clip, dtype="float32"):
     """AdamW (betas 0.9 and 0.999) on gradients of norm at most `clip`; 0 for no clipping.
 
-    Norm scales do not decay, as in the trainer that the paper used. `dtype`: of parameters and moments;
-    'bfloat16' as in `with_stochastic_rounding`.
+    Norm scales and biases do not decay, as in the trainer that the paper used.
+
+    Args:
+      schedule: learning rate by update.
+      weight_decay: of AdamW.
+      clip: the largest norm of the gradients.
+      dtype: of parameters and moments; 'bfloat16' as in `with_stochastic_rounding`.
     """
     optimizer = optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=weight_decay, mask=_decays)
     if clip:
@@ -109,7 +114,10 @@ def _hash(x):
 
 
 def _decays(params: dict) -> dict:
-    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].key, params)
+    def is_matrix(path, _):
+        return not path[-1].key.endswith(("norm", "_bias"))
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def abstract_state(optimizer, params: dict, mesh):

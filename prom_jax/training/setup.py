@@ -113,7 +113,7 @@ def open_base(config, workdir: Path, weights: bool = True) -> BaseModel:
     else:
         reader, (model_config, tokenizer) = None, models.open_config(config.model)
     layer = configuration.pivot_layer(config, model_config.num_hidden_layers)
-    check_exit(layer, model_config.num_hidden_layers)
+    check_exit(layer, model_config.num_hidden_layers, "pivot.layer")
     console.print(f"model     {config.model}")
     return BaseModel(model_config, tokenizer, layer, reader)
 

@@ -78,6 +78,7 @@ class Parser(argparse.ArgumentParser):
         """
         arguments = _with_underscores(sys.argv[1:] if args is None else args)
         arguments, overrides = _split(arguments) if self._has_config else (arguments, [])
+        arguments = [*self._without_values(arguments)]
         self._check_known(arguments)
         result, extra = self.parse_known_args(arguments, namespace)
         if extra:
@@ -98,6 +99,24 @@ class Parser(argparse.ArgumentParser):
             raise UserError("; ".join(f"{name} is missing: {about[name]}" for name in missing.split(", ")))
         message = message.removeprefix("argument ").replace(": =", "=", 1)  # of a type's own: --flag=value
         raise UserError(f"{message} (--help lists all flags)")
+
+    def _without_values(self, arguments: list[str]):
+        """Switches as argparse knows them: --name for --name=true, nothing for --name=false and --noname."""
+        switches = {
+            name
+            for name, action in self._option_string_actions.items()
+            if action.nargs == 0 and name != "--help"
+        }
+        for argument in arguments:
+            name, has_value, value = argument.partition("=")
+            if argument.startswith("--no") and f"--{argument[4:]}" in switches:
+                continue
+            if name not in switches or not has_value:
+                yield argument
+            elif value.lower() not in ("true", "false"):
+                raise UserError(f"{argument}: expected true or false, or {name} alone")
+            elif value.lower() == "true":
+                yield name
 
     def _check_known(self, arguments: list[str]):
         # Before argparse, which would first miss what is misspelt.

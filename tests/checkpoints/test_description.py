@@ -23,6 +23,7 @@ from prom_jax.utils.workdir import FORMAT
         {"dtype": "int32"},
         {"dtype": 7},
         {"details": None},
+        {"exits": [2]},
         {"more": 1},
     ],
 )

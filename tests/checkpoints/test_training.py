@@ -12,10 +12,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from prom_jax import train as door
+from prom_jax.checkpoints.description import Description, describe
 from prom_jax.checkpoints.orbax import CheckpointReader
+from prom_jax.checkpoints.params import ParamsReader
 from prom_jax.checkpoints.training import Checkpoints, checksums
+from prom_jax.models import decoder
 from prom_jax.parallel import sharding
 from prom_jax.utils.errors import UserError
+from tests.reference import hf_model, to_model
 
 MESHES = {"one": {"fsdp": 1}, "fsdp": {"fsdp": 8}, "tensor": {"fsdp": 1, "tensor": 8}}
 MESHES["mixed"] = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -221,3 +225,18 @@ def test_training_goes_on_from_the_step_before_a_damaged_one(config, tmp_path, c
     assert "step 8 is damaged" in (told := capsys.readouterr().out) and "resumed   after step 6" in told
     assert read() == before
     assert CheckpointReader(tmp_path / "elsewhere").step == 8
+
+
+def test_stacks_that_are_cut_at_an_exit_without_a_head_are_read(byte_level, tmp_path):
+    model = to_model(hf_model("llama2"), 3, hf_model("llama2").lm_head.weight, more_exits=(1,))
+    assert model.exits == (1, 3) and model.heads == {"pivot_head": 3}
+    describe(tmp_path, Description(model.config, model.heads, "float32", {}, (1,)), byte_level)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, params=decoder.to_params(model))
+    checkpoints.close()
+    reader = CheckpointReader(tmp_path)
+    expected = ParamsReader(model)
+    assert reader.names == expected.names and reader.heads == model.heads
+    for name in (*reader.names, "pivot_head.weight"):
+        whole = tuple(map(slice, reader.shape(name)))
+        np.testing.assert_array_equal(reader.read(name, whole), expected.read(name, whole))

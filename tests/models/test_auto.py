@@ -352,3 +352,10 @@ def test_a_missing_key_is_named():
     for key in ("vocab_size", "num_hidden_layers"):
         with pytest.raises(UserError, match=f"lacks {key}"):
             config_from_hf({k: v for k, v in LLAMA2_7B.items() if k != key})
+
+
+def test_gemma3_without_a_local_layer_comes_back():
+    settings = {**SIZES, "num_hidden_layers": 2, "head_dim": 16, "layer_types": ["full_attention"] * 2}
+    config = config_from_hf(transformers.Gemma3TextConfig(**settings).to_dict())
+    assert config.windows == (None,)
+    assert config_from_hf(config_to_hf(config)) == config

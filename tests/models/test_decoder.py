@@ -304,7 +304,7 @@ def test_exits_and_settings_are_checked():
     config = config_from_hf({"model_type": "llama", **settings})
     for layer in (-1, 5):
         for where in ({"exits": [layer]}, {"heads": {"pivot_head": layer}}):
-            with pytest.raises(UserError, match=f"pivot.layer={layer}: expected 1 to 3"):
+            with pytest.raises(UserError, match=f"exit={layer}: expected 1 to 3"):
                 decoder.abstract(config, **where)
     for name in ("dtype", "remat", "attention"):
         with pytest.raises(UserError, match="'other': expected one of"):

@@ -328,3 +328,23 @@ def test_a_third_stream_is_a_term(appended):
     assert both["loss"] == pytest.approx(float(without["loss"]) + 0.3 * replay, rel=1e-5)
     for key in ("loss_target", "loss_english"):
         assert both[key] == pytest.approx(float(without[key]), rel=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Twice(PROM):
+    """PROM whose English leaves a second time, which would have a sum of the same name."""
+
+    @property
+    def loss(self):
+        return super().loss + L("english")
+
+
+def test_a_stream_is_in_one_term():
+    with pytest.raises(ValueError, match=r"\['english'\] are in two terms of 'prom'"):
+        _ = Twice(PIVOT).streams
+    nested = L("target") + (0.5 * (L("english") + L("replay")))
+    assert [(term.streams, term.weight) for term in nested.terms] == [
+        (("target",), 1.0),
+        (("english",), 0.5),
+        (("replay",), 0.5),
+    ]

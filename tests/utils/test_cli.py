@@ -238,3 +238,13 @@ def test_a_command_ends_with_one_line():
     assert done.returncode == 2 and done.stdout == ""
     known = "bactrian, prom, xllama2, unregulated, published"
     assert done.stderr == f"error: unknown variant 'bactrain': expected one of {known}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [("--dry_run", True), ("--dry-run=true", True), ("--dry_run=false", False), ("--nodry_run", False)],
+)
+def test_switches_take_a_truth_value_too(given, value):
+    assert parse("train", given).dry_run is value
+    with pytest.raises(UserError, match="--dry_run=maybe: expected true or false, or --dry_run alone"):
+        parse("train", "--dry_run=maybe")

@@ -25,7 +25,10 @@ def read(settings) -> dict:
     settings.take("_sliding_window_pattern")  # of transformers 5, which always says the layers' types too
     pattern = settings.take("sliding_window_pattern", 6)
     types = [SLIDING if (i + 1) % pattern else FULL for i in range(settings["num_hidden_layers"])]
-    window, ropes = settings.take_number("sliding_window", 4096), settings.take_ropes(THETA_KEYS)
+    window, ropes = (
+        settings.take_number("sliding_window", 4096),
+        settings.take_ropes(THETA_KEYS),
+    )
     return {
         "layers": layers_of_types(settings, types, window, ropes),
         "logit_softcap": settings.take_number("final_logit_softcapping", None, optional=True),
@@ -36,11 +39,14 @@ def read(settings) -> dict:
 def write(config) -> dict:
     """Keys of `config.json`."""
     ropes = {SLIDING if kind.window else FULL: kind.rope for kind in config.layers}
-    return {
+    keys = {
         "final_logit_softcapping": config.logit_softcap,
         **gemma2.write_common(config),
         **rope_keys_by_type(ropes, THETA_KEYS),
     }
+    if SLIDING not in ropes:  # without a local layer a window says nothing, and null is refused
+        del keys["sliding_window"]
+    return keys
 
 
 def gguf_keys(settings, tensors) -> dict:

@@ -12,7 +12,6 @@ class XLLaMA2(Method):
     name = "xllama2"
     label = "xLLaMA2(t+e)"
     colour = "tab:red"
-    reference = True
     compared = (
         Texts("English", "english", ("target",), "data.english"),
         Texts("target", "target", ("target", "translation"), "data.target"),
