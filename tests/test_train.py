@@ -341,7 +341,6 @@ def test_bad_flags_are_one_line(tiny, tmp_path, flag, message):
 
 
 @pytest.mark.slow
-@pytest.mark.faults
 def test_kill_9_at_random_moments(tiny, finished, tmp_path):
     """The process is killed twice, wherever it happens to be; the end is that of an unbroken run."""
     chance, workdir = random.Random(time.time_ns()), tmp_path / "run"
@@ -360,6 +359,7 @@ def test_kill_9_at_random_moments(tiny, finished, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.main_job
 def test_the_main_job_on_real_weights(tmp_path):
     """SmolLM2-135M learns Swahili: a few steps of the demo, through the command, after a short probe."""
     table = (TABLES / "sw.csv").read_text(encoding="utf-8").splitlines()[:13]

@@ -99,7 +99,6 @@ def test_nobody_comes(start):
 
 
 @pytest.mark.slow
-@pytest.mark.faults
 def test_faults_at_random_moments(byte_level, tmp_path):
     """FAULTS=20 for so many."""
     config, chance = faults.prepare(tmp_path / "tiny", byte_level), random.Random(time.time_ns())
