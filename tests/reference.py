@@ -166,6 +166,22 @@ def hf_logits(hf, hidden, head):
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def generate(hf, prompt, max_new_tokens, eos=None):
+    """New tokens of transformers' greedy decoding, up to and without the first of `eos`."""
+    tokens = torch.tensor([prompt])
+    with torch.no_grad():
+        new = hf.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=0,
+        )
+    new = new[0, len(prompt) :].tolist()
+    return new[:-1] if eos and new[-1] in eos else new
+
+
 def to_params(tensors, config, exits=(), heads=()):
     """Tensors by transformers' names (weights or their gradients) as our nested dict of numpy arrays."""
     arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}

@@ -113,11 +113,6 @@ class Example:
     texts: dict[str, list[Span]]
     unusable: str = ""
 
-    @property
-    def roles(self) -> dict[str, str]:
-        """By stream, the role under which its text is counted."""
-        return {stream: role_in(stream, self.role) for stream in self.texts}
-
 
 def role_in(stream: str, role: str) -> str:
     """The role under which a stream's text is counted of an example that is of a `role`."""

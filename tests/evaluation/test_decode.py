@@ -5,12 +5,11 @@ import contextlib
 import jax
 import numpy as np
 import pytest
-import torch
 
 from prom_jax.evaluation.decode import decode, greedy
 from prom_jax.models import decoder
 from prom_jax.parallel import sharding
-from tests.reference import hf_model, place_params, to_model
+from tests.reference import generate, hf_model, place_params, to_model
 
 NEW = 12
 # On either side of the bucket of 64, and far longer than the window.
@@ -18,33 +17,17 @@ PROMPTS = [np.random.default_rng(length).integers(0, 199, length).tolist() for l
 MODELS = {"smollm2": {}, "llama3": {}, "mistral": {"sliding_window": 6}}
 
 
-def generate(hf, prompt, eos=None):
-    """New tokens up to and without the first of `eos`."""
-    with torch.no_grad():
-        tokens = torch.tensor([prompt])
-        new = hf.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=NEW,
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=0,
-        )
-    new = new[0, len(prompt) :].tolist()
-    return new[:-1] if eos and new[-1] in eos else new
-
-
 @pytest.mark.parametrize(("family", "pivot_layer"), [("smollm2", 0), ("llama3", 3), ("mistral", 3)])
 def test_greedy_equals_transformers(family, pivot_layer):
     hf = hf_model(family, **MODELS[family])
     model = to_model(hf, pivot_layer)
-    expected = [generate(hf, prompt) for prompt in PROMPTS]
+    expected = [generate(hf, prompt, NEW) for prompt in PROMPTS]
     assert len({token for new in expected for token in new}) > NEW  # not one token over and over
     assert greedy(model, PROMPTS, NEW, []) == expected
 
     # One prompt stops on the way, then another at once, and others where they meet these tokens.
     for eos in ([expected[1][4]], [expected[3][0]], [expected[1][4], expected[3][0]]):
-        stopped = [generate(hf, prompt, eos) for prompt in PROMPTS]
+        stopped = [generate(hf, prompt, NEW, eos) for prompt in PROMPTS]
         assert any(len(new) < NEW for new in stopped)
         assert greedy(model, PROMPTS, NEW, eos) == stopped
 
@@ -56,14 +39,14 @@ def test_prompts_that_share_their_beginning(family, pivot_layer, monkeypatch):
     beginning = chance.integers(0, 199, 290).tolist()  # more than a part of the prefill
     prompts = [beginning + chance.integers(0, 199, length).tolist() for length in (1, 9, 3, 30, 2)]
     prompts += [prompts[1], prompts[0][:291], *PROMPTS]
-    expected = [generate(hf, prompt) for prompt in prompts]
+    expected = [generate(hf, prompt, NEW) for prompt in prompts]
     assert len({tuple(new) for new in expected[:5]}) == 5
     model = to_model(hf, pivot_layer)
     assert greedy(model, prompts, NEW, []) == expected
     monkeypatch.setattr("prom_jax.evaluation.decode.GROWTH", 5)  # so that the cache grows
     assert dict(decode(model, prompts, NEW, [], slots=1)) == dict(enumerate(expected))  # row by row
     eos = [expected[0][3], expected[3][5]]
-    assert greedy(model, prompts, NEW, eos) == [generate(hf, prompt, eos) for prompt in prompts]
+    assert greedy(model, prompts, NEW, eos) == [generate(hf, prompt, NEW, eos) for prompt in prompts]
 
 
 def test_watching_from_outside():
@@ -96,4 +79,4 @@ def test_greedy_on_a_mesh(sizes, context):
     model = decoder.with_params(model, place_params(mesh, decoder.to_params(model), model.config))
     prompts = PROMPTS[:3]  # rows that its devices do not divide
     with context(mesh):
-        assert greedy(model, prompts, NEW, []) == [generate(hf, prompt) for prompt in prompts]
+        assert greedy(model, prompts, NEW, []) == [generate(hf, prompt, NEW) for prompt in prompts]

@@ -21,6 +21,7 @@ from prom_jax.utils.errors import UserError
 from tests.reference import (
     FAMILIES,
     SIZES,
+    generate,
     gradients,
     hf_model,
     pack,
@@ -209,25 +210,10 @@ def _forward(model, *batches):
     return model.forward(*batches)
 
 
-def generate(hf, prompt):
-    """New tokens of transformers."""
-    tokens = torch.tensor([prompt])
-    with torch.no_grad():
-        new = hf.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=NEW,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return new[0, len(prompt) :].tolist()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_decoding_equals_transformers(family):
     hf = hf_model(family, **short_window(family))
-    assert greedy(to_model(hf, 3), PROMPTS, NEW, []) == [generate(hf, prompt) for prompt in PROMPTS]
+    assert greedy(to_model(hf, 3), PROMPTS, NEW, []) == [generate(hf, prompt, NEW) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("family", ["qwen3 with biases", "olmo2", "gemma2", "gemma3"])
