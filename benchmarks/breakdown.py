@@ -67,9 +67,7 @@ def main(argv=None):
     """Reads the command line, measures and reports."""
     parser = cli.Parser("benchmarks.breakdown", __doc__)
     parser.add_run()
-    repetitions = "updates of which the fastest is told"
-    parser.add_argument("--repetitions", metavar="N", type=cli.at_least(1), default=3, help=repetitions)
-    parser.add_argument("--out", metavar="FILE", help="where the table goes as JSON")
+    measure.add_arguments(parser, 3, "updates of which the fastest is reported")
     arguments = parser.parse_args(argv)
     config = measure.configuration(arguments.config, 2 * arguments.repetitions + 1)
     with tempfile.TemporaryDirectory() as folder:

@@ -83,14 +83,14 @@ def measured(side: str, work: Path) -> dict:
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))
         time.sleep(0.02)
-    told = [line for line in process.stdout.read().splitlines() if line.startswith("{")]
+    results = [line for line in process.stdout.read().splitlines() if line.startswith("{")]
     for other in waiting:
         if process.returncode:
             other.kill()
         other.wait()
     if process.returncode:
         raise SystemExit(f"{side} ended with status {process.returncode}")
-    row = {"side": side, **json.loads(told[-1]), "peak GiB": peak / 2**30}
+    row = {"side": side, **json.loads(results[-1]), "peak GiB": peak / 2**30}
     print(row, flush=True)
     return row
 

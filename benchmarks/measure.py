@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.utils import command
+from prom_jax.utils import cli, command
 from prom_jax.utils.console import console
 
 PACKAGES = ("jax", "torch", "transformers", "tokenizers", "datasets", "tensorflow-datasets", "grain")
@@ -27,6 +27,12 @@ def configuration(config, steps: int):
     config.steps = steps
     config.compute_dtype = config.compute_dtype or models.default_compute_dtype()
     return config
+
+
+def add_arguments(parser, repetitions: int, counted: str):
+    """Adds --repetitions, with its default and what it counts, and --out to a parser."""
+    parser.add_argument("--repetitions", metavar="N", type=cli.at_least(1), default=repetitions, help=counted)
+    parser.add_argument("--out", metavar="FILE", help="where the table goes as JSON")
 
 
 def interleaved(sides: dict[str, Callable], repetitions: int) -> dict[str, list[float]]:

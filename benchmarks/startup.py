@@ -27,7 +27,7 @@ PHASES = {
     "steps ": "records, plan of batches",
     "memory ": "compilation of the update",
     "step     0": "weights, base model's evaluation",
-    "step     1": "first update (with what no line told before it)",
+    "step     1": "first update (with all since the line before)",
 }
 WITHOUT_TORCH = "import sys\nsys.modules['torch'] = None\n"
 

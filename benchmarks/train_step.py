@@ -70,10 +70,8 @@ def parse(argv) -> argparse.Namespace:
     parser.add_run()
     peers = ("published", "padded", "xllama2")
     parser.add_argument("--peer", choices=peers, default="published", help="what stands beside PROM")
-    repetitions = "updates of each side that count"
-    parser.add_argument("--repetitions", metavar="N", type=cli.at_least(1), default=5, help=repetitions)
+    measure.add_arguments(parser, 5, "updates of each side that count")
     parser.add_argument("--compile", action="store_true", help="torch.compile the peer")
-    parser.add_argument("--out", metavar="FILE", help="where the table goes as JSON")
     return parser.parse_args(argv)
 
 
@@ -95,7 +93,7 @@ class Ours:
     """A run of prom_jax, update by update."""
 
     def __init__(self, config, workdir: str):
-        console.quiet = True  # the parent has told all
+        console.quiet = True  # the parent has printed all
         command.keep_freed_memory()
         self.job = train.plan(config, Path(workdir))
         jax.set_mesh(self.job.mesh)
@@ -178,7 +176,7 @@ def report(jobs: dict, results: dict, seconds: dict, peaks: dict, arguments: arg
     rows.append(measure.compared("places computed an update", places))
     rows.append(measure.compared("peak memory (GiB)", {name: [peak / 2**30] for name, peak in peaks.items()}))
     apart = np.abs(np.divide(losses["peer"], losses["ours"]) - 1).max()
-    notes = [f"{name}: {told}" for name, told in about(jobs, arguments.peer).items()]
+    notes = [f"{name}: {text}" for name, text in about(jobs, arguments.peer).items()]
     notes += [f"losses: the peer's differ from ours by {apart:.1e} of these at most"]
     title = f"Updates of {config.batch.sequences} rows of {config.data.seq_len} on {mesh.size} × {device}"
     measure.report(title, rows, arguments.out, notes)
@@ -188,7 +186,7 @@ def report(jobs: dict, results: dict, seconds: dict, peaks: dict, arguments: arg
 
 def about(jobs: dict, peer: str) -> dict[str, str]:
     """What each side does, in a line."""
-    told = {}
+    descriptions = {}
     for name, job in jobs.items():
         config = job.config
         backend, dtype = attention.resolve(config.attention), config.optimizer.dtype
@@ -196,18 +194,18 @@ def about(jobs: dict, peer: str) -> dict[str, str]:
             f"{rows} × {length} {stream}" for stream, (rows, length) in job.batches.shapes.items()
         )
         appended = f", {job.batches.appended} appended" * bool(job.batches.appended)
-        told[name] = (
+        descriptions[name] = (
             f"{config.method} in JAX; texts in rows ({shapes}{appended}) without "
             f"seeing each other; shared prompts save {job.batches.saved:.0%} of the tokens; attention "
             f"{backend}; heads on loss-bearing tokens; AdamW in {dtype}"
         )
     if peer in LAYOUTS:
-        told["peer"] = (
+        descriptions["peer"] = (
             f"prom in torch; {LAYOUTS[peer]}; English through all blocks; attention SDPA, causal; "
             "heads on all tokens; AdamW fused, in float32"
         )
     both = f"{config.compute_dtype}, remat {config.remat}, clip {config.optimizer.clip}"
-    return told | {"both": both}
+    return descriptions | {"both": both}
 
 
 if __name__ == "__main__":

@@ -30,9 +30,7 @@ def main(argv=None):
     """Reads the command line, measures and reports."""
     parser = cli.Parser("benchmarks.trainer", __doc__)
     parser.add_run()
-    repetitions = "updates of each side that count"
-    parser.add_argument("--repetitions", metavar="N", type=cli.at_least(1), default=5, help=repetitions)
-    parser.add_argument("--out", metavar="FILE", help="where the table goes as JSON")
+    measure.add_arguments(parser, 5, "updates of each side that count")
     arguments = parser.parse_args(argv)
     config = measure.configuration(arguments.config, arguments.repetitions + 1)
     with tempfile.TemporaryDirectory() as folder:

@@ -93,7 +93,7 @@ def read_tables(arguments: argparse.Namespace, settings: dict) -> dict:
 
 
 def measure(model, tokenizer, tables: dict, **settings) -> dict[str, Probe]:
-    """Probes each language; one of which no row can be measured is told and left out.
+    """Probes each language; one without a row that can be measured is reported and left out.
 
     Raises:
       NoRows: if that is so of the last one, and there is no other.

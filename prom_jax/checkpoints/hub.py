@@ -137,7 +137,7 @@ def model_card(card: Mapping[str, object]) -> str:
     """A model card, whose tag marks its folder as an export.
 
     Args:
-      card: its rows; 'base_model', where it is a hub id, and 'language' are told to the hub as well.
+      card: its rows; 'base_model', where it is a hub id, and 'language' also go to the hub's metadata.
     Returns:
       The content of a `README.md`.
     """

@@ -267,7 +267,7 @@ class _Watch(threading.Thread):
         return next((value for _, value in self._client.key_value_dir_get(_FAILURE)), "")
 
     def fail(self, code: int, message: str):
-        """Ends all processes, with the first failure that any of them has told of."""
+        """Ends all processes, with the first failure that any of them reported."""
         if not self._ending.acquire(blocking=False):  # another thread does so
             time.sleep(2 * SHUTDOWN_GRACE)
         if self._client:

@@ -142,12 +142,12 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         if not action.option_strings or action.default is argparse.SUPPRESS:
             return about
         if action.required:
-            told = "required"
+            remark = "required"
         elif "(default" in about or "(required)" in about:
             return about
         else:
-            told = f"default: {_shown(action.default)}"
-        return f"{about} ({told})".lstrip().replace("%", "%%")
+            remark = f"default: {_shown(action.default)}"
+        return f"{about} ({remark})".lstrip().replace("%", "%%")
 
 
 def at_least(least: int) -> Callable[[str], int]:
