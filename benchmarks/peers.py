@@ -88,7 +88,8 @@ def row_loss(model, blocks, row: dict, method: PROM):
     english = row["stream"] == "english"
     outputs = blocks(tokens, output_hidden_states=english, use_cache=False)
     if english:
-        logits = model.pivot_head(outputs.hidden_states[method.layer])
+        hidden = outputs.hidden_states[method.layer]
+        logits = model.pivot_head(model.model.norm(hidden) if method.norm == "final" else hidden)
     else:
         logits = model.lm_head(outputs.last_hidden_state)
     return row["scale"] * cross_entropy(
@@ -106,7 +107,7 @@ class Peer:
     Args:
       source: Hugging Face directory or hub id.
       layout: a key of LAYOUTS.
-      method: whose loss is minimised, without a norm before the pivot head.
+      method: whose loss is minimised.
       config: of the run; its dtype, remat and optimizer are the peer's too.
       compiled: whether torch compiles the model.
     """

@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prom_jax
 from prom_jax.evaluation.decode import greedy
 from prom_jax.models import decoder
+from prom_jax.training.methods.prom import PROM
 from tests.models.test_decoder import MAX_ERROR, MAX_TOKEN_ERROR, TEXT, hf_forward, worst_errors
+from tests.reference import gradients, pack, to_model
 from tests.tokenization.made_up import TEXTS
+from tests.training.test_methods import assert_same, copied_head, torch_loss
 
 PROMPTS = [
     "The capital of Kenya is",
@@ -111,6 +114,30 @@ def test_greedy_answers(gemma3, theirs):
         )
         assert tokenizer.decode(new) == tokenizer.decode(expected[0, len(prompt) :])
         assert new == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["none", "final"])
+def test_loss_and_gradients_of_an_update(gemma3, norm):
+    """PROM's, of texts of which one is longer than the window, on the model that transformers reads."""
+    _, tokenizer, path = gemma3
+    hf = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    method = PROM(14, weight=0.1, label_smoothing=0.1, norm=norm)
+    ids = np.concatenate([tokenizer(text)["input_ids"] for text in [TEXT, *PROMPTS] * 3])
+
+    def examples(*lengths):
+        for start, length in enumerate(lengths):
+            weights = np.zeros(length, np.float32)
+            weights[-40:-1] = 1  # the answer
+            yield ids[start : start + length], weights
+
+    target, english = list(examples(700, 200)), list(examples(120, 90))
+    head = copied_head(hf)
+    rows = {"target": pack(target, [[0, 1]], 900), "english": pack(english, [[0, 1]], 210)}
+    model = to_model(hf, method.layer, head.weight)
+    ours = gradients(model, method, rows, chunk=64)
+    del model
+    assert_same(ours, torch_loss(hf, head, method, target, english), tolerance=1e-4)
 
 
 @pytest.mark.slow

@@ -70,34 +70,34 @@ def torch_sum(hf, examples, head, layer, norm, label_smoothing=0.0):
     return total
 
 
-def torch_loss(hf, pivot_head, method):
+def torch_loss(hf, pivot_head, method, targets=TARGET, englishes=ENGLISH):
     """The losses of an update as its metrics name them, and the gradients in our layout."""
-
-    def count(examples):
-        return sum(float(weights.sum()) for _, weights in examples)
-
-    metrics = {"weight_target": count(TARGET), "weight_english": count(ENGLISH)}
-    target = torch_sum(hf, TARGET, hf.lm_head, 4, norm=True)
+    num_target, num_english = (
+        sum(float(weights.sum()) for _, weights in examples) for examples in (targets, englishes)
+    )
+    last = hf.config.num_hidden_layers
+    metrics = {"weight_target": num_target, "weight_english": num_english}
+    target = torch_sum(hf, targets, hf.lm_head, last, norm=True)
     if isinstance(method, PROM):
         smoothing = method.label_smoothing
-        english = torch_sum(hf, ENGLISH, pivot_head, PIVOT, method.norm == "final", smoothing)
-        loss = target / count(TARGET) + method.weight * english / count(ENGLISH)
+        english = torch_sum(hf, englishes, pivot_head, method.layer, method.norm == "final", smoothing)
+        loss = target / num_target + method.weight * english / num_english
     elif isinstance(method, XLLaMA2):
-        english = torch_sum(hf, ENGLISH, hf.lm_head, 4, norm=True)
-        loss = (target + english) / (count(TARGET) + count(ENGLISH))
+        english = torch_sum(hf, englishes, hf.lm_head, last, norm=True)
+        loss = (target + english) / (num_target + num_english)
     else:
-        loss = target / count(TARGET)
+        loss = target / num_target
     loss.backward()
-    metrics |= {"loss": loss.item(), "loss_target": target.item() / count(TARGET)}
+    metrics |= {"loss": loss.item(), "loss_target": target.item() / num_target}
     if "english" in method.streams:
-        metrics["loss_english"] = english.item() / count(ENGLISH)
+        metrics["loss_english"] = english.item() / num_english
     else:
         metrics.pop("weight_english")
     tensors = {name: parameter.grad for name, parameter in hf.named_parameters()}
     if method.heads:
         tensors["pivot_head"] = pivot_head.weight.grad
     config = config_from_hf(hf.config.to_dict())
-    return metrics, to_params(tensors, config, [PIVOT], method.heads)
+    return metrics, to_params(tensors, config, method.exits or [PIVOT], method.heads)
 
 
 def assert_same(ours, theirs, tolerance):
