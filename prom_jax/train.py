@@ -48,6 +48,8 @@ from prom_jax.utils.workdir import write_config, write_json
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
 SPEEDS = ("tokens_per_second", "model_flops_per_second")  # of each update
+# Freed memory is kept for the next update where an update needs no more than this share of what there is.
+MOST_KEPT = 0.25
 
 
 def train(config, workdir, dry_run: bool = False) -> dict:
@@ -173,7 +175,10 @@ def compile_update(job: Job):
     batch = sharding.place_rows(job.mesh, job.batches[0], parts)
     stops = sharding.by_process(job.mesh, False)
     compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, opt_state, batch, stops).compile()
-    console.print(f"memory    {budget.summary(budget.device_bytes(compiled))}")
+    needed = budget.device_bytes(compiled)
+    console.print(f"memory    {budget.summary(needed)}")
+    if sum(needed.values()) > MOST_KEPT * budget.available_bytes():
+        command.return_freed_memory()
     return compiled, (params, opt_state)
 
 

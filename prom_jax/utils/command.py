@@ -37,16 +37,35 @@ def import_tensorboard():
         del sys.modules["torch"]
 
 
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h: M_TRIM_THRESHOLD and so on
+_kept = False  # whether freed memory is kept
+
+
 def keep_freed_memory():
     """Where there is no accelerator, keeps the memory of an update for the next one; before JAX has threads.
 
     glibc would give the system back what an update frees at its end, 1.5 GiB in the demo, and new pages of it
     cost the next update up to a tenth of its time.
     """
+    global _kept
     libc = ctypes.CDLL(None)
     accelerators = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
     if not accelerators and hasattr(libc, "gnu_get_libc_version"):
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h: M_TRIM_THRESHOLD and so on
-        libc.mallopt(trim_threshold, -1)  # never
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(arena_max, 1)
+        libc.mallopt(_TRIM_THRESHOLD, -1)  # never
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_ARENA_MAX, 1)
+        _kept = True
+
+
+def return_freed_memory():
+    """Ends `keep_freed_memory`, if a command began it.
+
+    What an update frees is one block; where something small comes to lie in it, the next update needs another
+    one as large. So a run can come to hold several times what it uses.
+    """
+    global _kept
+    if _kept:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_TRIM_THRESHOLD, 2**17)  # both as by default
+        libc.mallopt(_MMAP_MAX, 2**16)
+        _kept = False
