@@ -66,23 +66,25 @@ def sentencepiece_model(lines, vocab_size, **settings):
       The model.
     """
     model = io.BytesIO()
+    defaults = {
+        "model_type": "bpe",
+        "character_coverage": 0.98,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_writer=model,
-        model_type="bpe",
         vocab_size=vocab_size,
-        character_coverage=0.98,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
         num_threads=1,
         minloglevel=2,
-        **settings,
+        **defaults | settings,
     )
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
-    if "user_defined_symbols" in settings:
+    if settings:
         return proto
     spaces = [piece for piece in proto.pieces if set(piece.piece) == {"▁"}]
     assert len(spaces) > 1

@@ -1,12 +1,6 @@
-"""Tokenizers of Hugging Face folders, SentencePiece models and GGUF files.
+"""Tokenizers of Hugging Face folders, SentencePiece models and GGUF files."""
 
-`PreTrainedTokenizerFast` is transformers', which is to be imported from here.
-"""
+from prom_jax.tokenization.base import PreTrainedTokenizerFast
+from prom_jax.tokenization.folder import load
 
-from prom_jax.utils.temporary import environment
-
-# transformers is here for tokenizers and configurations; that it finds no torch is as it should be.
-with environment(TRANSFORMERS_NO_ADVISORY_WARNINGS="1"):
-    from transformers import PreTrainedTokenizerFast
-
-__all__ = ["PreTrainedTokenizerFast"]
+__all__ = ["PreTrainedTokenizerFast", "load"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from prom_jax.tokenization import PreTrainedTokenizerFast
+from prom_jax.tokenization.base import PreTrainedTokenizerFast
 from prom_jax.utils.errors import UserError
 
 LONGEST = 1000  # characters of a token; the ways to halve it cost its square

@@ -5,8 +5,10 @@ import json
 import os
 from pathlib import Path
 
-from prom_jax.tokenization import PreTrainedTokenizerFast, sentencepiece
+from prom_jax.tokenization import sentencepiece
+from prom_jax.tokenization.base import PreTrainedTokenizerFast
 from prom_jax.tokenization.checks import load_checked
+from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 
 
@@ -26,20 +28,26 @@ def load(path, source=None) -> PreTrainedTokenizerFast:
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """16 hexadecimal digits that change with what the tokenizer makes of a text."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    with sentencepiece.serializable(tokenizer) as by_library:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("padding"), state.pop("truncation")  # set by calls, not part of the vocabulary
     parts = [state, tokenizer.bos_token_id, tokenizer.eos_token_id]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    digest.update(tokenizer.model_file if by_library else b"")
+    return digest.hexdigest()[:16]
 
 
 def save(tokenizer: PreTrainedTokenizerFast, directory, chat_template: str | None):
     """Writes the tokenizer's files into `directory`, with `chat_template` (jinja) in place of its own.
 
-    The folder loads with AutoTokenizer of transformers 4 and 5.
+    The folder loads with AutoTokenizer of transformers 4 and 5. Where only the sentencepiece library cuts
+    text as the tokenizer does, there is no tokenizer.json: it could not say so. Then transformers 4 does with
+    `use_fast=False`, and so does whatever reads the model's scores, such as llama.cpp.
     """
     own, tokenizer.chat_template = tokenizer.chat_template, chat_template
     try:
-        tokenizer.save_pretrained(directory)
+        with sentencepiece.serializable(tokenizer) as by_library:
+            tokenizer.save_pretrained(directory)
     finally:
         tokenizer.chat_template = own
     path = Path(directory) / "tokenizer_config.json"
@@ -47,6 +55,18 @@ def save(tokenizer: PreTrainedTokenizerFast, directory, chat_template: str | Non
     # transformers 4 fails on what version 5 writes here: its name for the class that reads tokenizer.json as
     # it stands, and a list under this key.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer, sentencepiece.SentencePieceTokenizer):
+        path.with_name(sentencepiece.FILE).write_bytes(tokenizer.model_file)
+    if by_library:
+        path.with_name("tokenizer.json").unlink()
+        added = tokenizer.added_tokens_decoder.items()
+        config |= {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": True,  # a prefix space after special tokens too
+            "add_bos_token": tokenizer.add_bos_token,
+            "add_eos_token": tokenizer.add_eos_token,
+            "added_tokens_decoder": {str(i): token.__getstate__() for i, token in added},
+        }
     if extra := config.pop("extra_special_tokens", None):
         config["additional_special_tokens"] = extra
     for key in ("is_local", "local_files_only"):  # how it was loaded here
@@ -57,15 +77,24 @@ def save(tokenizer: PreTrainedTokenizerFast, directory, chat_template: str | Non
 def _from_directory(path: Path) -> PreTrainedTokenizerFast:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         _check_names_no_files(path / name)
-    if (path / "tokenizer.json").exists():
-        from transformers import AutoTokenizer  # which imports torch where there is one: seconds
-
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if (path / "tokenizer.model").exists():
+    own, by_scores = path / "tokenizer.json", path / sentencepiece.FILE
+    if not own.exists() and not by_scores.exists():
+        raise UserError(
+            f"{path} has no tokenizer: expected a tokenizer.json or a SentencePiece {by_scores.name} in it"
+        )
+    if not own.exists():
         return sentencepiece.read(path)
-    raise UserError(
-        f"{path} has no tokenizer: expected a tokenizer.json or a SentencePiece tokenizer.model in it"
-    )
+    # As the file stands: the classes that `tokenizer_class` names put their own steps in place of the file's.
+    if not by_scores.exists() or not sentencepiece.is_model(by_scores):
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer = sentencepiece.SentencePieceTokenizer.from_pretrained(path)
+    tokenizer.model_file = by_scores.read_bytes()
+    if different := sentencepiece.differences(tokenizer):
+        console.print(
+            f"WARNING   {own} cuts texts otherwise than the {by_scores.name} beside it, {different[0]!r:.60} "
+            f"among {len(different)}: the former is used; remove it if the model was trained with the other"
+        )
+    return tokenizer
 
 
 def _check_names_no_files(path: Path):

@@ -1,25 +1,68 @@
 """Tokenizers written in a GGUF file's metadata."""
 
 import functools
-import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import LlamaTokenizer
 
-from prom_jax.tokenization import PreTrainedTokenizerFast
+from prom_jax.tokenization import sentencepiece
+from prom_jax.tokenization.base import PreTrainedTokenizerFast
 from prom_jax.tokenization.checks import check_lengths, load_checked
-from prom_jax.tokenization.sentencepiece import ranked_merges
 from prom_jax.utils.errors import UserError
 
-# Kinds of token in `tokenizer.ggml.token_type`.
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-# How text is cut into words before merging: GPT-4's expression, with digits in threes or alone.
-_WORDS = (
+Piece = ModelProto.SentencePiece  # its types are those of `tokenizer.ggml.token_type`
+# How text is cut into words before merging: GPT-4's expression, with digits in threes or alone, and that of
+# GPT-4o, which keeps marks with their letters and begins a word where small letters are followed by capitals.
+_GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")  # a word of the vocabulary is a token whatever the merges
+_CAPITALS, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}*{_SMALL}+%s|[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}+{_SMALL}*%s"
+    r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+
+
+class _Pre(NamedTuple):
+    """What a name of `tokenizer.ggml.pre` stands for.
+
+    Attributes:
+      expression: by which text is cut into words; None for GPT-2's.
+      digits: whether each digit is cut off first.
+      whole_words: whether a word of the vocabulary is a token whatever the merges.
+      bos: whether a text begins with BOS, where the file does not say it.
+      nfc: whether text is normalised.
+    """
+
+    expression: str | None = None
+    digits: bool = False
+    whole_words: bool = False
+    bos: bool = False
+    nfc: bool = False
+
+    def steps(self) -> list:
+        """The pre-tokenizers that cut text into words."""
+        first = [pre_tokenizers.Digits(individual_digits=True)] if self.digits else []
+        if self.expression:
+            first.append(pre_tokenizers.Split(Regex(self.expression), behavior="isolated"))
+        return [*first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.expression is None)]
+
+
+PRE = {
+    **dict.fromkeys(("default", "gpt-2", "phi-2", "olmo"), _Pre()),
+    **dict.fromkeys(("smollm", "refact"), _Pre(digits=True)),
+    **dict.fromkeys(("llama-bpe", "llama-v3", "llama3"),
+                    _Pre(_GPT4 % "{1,3}", whole_words=True, bos=True)),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _Pre(_GPT4 % "{1,3}")),
+    "glm4": _Pre(_GPT4 % "{1,3}", whole_words=True),
+    "qwen2": _Pre(_GPT4 % "", nfc=True),
+    "tekken": _Pre(_GPT4O % ("", "", ""), whole_words=True, bos=True),
+    "gpt-4o": _Pre(_GPT4O % (_CONTRACTIONS, _CONTRACTIONS, "{1,3}")),
+}  # fmt: skip
 
 
 def load(metadata: Mapping, path, source=None) -> PreTrainedTokenizerFast:
@@ -53,12 +96,13 @@ def _build(metadata: Mapping, path) -> PreTrainedTokenizerFast:
     if build is _sentencepiece:
         tokens = _with_marked_spaces(tokens, kinds)
     tokenizer = build(path, tokens, get)
-    added = [
-        AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
-        for token, kind in zip(tokens, kinds, strict=False)
-        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-    ]
-    tokenizer.add_tokens(added)
+    if build is _byte_level:
+        added = [
+            AddedToken(token, special=kind != Piece.USER_DEFINED, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=False)
+            if kind in (Piece.UNKNOWN, Piece.CONTROL, Piece.USER_DEFINED)
+        ]
+        tokenizer.add_tokens(added)
     if isinstance(template := metadata.get("tokenizer.chat_template"), str):
         tokenizer.chat_template = template
     return tokenizer
@@ -86,49 +130,31 @@ def _special_tokens(tokens: list[str], get, add_bos: bool) -> dict:
 
 def _byte_level(path, tokens: list[str], get) -> PreTrainedTokenizerFast:
     """GPT-2's scheme; `tokenizer.ggml.pre` says how text is cut into words before merging."""
-    pre = get("pre")
-    splits = _splits()
-    if pre not in splits:
+    pre = PRE.get(get("pre"))
+    if pre is None:
         raise UserError(
-            f"{path} splits text by tokenizer.ggml.pre={pre!r:.100}: expected one of {', '.join(splits)}; "
+            f"{path} splits text by tokenizer.ggml.pre={get('pre')!r:.100}: expected one of "
+            f"{', '.join(PRE)}; "
             "use the model's Hugging Face directory instead"
         )
     backend = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ")) for merge in get("merges", [])],
-            ignore_merges=pre in _WHOLE_WORDS,
+            ignore_merges=pre.whole_words,
         )
     )
-    if pre == "qwen2":
+    if pre.nfc:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(splits[pre])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(pre.steps())
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **_special_tokens(tokens, get, add_bos=pre in _WHOLE_WORDS)
-    )
-
-
-def _splits() -> dict[str, list]:
-    """The steps that cut text into words, by the name of the whole in GGUF."""
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-    def gpt4(digits):
-        return [pre_tokenizers.Split(Regex(_WORDS % digits), behavior="isolated"), bytes_only]
-
-    return {
-        **{name: [gpt2] for name in ("default", "gpt-2")},
-        **{name: [pre_tokenizers.Digits(individual_digits=True), gpt2] for name in ("smollm", "refact")},
-        **dict.fromkeys((*_WHOLE_WORDS, "dbrx"), gpt4("{1,3}")),
-        "qwen2": gpt4(""),
-    }
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **_special_tokens(tokens, get, add_bos=pre.bos))
 
 
 def _with_marked_spaces(tokens: list[str], kinds: list[int]) -> list[str]:
     """SentencePiece's own spelling of runs of spaces that are user-defined, which the makers of GGUF files
     write as they look in a text."""
-    user_defined = {i for i, kind in enumerate(kinds) if kind == _USER_DEFINED}
+    user_defined = {i for i, kind in enumerate(kinds) if kind == Piece.USER_DEFINED}
     return [
         token.replace(" ", "▁") if i in user_defined and not token.strip(" ") else token
         for i, token in enumerate(tokens)
@@ -136,20 +162,25 @@ def _with_marked_spaces(tokens: list[str], kinds: list[int]) -> list[str]:
 
 
 def _sentencepiece(path, tokens: list[str], get) -> PreTrainedTokenizerFast:
-    """LLaMA's scheme: spaces as '▁', bytes for what the vocabulary lacks."""
+    """LLaMA's scheme, as the SentencePiece model that the file was made from."""
     if get("remove_extra_whitespaces", False):
         raise UserError(
             f"{path} has a tokenizer that removes extra white space, which is not supported; "
             "use the model's Hugging Face directory instead"
         )
-    vocab = {token: i for i, token in enumerate(tokens)}
-    # SentencePiece takes user-defined pieces, such as Gemma's runs of spaces, before all others. Their scores
-    # in GGUF mean nothing.
-    first = {i for i, kind in enumerate(get("token_type", [])) if kind == _USER_DEFINED}
-    scores = [math.inf if i in first else score for i, score in enumerate(get("scores"))]
-    return LlamaTokenizer(
-        vocab=vocab,
-        merges=ranked_merges(vocab, scores),
-        add_prefix_space=get("add_space_prefix", True),
-        **_special_tokens(tokens, get, add_bos=True),
+    special = _special_tokens(tokens, get, add_bos=True)
+    scores, unknown = get("scores"), get("unknown_token_id", 0)
+    kinds = list(get("token_type", [])) or [Piece.NORMAL] * len(tokens)
+    kinds[unknown] = Piece.UNKNOWN
+    pieces = zip(tokens, scores, kinds, strict=True)
+    proto = ModelProto(pieces=[Piece(piece=piece, score=score, type=kind) for piece, score, kind in pieces])
+    spec = proto.trainer_spec
+    spec.model_type, spec.vocab_size, spec.byte_fallback = spec.BPE, len(tokens), Piece.BYTE in kinds
+    spec.unk_id = unknown
+    spec.bos_id, spec.eos_id, spec.pad_id = (
+        get(key, -1) for key in ("bos_token_id", "eos_token_id", "padding_token_id")
     )
+    normalizer = proto.normalizer_spec
+    normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
+    normalizer.add_dummy_prefix = get("add_space_prefix", True)
+    return sentencepiece.build(proto, **special)

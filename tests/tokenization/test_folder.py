@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer
 
 from prom_jax.checkpoints.pretrained import load_tokenizer
@@ -58,8 +59,8 @@ def test_bad_tokenizers_are_refused(tmp_path, llama_model):
     def gguf_with(**fields):
         return write_gguf(tmp_path / "m.gguf", **fields)
 
-    with pytest.raises(UserError, match=r"'tekken'.*smollm"):
-        load_tokenizer(gguf_with(**{**byte_level, "pre": "tekken"}))
+    with pytest.raises(UserError, match=r"'viking'.*smollm"):
+        load_tokenizer(gguf_with(**{**byte_level, "pre": "viking"}))
     with pytest.raises(UserError, match="pre=None"):
         load_tokenizer(gguf_with(**{k: v for k, v in byte_level.items() if k != "pre"}))
     with pytest.raises(UserError, match="'bert'"):
@@ -136,3 +137,39 @@ def test_code_beside_a_tokenizer_is_never_run(tmp_path, folder):
         with contextlib.suppress(UserError):
             load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "named", ["LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer", "GemmaTokenizer"]
+)
+def test_a_tokenizer_json_stands_whatever_class_is_named(tmp_path, named):
+    """The classes of transformers 5 put their own steps in place of the file's (transformers#45488)."""
+    backend = Tokenizer(models.BPE({"▁": 0, "h": 1, "i": 2, "hi": 3, "</s>": 4, "é": 5, "a": 6}, [("h", "i")]))
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(" ", "▁")])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    config = {"tokenizer_class": named, "eos_token": "</s>", "add_bos_token": True, "legacy": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer(tmp_path)
+    for text, ids in (("hi", [3]), (" hi", [0, 3]), ("e\u0301", [5]), ("hi hi", [3, 0, 3])):
+        assert loaded(text).input_ids == ids
+    # Saved, it does in transformers too.
+    tokenizer.save(loaded, tmp_path, None)
+    for again in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert again(" hi e\u0301").input_ids == [0, 3, 0, 5]
+
+
+def test_a_tokenizer_json_that_contradicts_its_model_is_told(tmp_path, llama_model, capsys):
+    (tmp_path / "tokenizer.model").write_bytes(llama_model.SerializeToString())
+    loaded = load_tokenizer(tmp_path)
+    tokenizer.save(loaded, tmp_path, None)
+    again = load_tokenizer(tmp_path)
+    assert "WARNING" not in capsys.readouterr().out
+    assert again.model_file == llama_model.SerializeToString()
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    load_tokenizer(tmp_path)
+    assert "cuts texts otherwise than the tokenizer.model beside it" in " ".join(
+        capsys.readouterr().out.split()
+    )

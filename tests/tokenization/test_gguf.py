@@ -85,8 +85,8 @@ def test_dbrx_is_llama3_by_its_merges_alone(tmp_path):
 
 
 def test_an_unknown_split_is_named(tmp_path):
-    fields = byte_level_fields(train_byte_level(GPT2), "tekken")
-    with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre='tekken': expected one of .*qwen2"):
+    fields = byte_level_fields(train_byte_level(GPT2), "viking")
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre='viking': expected one of .*qwen2"):
         load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
 
 
@@ -158,3 +158,19 @@ def test_user_defined_pieces_come_first(tmp_path):
         assert ids == [1, *reference.encode(text)], text
         assert loaded.decode(ids, skip_special_tokens=True) == text
     assert loaded("x▁▁▁a▁▁b▁").input_ids == [1, *reference.encode("x▁▁▁a▁▁b▁")]
+
+
+def test_tekken_keeps_marks_with_letters_and_cuts_at_capitals(tmp_path):
+    """Mistral Nemo's expression, in the words of Unicode's categories, by what it makes of single words."""
+    fields = byte_level_fields(train_byte_level(GPT2), "tekken")
+    loaded = load_tokenizer(write_gguf(tmp_path / "m.gguf", **fields))
+    cut = loaded.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    spans = lambda text: [text[start:end] for _, (start, end) in cut(text)]
+    assert spans("helloWorld IT's 123") == ["hello", "World", " IT", "'s", " ", "1", "2", "3"]
+    assert spans("তেলুগু ভাষা") == ["তেলুগু", " ভাষা"]  # vowel signs are marks
+    assert loaded("hi").input_ids[0] == 1  # BOS
+    fields["pre"] = "gpt-4o"
+    cut = load_tokenizer(
+        write_gguf(tmp_path / "4o.gguf", **fields)
+    ).backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    assert spans("helloWorld IT's 1234") == ["hello", "World", " IT's", " ", "123", "4"]
