@@ -144,7 +144,9 @@ def test_code_beside_a_tokenizer_is_never_run(tmp_path, folder):
 )
 def test_a_tokenizer_json_stands_whatever_class_is_named(tmp_path, named):
     """The classes of transformers 5 put their own steps in place of the file's (transformers#45488)."""
-    backend = Tokenizer(models.BPE({"▁": 0, "h": 1, "i": 2, "hi": 3, "</s>": 4, "é": 5, "a": 6}, [("h", "i")]))
+    backend = Tokenizer(
+        models.BPE({"▁": 0, "h": 1, "i": 2, "hi": 3, "</s>": 4, "é": 5, "a": 6}, [("h", "i")])
+    )
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(" ", "▁")])
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
