@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from prom_jax.checkpoints import generation
 from prom_jax.checkpoints.storage import STORE_ERRORS, is_remote, reason, reraise_storage_errors, resolve_path
 from prom_jax.models.auto import config_from_hf, config_to_hf
 from prom_jax.models.config import DecoderConfig
@@ -43,6 +44,7 @@ class Description:
     def write(self, directory):
         """Writes `model.json`."""
         fields = {"format": FORMAT} | dataclasses.asdict(self) | {"config": config_to_hf(self.config)}
+        fields["generation"] = self.config.generation
         (resolve_path(directory) / DESCRIPTION).write_text(json.dumps(fields, indent=2, ensure_ascii=False))
 
     @classmethod
@@ -59,7 +61,8 @@ class Description:
                     raise TypeError(f"{name} is {fields[name]!r:.100}")
             if not jnp.issubdtype(np.dtype(fields["dtype"]), jnp.floating):
                 raise TypeError(f"dtype is {fields['dtype']!r:.100}")
-            config = config_from_hf(fields["config"])
+            of_generation = generation.check(dict(fields.pop("generation", {})), path)
+            config = dataclasses.replace(config_from_hf(fields["config"]), generation=of_generation)
             for head, layer in fields["heads"].items():
                 inside = type(layer) is int and 0 < layer <= config.num_hidden_layers
                 if not inside or not re.fullmatch(r"(?!lm_)[a-z]\w*_head", head, re.ASCII):

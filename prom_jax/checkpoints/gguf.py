@@ -10,6 +10,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 
+from prom_jax.checkpoints import generation
 from prom_jax.models import decoder
 from prom_jax.models.auto import config_from_hf, family_of, known_families
 from prom_jax.models.config import DecoderConfig, RopeScaling
@@ -49,7 +50,8 @@ class GGUFReader:
                     f"{path}: {tensor.name} has {len(tensor.shape)} dimensions, expected 1 or 2; fetch the "
                     "file again"
                 )
-        self.config = _config(path, file.metadata, tensors)
+        config = _config(path, file.metadata, tensors)
+        self.config = dataclasses.replace(config, generation=generation.of_gguf(file.metadata, path))
         tensors.pop("rope_freqs.weight", None)
         hf_names = {
             row.gguf.format(layer=layer): row.hf.format(layer=layer)

@@ -17,7 +17,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 
-from prom_jax.checkpoints import hub
+from prom_jax.checkpoints import generation, hub
 from prom_jax.checkpoints.params import check_tensors, head_tensor, hf_shapes
 from prom_jax.checkpoints.reader import Reader
 from prom_jax.models.auto import config_from_hf, config_to_hf, multimodal_of
@@ -45,7 +45,7 @@ class SafetensorsReader:
     def __init__(self, directory):
         self.source = Path(directory)
         content, self.details = _read_config(self.source)
-        self.config, self.multimodal = config_from_hf(content), multimodal_of(content.get("model_type"))
+        self.config, self.multimodal = _config(self.source, content), multimodal_of(content.get("model_type"))
         self._files = {}  # tensor -> the open file it is in, that file's path, and its name in there
         self.left_out = set()
         for path, names in self._shards():
@@ -156,7 +156,13 @@ def read_config(directory: Path) -> tuple[DecoderConfig, dict]:
       UserError: if there is none, or it is not supported.
     """
     content, details = _read_config(directory)
-    return config_from_hf(content), details
+    return _config(directory, content), details
+
+
+def _config(directory: Path, content: dict) -> DecoderConfig:
+    """The architecture, with what the folder says of generation."""
+    of_generation = generation.of_folder(directory, content)
+    return dataclasses.replace(config_from_hf(content), generation=of_generation)
 
 
 def _read_config(directory: Path) -> tuple[dict, dict]:
@@ -299,16 +305,7 @@ def _write_small_files(
 ):
     details = {DETAILS_KEY: card} if card else {}
     _write_json(directory / "config.json", {**config_to_hf(config), "torch_dtype": dtype.name, **details})
-    of_config = config.eos_token_id
-    eos = [model_tokenizer.eos_token_id, *(of_config if isinstance(of_config, tuple) else (of_config,))]
-    eos = list(dict.fromkeys(token for token in eos if token is not None))
-    generation = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos,
-        "pad_token_id": config.pad_token_id,
-    }
-    generation = {key: value for key, value in generation.items() if value is not None}
-    _write_json(directory / "generation_config.json", generation)
+    _write_json(directory / generation.FILE, generation.keys(config, model_tokenizer))
     folder.save(model_tokenizer, directory, chat_template)
     (directory / "README.md").write_text(hub.model_card(card), encoding="utf-8")
 

@@ -40,7 +40,7 @@ def encode(tokenizer, texts: list[list[Span]], seq_len: int) -> list[EncodedText
         verbose=False,  # longer than the model takes? it is cut below
     )
     parts = zip(spans, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    bos, eos = _bos(tokenizer), tokenizer.eos_token_id
+    bos, eos = bos_ids(tokenizer), tokenizer.eos_token_id
     return [_encode_one(list(itertools.islice(parts, len(text))), bos, eos, seq_len) for text in texts]
 
 
@@ -85,7 +85,8 @@ def _stop(span: Span, offsets: list[tuple[int, int]]) -> int:
     return stop
 
 
-def _bos(tokenizer) -> list[int]:
+def bos_ids(tokenizer) -> list[int]:
+    """BOS, if the tokenizer puts it in front of a text."""
     ids = tokenizer("a")["input_ids"]
     return ids[:1] if ids[0] == tokenizer.bos_token_id else []
 

@@ -1,4 +1,4 @@
-"""Greedy decoding with a key-value cache, compiled as one loop."""
+"""Decoding with a key-value cache, compiled as one loop: greedy, or with draws."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prom_jax.evaluation.batching import Batch, own_segment, placed, plan
+from prom_jax.evaluation.sampling import Sampling
 from prom_jax.models.inputs import Rows
 from prom_jax.parallel.sharding import BATCH, constrain, num_batch_shards
 
@@ -44,17 +45,21 @@ def decode(
     max_new_tokens: int,
     stop_tokens,
     *,
+    sampling: Sampling | None = None,
+    seed: int = 0,
     watch: Callable[[int, list[int]], bool] | None = None,
     chunk: int = CHUNK,
     slots: int = SLOTS,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Greedy answers as they become ready, the longest prompts' first.
+    """Answers as they become ready, the longest prompts' first.
 
     Prefixes that prompts share are computed once, and their keys and values are kept once.
 
     Args:
       model, prompts, max_new_tokens: as in `greedy`; rows are spread over the model's mesh.
       stop_tokens: an answer ends with the first of these, which is still part of it.
+      sampling: how tokens are drawn; None takes the most probable ones.
+      seed: of the draws, which also depend on how the prompts are put into batches.
       watch: called every `chunk` tokens with an unfinished answer's number and what there is of it; true ends
         it.
       slots: how many tokens' keys and values are in memory at a time, over all devices.
@@ -66,7 +71,8 @@ def decode(
     watch = watch or _never
     shards = num_batch_shards(model.mesh)
     for batch in plan(prompts, [1] * len(prompts), extra=max_new_tokens, slots=slots, shards=shards):
-        made, lengths = _answer(model, batch, max_new_tokens, stops, watch, chunk)
+        draws = sampling, np.int32(seed)
+        made, lengths = _answer(model, batch, max_new_tokens, stops, draws, watch, chunk)
         for b, r in np.argwhere(batch.texts >= 0):
             yield int(batch.texts[b, r]), made[b, r, : lengths[b, r]].tolist()
 
@@ -75,11 +81,12 @@ def _never(number: int, answer: list[int]) -> bool:
     return False
 
 
-def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
+def _answer(model, batch: Batch, max_new_tokens: int, stops, draws, watch, chunk: int):
     """Tokens made for the texts of a batch, [B, R, max_new_tokens], and how many of them count, [B, R]."""
     with jax.set_mesh(model.mesh):
         capacity = min(GROWTH, max_new_tokens)
-        state = _prefill(model, placed(model, batch, done=batch.texts < 0), stops, max_new_tokens, capacity)
+        rows = placed(model, batch, done=batch.texts < 0)
+        state = _prefill(model, rows, stops, *draws, max_new_tokens, capacity)
         while True:
             step = int(state["step"])
             made, lengths, done = (np.array(state[name]) for name in ("made", "lengths", "done"))
@@ -92,7 +99,7 @@ def _answer(model, batch: Batch, max_new_tokens: int, stops, watch, chunk: int):
                 more = min(GROWTH, max_new_tokens - capacity)
                 state = _grow_cache(state, more)
                 capacity += more
-            state = _decode_steps(model, state, stops, min(step + chunk, capacity))
+            state = _decode_steps(model, state, stops, draws[0], min(step + chunk, capacity))
 
 
 def prefill(model, rows, capacity=0):
@@ -140,8 +147,8 @@ def prefill(model, rows, capacity=0):
     return states, cache.write(0, rows["positions"], rows["segments"])
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "capacity"))
-def _prefill(model, rows, stops_V, max_new_tokens, capacity):
+@functools.partial(jax.jit, static_argnames=("sampling", "max_new_tokens", "capacity"))
+def _prefill(model, rows, stops_V, sampling, seed, max_new_tokens, capacity):
     """Runs the prompts: the state of `_decode_steps`, with the first new token of each answer, and with slots
     for `capacity` of them."""
     batch, number = rows["ends"].shape
@@ -155,8 +162,9 @@ def _prefill(model, rows, stops_V, max_new_tokens, capacity):
         "lengths": jnp.zeros((batch, number), jnp.int32),
         "done": rows["done"],
         "step": jnp.int32(0),
+        "seed": seed,
     }
-    return _constrain(_append_tokens(state, model.logits(last).argmax(axis=-1), stops_V))
+    return _constrain(_append_tokens(state, model.logits(last), stops_V, sampling))
 
 
 @functools.partial(jax.jit, static_argnames="more")
@@ -165,8 +173,8 @@ def _grow_cache(state, more):
     return _constrain(state | {"cache": state["cache"].grow(more * state["first"].shape[1])})
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def _decode_steps(model, state, stops_V, until):
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="sampling")
+def _decode_steps(model, state, stops_V, sampling, until):
     """New tokens up to the `until`-th, or until all answers have ended. The i-th of the r-th text is in slot
     T + i·R + r."""
     batch, number, _ = state["made"].shape
@@ -177,7 +185,7 @@ def _decode_steps(model, state, stops_V, until):
         rows = Rows(state["made"][:, :, last], state["first"] + last, segments)
         slot = state["prompt_slots"] + last * number
         (((states,),), _, cache) = model.forward(rows, cache=state["cache"], slot=slot)
-        return _append_tokens(state | {"cache": cache}, model.logits(states).argmax(axis=-1), stops_V)
+        return _append_tokens(state | {"cache": cache}, model.logits(states), stops_V, sampling)
 
     def unfinished(state):
         return (state["step"] < until) & ~state["done"].all()
@@ -185,9 +193,12 @@ def _decode_steps(model, state, stops_V, until):
     return _constrain(jax.lax.while_loop(unfinished, body, state))
 
 
-def _append_tokens(state, tokens_BR, stops_V):
+def _append_tokens(state, logits_BRV, stops_V, sampling):
     """The state with one more token in each answer that has not ended."""
-    tokens = tokens_BR.astype(jnp.int32)
+    if sampling is None:
+        tokens = logits_BRV.argmax(axis=-1).astype(jnp.int32)
+    else:
+        tokens = sampling.choose(logits_BRV, state["seed"], state["step"]).astype(jnp.int32)
     return state | {
         "made": state["made"].at[:, :, state["step"]].set(tokens),
         "lengths": state["lengths"] + ~state["done"],
@@ -200,7 +211,7 @@ def _constrain(state):
     """The state as it is sharded: what is looked at from outside whole on every device, the rest by rows, and
     keys and values by heads besides. One layout, or `_decode_steps` would be compiled for each."""
     replicated = {
-        name: constrain(state[name]) for name in ("made", "lengths", "done", "step", "prompt_slots")
+        name: constrain(state[name]) for name in ("made", "lengths", "done", "step", "prompt_slots", "seed")
     }
     tensor, cache = jax.sharding.get_abstract_mesh().shape["tensor"], state["cache"]
 

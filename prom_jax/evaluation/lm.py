@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from prom_jax.checkpoints.generation import stop_tokens
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.decode import SLOTS, decode
 from prom_jax.evaluation.score import score
@@ -49,9 +50,7 @@ class HarnessModel(TemplateLM):
         self.answers = Answers(None, {})
         self._bos = [tokenizer.bos_token_id] if bos else []
         self._slots = slots
-        of_config = model.config.eos_token_id
-        eos = {tokenizer.eos_token_id, *(of_config if isinstance(of_config, tuple) else (of_config,))}
-        self._eos = eos - {None}
+        self._eos = set(stop_tokens(model.config, tokenizer))
 
     @property
     def eot_token_id(self) -> int:

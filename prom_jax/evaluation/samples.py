@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from prom_jax.checkpoints.generation import stop_tokens
 from prom_jax.evaluation.decode import greedy
 from prom_jax.utils.console import console
 
@@ -24,7 +25,7 @@ def answer(model, tokenizer, records, number: int) -> list[dict]:
         first = int(loss.argmax())
         prompts.append(tokens[:first].tolist())
         references.append(tokens[loss].tolist())
-    answers = greedy(model, prompts, MAX_NEW_TOKENS, [tokenizer.eos_token_id])
+    answers = greedy(model, prompts, MAX_NEW_TOKENS, stop_tokens(model.config, tokenizer))
 
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=True).strip()

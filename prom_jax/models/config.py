@@ -64,6 +64,8 @@ class DecoderConfig:
       attention_scale: what scores are multiplied by; None for 1 / √head_dim.
       attention_softcap, logit_softcap: x becomes c · tanh(x / c); None for no cap.
       skipped: keys of the `config.json` that were not read, as they cannot change the forward pass.
+      generation: keys of a `generation_config.json`, which do not change the forward pass either
+        (`checkpoints.generation`).
     """
 
     vocab_size: int
@@ -92,6 +94,7 @@ class DecoderConfig:
     pad_token_id: int | None = None
     model_type: str = "llama"
     skipped: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    generation: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
