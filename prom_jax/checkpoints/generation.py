@@ -81,9 +81,11 @@ def check(content: dict, source) -> dict:
 
 def stop_tokens(config: DecoderConfig, tokenizer) -> tuple[int, ...]:
     """All tokens that end an answer: the tokenizer's EOS first, then those of `config.json`, of
-    `generation_config.json`, and a GGUF file's ends of turns and messages."""
+    `generation_config.json`, and a GGUF file's ends of turns and messages. Numbers that are no token of the
+    model, such as -1 for none, are left out."""
     of_config, of_generation = config.eos_token_id, config.generation.get("eos_token_id")
-    return tuple(_unique([tokenizer.eos_token_id, *_listed(of_config), *_listed(of_generation)]))
+    named = _unique([tokenizer.eos_token_id, *_listed(of_config), *_listed(of_generation)])
+    return tuple(token for token in named if 0 <= token < config.vocab_size)
 
 
 def sampling(config: DecoderConfig) -> dict[str, float]:
@@ -102,7 +104,9 @@ def keys(config: DecoderConfig, tokenizer) -> dict:
         "pad_token_id": config.pad_token_id,
         "eos_token_id": stops[0] if len(stops) == 1 else list(stops),
     }
-    return config.generation | {key: value for key, value in own.items() if value is not None}
+    # A mark of transformers, by which it would make its own out of the config.
+    kept = {key: value for key, value in config.generation.items() if key != "_from_model_config"}
+    return kept | {key: value for key, value in own.items() if value is not None}
 
 
 def _listed(value) -> list:

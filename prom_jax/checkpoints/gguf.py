@@ -1,10 +1,12 @@
-"""GGUF files."""
+"""GGUF files, read."""
 
 import dataclasses
 import functools
 import os
+import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import jax.numpy as jnp
@@ -96,14 +98,51 @@ class GGUFReader:
         return np.arange(rows).reshape(-1, self.config.head_dim // 2, 2).swapaxes(1, 2).ravel()
 
 
-def open_gguf(path) -> "_WholeFile":
+class GGUFContent(NamedTuple):
+    """What a GGUF file holds: its key-value pairs as Python values, and its tensors as the package has them;
+    of a model in several files the pairs of the first, and the tensors of all."""
+
+    metadata: dict
+    tensors: list
+
+
+def open_gguf(path) -> GGUFContent:
     """A GGUF file, parsed once for weights and tokenizer: that takes seconds for a large vocabulary.
 
+    Args:
+      path: the file; of a model in several, named NAME-00001-of-00003.gguf, any of them.
     Raises:
-      UserError: if it is not one whole GGUF file.
+      UserError: if it is not one whole GGUF file, or one of several that are not all there.
     """
     status = os.stat(path)
-    return _parse(str(path), status.st_mtime_ns, status.st_size)
+    return _open(str(path), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _open(path: str, *state_of_the_file: int) -> GGUFContent:
+    file = _parse(path)
+    count = file.metadata.get("split.count", 1)
+    if count in (0, 1):  # 0: joined
+        return GGUFContent(file.metadata, file.tensors)
+    named = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.gguf", path)
+    if type(count) is not int or not named or int(named[3]) != count:
+        raise UserError(
+            f"{path} is one of {count!r:.100} parts: expected all of them beside each other, named "
+            "NAME-00001-of-00003.gguf and so on; give them their names back"
+        )
+    paths = [f"{named[1]}{number:05}-of-{named[3]}.gguf" for number in range(1, count + 1)]
+    if missing := [name for name in paths if not os.path.isfile(name)]:
+        raise UserError(f"{missing[0]} does not exist: expected all {count} parts of the model; fetch it")
+    files = [_parse(name) for name in paths]
+    tensors = [tensor for file in files for tensor in file.tensors]
+    for number, (name, file) in enumerate(zip(paths, files)):
+        if (file.metadata.get("split.no"), file.metadata.get("split.count")) != (number, count):
+            raise UserError(f"{name} is not part {number + 1} of {count}, as its name says: fetch it again")
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise UserError(
+            f"{path}: its parts hold a tensor twice; expected parts of one model, fetch them again"
+        )
+    return GGUFContent(files[0].metadata, tensors)
 
 
 class _WholeFile(gguf.GGUFReader):
@@ -151,21 +190,13 @@ class _WholeFile(gguf.GGUFReader):
             at = end
 
 
-@functools.lru_cache(maxsize=1)
-def _parse(path: str, *state_of_the_file: int) -> _WholeFile:
+def _parse(path: str) -> _WholeFile:
     try:
-        file = _WholeFile(path)
+        return _WholeFile(path)
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
         raise UserError(
             f"{path} is not a whole GGUF file ({error}): it was cut short or damaged, fetch it again"
         ) from error
-    parts = file.metadata.get("split.count", 1)
-    if parts not in (0, 1):  # 0: joined
-        raise UserError(
-            f"{path} is one of {parts!r:.100} parts: expected one file; join them with "
-            "`llama-gguf-split --merge`"
-        )
-    return file
 
 
 def _config(path, metadata: dict, tensors: dict) -> DecoderConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
 from prom_jax.utils.errors import UserError
 
@@ -17,6 +17,7 @@ ADAPTED = (
     "Prompts follow the chat template of its tokenizer."
 )
 CONVERTED = "A language model converted by prom_jax."
+HUB_ID = r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.][\w./-]*))?"
 _CARD_TAG = "prom_jax"  # marks a folder as an export, which the next may replace
 
 
@@ -24,7 +25,7 @@ def local_path(source, weights: bool = True) -> Path:
     """The path of a model on this machine: a directory or a `.gguf` file, downloaded if `source` is a hub id.
 
     Args:
-      source: a path or a hub id.
+      source: a path, or a hub id `owner/name` or `owner/name@revision`.
       weights: whether they are downloaded too.
 
     Returns:
@@ -41,18 +42,26 @@ def local_path(source, weights: bool = True) -> Path:
         return path
     if path.exists():
         raise UserError(f"{path} is not a model: expected a Hugging Face directory or a .gguf file")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)) or path.suffix == ".gguf":
+    named = re.fullmatch(HUB_ID, str(source))
+    if not named or path.suffix == ".gguf":
         raise UserError(
-            f"{source} does not exist: expected a Hugging Face directory, a .gguf file or a hub id owner/name"
+            f"{source} does not exist: expected a Hugging Face directory, a .gguf file or a hub id "
+            "owner/name, or owner/name@revision"
         )
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                str(source),
+                named["id"],
+                revision=named["revision"],
                 allow_patterns=["*.json", "*.jinja", "tokenizer.model", *["*.safetensors"] * weights],
                 ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
             )
         )
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"{named['id']} has no revision {named['revision']!r}: expected a branch, a tag or a commit that "
+            "its page on the hub lists"
+        ) from error
     except GatedRepoError as error:
         raise UserError(
             f"{source} is gated: ask for access on its page on the hub and log in with "

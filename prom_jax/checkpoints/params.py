@@ -160,6 +160,14 @@ def _head_source(reader: Reader, head: str, layer: int) -> str:
 def check_tensors(reader: Reader, shapes: Mapping[str, tuple[int, ...]]):
     """Raises UserError unless a reader has exactly these tensors, in these shapes."""
     held = reader.names | {head_tensor(head) for head in reader.heads}
+    for part, remedy in _OTHER_NAMES.items():
+        if found := sorted(name for name in reader.names - shapes.keys() if part in name):
+            raise UserError(f"{reader.source} holds {_some(found)}: {remedy}")
+    if shapes.keys() - held == {"lm_head.weight"}:
+        raise UserError(
+            f"{reader.source} lacks lm_head.weight, and its config.json does not say that the embedding "
+            "serves as head: set `tie_word_embeddings` to true if that is so, or else fetch the model again"
+        )
     if missing := sorted(shapes.keys() - held):
         raise UserError(
             f"{reader.source} lacks {_some(missing)}: expected all tensors of a model of "
@@ -178,6 +186,14 @@ def check_tensors(reader: Reader, shapes: Mapping[str, tuple[int, ...]]):
             )
 
 
+# Parts of names that tell what has become of a model.
+_OTHER_NAMES = {
+    "_orig_mod.": "these are names of a compiled model; save `model._orig_mod` in place of it",
+    "lora_": "these are an adapter's; merge it with peft's `merge_and_unload` and save the model again",
+    "base_layer.": "an adapter was put around these; merge it with peft's `merge_and_unload` and save again",
+}
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -185,12 +201,24 @@ def _some(names: list[str]) -> str:
 def _read_part(reader: Reader, names: list[str], param, index: tuple[slice, ...]) -> np.ndarray:
     """The part `index` of a parameter, which stacks the tensors `names` or is the only one."""
     if len(param.shape) == len(reader.shape(names[0])):
-        return reader.read(names[0], index).astype(param.dtype, copy=False)
+        return _read_finite(reader, names[0], index).astype(param.dtype, copy=False)
     sizes = [len(range(*part.indices(size))) for part, size in zip(index, param.shape, strict=True)]
     shard = np.empty(sizes, param.dtype)
     for layer, name in zip(shard, names[index[0]], strict=True):
-        layer[...] = reader.read(name, index[1:])
+        layer[...] = _read_finite(reader, name, index[1:])
     return shard
+
+
+def _read_finite(reader: Reader, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a tensor; raises UserError if it is not all numbers, of which nothing could be computed."""
+    part = reader.read(name, index)
+    if not np.isfinite(part).all():
+        bad = part[~np.isfinite(part)]
+        raise UserError(
+            f"{reader.where(name)}: {name} has {bad.size} values that are no finite numbers, such as "
+            f"{bad.flat[0]}: the model itself is damaged; fetch it again, or take another one"
+        )
+    return part
 
 
 class ParamsReader:

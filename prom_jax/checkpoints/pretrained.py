@@ -14,6 +14,7 @@ from prom_jax.models.config import DecoderConfig
 from prom_jax.tokenization import folder
 from prom_jax.tokenization import gguf as gguf_tokenizer
 from prom_jax.utils.console import console
+from prom_jax.utils.errors import UserError
 
 
 def open_source(source):
@@ -31,9 +32,10 @@ def open_source(source):
     if directory:
         reader = CheckpointReader(directory)
         return reader, read_tokenizer(reader.source)
-    reader = open_reader(source)
+    reader, tokenizer = open_reader(source), load_tokenizer(source)
+    _check_tokens(source, reader.config, tokenizer)
     _print_skipped(source, reader.config)
-    return reader, load_tokenizer(source)
+    return reader, tokenizer
 
 
 def open_reader(source) -> Reader:
@@ -145,8 +147,29 @@ def open_config(source):
         return Description.read(directory).config, read_tokenizer(directory)
     path = local_path(source, weights=False)
     config = gguf.GGUFReader(path).config if path.is_file() else safetensors.read_config(path)[0]
+    tokenizer = load_tokenizer(path)
+    _check_tokens(source, config, tokenizer)
     _print_skipped(source, config)
-    return config, load_tokenizer(path)
+    return config, tokenizer
+
+
+def _check_tokens(source, config: DecoderConfig, tokenizer):
+    """Raises UserError if there is a token without a row of the embedding. Padding may be one: it is never
+    computed with."""
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    known = added | {
+        i: tokenizer.convert_ids_to_tokens(i) for i in range(config.vocab_size, tokenizer.vocab_size)
+    }
+    beyond = {i: known[i] for i in sorted(known) if i >= config.vocab_size}
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        beyond.pop(tokenizer.pad_token_id, None)
+    if beyond:
+        number, name = next(iter(beyond.items()))
+        raise UserError(
+            f"{source} has a tokenizer with {len(beyond)} tokens beyond its model: {name!r:.100} is number "
+            f"{number}, and the embedding has {config.vocab_size} rows; take the tokenizer that belongs to "
+            "the model, or resize the embedding (`model.resize_token_embeddings` of transformers)"
+        )
 
 
 def _print_skipped(source, config: DecoderConfig):

@@ -28,6 +28,7 @@ from prom_jax.utils.process import is_main_process
 
 # The rows of the model card, in `config.json` under a key that transformers keeps and does not read.
 DETAILS_KEY = "prom_jax"
+ADAPTER = "adapter_config.json"  # of peft
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -98,6 +99,7 @@ class SafetensorsReader:
     def _shards(self):
         """Pairs of a file and the tensors to take from it (None: all)."""
         index = self.source / "model.safetensors.index.json"
+        single = self.source / "model.safetensors"
         if index.exists():
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
@@ -110,9 +112,14 @@ class SafetensorsReader:
                         "do not use this folder unless you know who made it"
                     )
                 shards.setdefault(name, []).append(tensor)
+            if shards and single.exists() and single.name not in shards:
+                raise UserError(
+                    f"{self.source} has both {single.name} and an index of other files: expected one model; "
+                    f"remove the index, as transformers takes {single.name}, or that file"
+                )
             yield from ((self.source / name, tensors) for name, tensors in sorted(shards.items()))
-        elif (self.source / "model.safetensors").exists():
-            yield self.source / "model.safetensors", None
+        elif single.exists():
+            yield single, None
         elif any(f.suffix in (".bin", ".pt", ".pth") for f in self.source.iterdir()):
             raise UserError(
                 f"{self.source} has weights as pickle alone, which is never read (it can run code): expected "
@@ -167,6 +174,14 @@ def _config(directory: Path, content: dict) -> DecoderConfig:
 
 def _read_config(directory: Path) -> tuple[dict, dict]:
     """The content of a `config.json`, and what it says of how the model was made."""
+    if (directory / ADAPTER).exists():
+        beside = (directory / "config.json").exists()
+        raise UserError(
+            f"{directory} holds an adapter ({ADAPTER}) "
+            + ("beside its model, which transformers loads with it" if beside else "and no whole model")
+            + ": expected a model alone; load both with peft, call `merge_and_unload`, and save the result"
+            + (f"; or remove {ADAPTER} to do without" if beside else "")
+        )
     content = _read_json(directory / "config.json")
     details = content.pop(DETAILS_KEY, {})
     if not isinstance(details, dict):

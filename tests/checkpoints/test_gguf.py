@@ -1,6 +1,7 @@
 """GGUF files against the models that they were made of and transformers' own reading of them, and what is
 refused."""
 
+import shutil
 import struct
 import tracemalloc
 
@@ -134,7 +135,7 @@ def test_bad_gguf_files_are_refused(tmp_path):
     bad("expert_count=8", expert_count=8)
     bad("'yarn'", **{"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0})
     bad("rope.dimension_count=4", **{"rope.dimension_count": 4})
-    bad("one of 2 parts", **{"split.count": 2})
+    bad("one of 2 parts.*give them their names back", **{"split.count": 2})
     to_gguf(model, path)
     whole = path.read_bytes()
     for cut in (0, 3, 20, 300, len(whole) // 2, len(whole) - 40):
@@ -249,3 +250,23 @@ def test_gguf_tensors_of_other_dimensions_are_refused(tmp_path):
     arrays = {"token_embd.weight": np.ones((64, 32), np.float32), "rope_freqs.weight": np.ones(0, np.float32)}
     with pytest.raises(UserError, match=r"rope_freqs of the shape \[0\]"):
         open_reader(write_gguf(tmp_path / "m.gguf", gguf_settings(hf_model().config), arrays))
+
+
+def test_a_model_in_parts(tmp_path):
+    model, whole = hf_model(), tmp_path / "whole.gguf"
+    to_gguf(model, whole)
+    arrays = {tensor.name: tensor.data.copy() for tensor in gguf.GGUFReader(whole).tensors}
+    names, paths = list(arrays), [tmp_path / f"m-{n:05}-of-00003.gguf" for n in (1, 2, 3)]
+    for number, path in enumerate(paths):
+        settings = gguf_settings(model.config) if number == 0 else {}
+        settings |= {"split.no": number, "split.count": 3, "split.tensors.count": len(names)}
+        write_gguf(path, settings, {name: arrays[name] for name in names[number::3]})
+    expected = load_params(open_reader(whole))
+    for path in paths:  # any of them
+        jax.tree.map(np.testing.assert_array_equal, load_params(open_reader(path)), expected)
+    shutil.copy(paths[1], paths[2])
+    with pytest.raises(UserError, match="is not part 3 of 3"):
+        open_reader(paths[1])
+    paths[2].unlink()
+    with pytest.raises(UserError, match=r"m-00003-of-00003\.gguf does not exist: expected all 3 parts"):
+        open_reader(paths[0])

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
 from prom_jax.checkpoints.pretrained import open_reader
 from prom_jax.utils.errors import UserError
@@ -48,6 +48,22 @@ def test_bad_sources_are_refused(tmp_path):
         open_reader(tmp_path / "weights.bin")
     with pytest.raises(UserError, match=r"ask for access and log in with `hf auth login`"):
         open_reader("no-such-owner/no-such-model")  # offline here
+
+
+def test_a_revision_is_passed_on(monkeypatch, tmp_path):
+    asked = []
+
+    def download(repo_id, revision, **kwargs):
+        asked.append((repo_id, revision))
+        raise RevisionNotFoundError.__new__(RevisionNotFoundError)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for revision in ("v1.0", "refs/pr/3", "5c38ec7c405ec4b44b94cc5a9bb96e735b38267a"):
+        with pytest.raises(UserError, match=f"owner/name has no revision '{revision}'"):
+            open_reader(f"owner/name@{revision}")
+        assert asked.pop() == ("owner/name", revision)
+    with pytest.raises(UserError, match="does not exist"):
+        open_reader("owner/name@")
 
 
 def test_a_gated_model_says_where_to_ask(monkeypatch):

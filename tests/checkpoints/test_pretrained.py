@@ -9,7 +9,8 @@ import pytest
 from prom_jax import convert
 from prom_jax.checkpoints import pretrained
 from prom_jax.tokenization.folder import fingerprint
-from tests.checkpoints.test_gguf import to_gguf
+from prom_jax.utils.errors import UserError
+from tests.checkpoints.made_up import to_gguf
 from tests.reference import hf_model
 
 
@@ -67,7 +68,24 @@ def test_a_checkpoint_without_its_steps(tiny, tmp_path):
     assert same(pretrained.open_config(tmp_path / "orbax"), whole)
 
 
-def test_a_gguf_file(tmp_path, monkeypatch):
+def test_a_gguf_file(tmp_path, monkeypatch, byte_level):
     path = to_gguf(hf_model("llama3"), tmp_path / "model.gguf")
-    monkeypatch.setattr(pretrained, "load_tokenizer", str)
-    assert pretrained.open_config(path) == (pretrained.open_source(path)[0].config, str(path))
+    monkeypatch.setattr(pretrained, "load_tokenizer", lambda source: byte_level)
+    monkeypatch.setattr(pretrained, "_check_tokens", lambda *args: None)
+    assert pretrained.open_config(path) == (pretrained.open_source(path)[0].config, byte_level)
+
+
+def test_a_token_without_a_row_of_the_embedding_is_named(tiny, tmp_path):
+    folder = shutil.copytree(tiny / "model", tmp_path / "model")
+    _, tokenizer = pretrained.open_source(folder)
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    assert pretrained.open_source(folder)[1].pad_token_id == rows  # harmless: nothing is computed of it
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(folder)
+    for read in (pretrained.open_source, pretrained.open_config):
+        with pytest.raises(
+            UserError, match=rf"'<more>' is number {rows + 1}, and the embedding has {rows} rows"
+        ):
+            read(folder)

@@ -116,7 +116,8 @@ def test_the_folder_is_whole(tmp_path):
     save(load_params(reader), reader, tmp_path / "new" / "out", max_shard_bytes=20_000)
     out = tmp_path / "new" / "out"
     generation = json.loads((out / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 5]}
+    assert generation | {"bos_token_id": 1, "eos_token_id": [2, 5]} == generation
+    assert "_from_model_config" not in generation
     card = ModelCard.load(out / "README.md")
     assert card.data.base_model == "owner/base"
     assert card.data.language == "sw"
@@ -219,7 +220,34 @@ def test_bad_folders_are_refused(tmp_path):
 
     def index(file_name):
         text = json.dumps({"weight_map": {"model.norm.weight": file_name}})
-        return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+        def change(folder):
+            (folder / "model.safetensors.index.json").write_text(text)
+            (folder / "model.safetensors").unlink()
+
+        return change
+
+    def renamed(start):
+        return lambda folder: save_file(
+            {start + name: value for name, value in content.items()}, folder / "model.safetensors"
+        )
+
+    def adapter(folder):
+        (folder / "adapter_config.json").write_text("{}")
+
+    def adapter_alone(folder):
+        adapter(folder)
+        (folder / "config.json").unlink()
+
+    def both(folder):
+        shutil.copy(folder / "model.safetensors", folder / "part.safetensors")
+        weight_map = dict.fromkeys(content, "part.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    def with_one(value):
+        matrix = content["model.layers.2.mlp.up_proj.weight"].copy()
+        matrix[3, 5] = value
+        return weights(**{"model.layers.2.mlp.up_proj.weight": matrix})
 
     def pickle_alone(folder):
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -251,6 +279,17 @@ def test_bad_folders_are_refused(tmp_path):
     bad("which the index says is there", lambda folder: [
         save_file({"x": content[norm]}, folder / "part.safetensors"), index("part.safetensors")(folder)
     ])  # fmt: skip
+    bad(r"has both model\.safetensors and an index of other files: .*remove", both)
+    bad(r"holds an adapter \(adapter_config\.json\) beside its model.*merge_and_unload.*or remove", adapter)
+    bad(r"holds an adapter .* and no whole model.*merge_and_unload", adapter_alone)
+    bad(r"names of a compiled model; save `model\._orig_mod`", renamed("_orig_mod."))
+    bad("are an adapter's; merge", weights(**{f"{norm}.lora_A.weight": content[norm]}))
+    bad(r"lacks lm_head\.weight.*set `tie_word_embeddings` to true", weights(**{"lm_head.weight": None}))
+    bad(
+        r"layers\.2\.mlp\.up_proj\.weight has 1 values that are no finite numbers, such as nan",
+        with_one(np.nan),
+    )
+    bad(r"has 1 values that are no finite numbers, such as inf", with_one(np.inf))
     bad("pivot_layer", lambda f: save_file({"x": content[norm]}, f / "pivot_head.safetensors"))
 
 
