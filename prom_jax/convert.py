@@ -1,15 +1,18 @@
 """python -m prom_jax.convert to_hf SOURCE DESTINATION [--dtype=bfloat16]
 python -m prom_jax.convert from_hf SOURCE DESTINATION
+python -m prom_jax.convert to_gguf SOURCE FILE.gguf [--type=q8_0]
 
-to_hf writes a Hugging Face directory; from_hf an Orbax checkpoint. SOURCE is whatever prom_jax loads: a
-Hugging Face directory or hub id, a .gguf file, an Orbax checkpoint or a work directory.
+to_hf writes a Hugging Face directory, from_hf an Orbax checkpoint, to_gguf a file for llama.cpp and Ollama.
+SOURCE is whatever prom_jax loads: a Hugging Face directory or hub id, a .gguf file, an Orbax checkpoint or a
+work directory.
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 
-from prom_jax.checkpoints import orbax, safetensors, storage
+from prom_jax.checkpoints import gguf_writer, orbax, safetensors, storage
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.checkpoints.description import Description
 from prom_jax.checkpoints.params import lazy_params
@@ -21,9 +24,12 @@ from prom_jax.utils.errors import UserError
 def main(argv=None):
     """Reads the command line and converts."""
     arguments = parse(argv)
-    convert = to_hf if arguments.direction == "to_hf" else from_hf
     print(f"{arguments.source} -> {arguments.destination}", flush=True)
-    convert(arguments.source, arguments.destination, arguments.dtype)
+    if arguments.direction == "to_gguf":
+        to_gguf(arguments.source, arguments.destination, arguments.type)
+    else:
+        convert = to_hf if arguments.direction == "to_hf" else from_hf
+        convert(arguments.source, arguments.destination, arguments.dtype)
     print(f"wrote {arguments.destination}")
 
 
@@ -31,28 +37,44 @@ def parse(argv) -> argparse.Namespace:
     """The command line's arguments."""
     parser = cli.Parser("prom_jax.convert", __doc__)
     add = parser.add_argument
-    add("direction", choices=("to_hf", "from_hf"), help="what is written")
+    add("direction", choices=("to_hf", "from_hf", "to_gguf"), help="what is written")
     add("source", help="what is read")
-    add("destination", help="a new folder; from_hf: also gs://bucket/…")
+    add("destination", help="a new folder; from_hf: also gs://bucket/…; to_gguf: a new file")
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, help="of the tensors (default: the source's)")
+    add("--type", choices=gguf_writer.TYPES, default="f16", help="to_gguf: of the matrices")
     return parser.parse_args(argv)
 
 
 def to_hf(source, destination, dtype=None):
     """Writes `source` as a Hugging Face directory, in its own dtype or another, one tensor at a time."""
-    reader, tokenizer = models.open_source(source)
-    card = reader.details or {"base_model": str(source)}
-    # A model that was not trained here keeps the chat template that it came with.
-    template = None if "prompts" in card else tokenizer.chat_template
+    reader, tokenizer, card, template = _open(source)
     safetensors.save_hf(
         reader,
         tokenizer,
         destination,
         dtype=dtype or reader.dtype,
-        chat_template=template or chat_template(tokenizer, card.get("prompts", "en")),
+        chat_template=template,
         card=card,
     )
+
+
+def to_gguf(source, destination, kind="f16"):
+    """Writes `source` as one GGUF file with its tokenizer, matrices in one of `gguf_writer.TYPES`, a part of
+    a tensor at a time."""
+    reader, tokenizer, card, template = _open(source)
+    name = Path(str(card.get("base_model", source))).name
+    name = f"{name} {card['language']}" if "language" in card else name
+    gguf_writer.write(reader, tokenizer, destination, kind, template, name)
+
+
+def _open(source):
+    """The reader and tokenizer of a source, its model card's rows, and its chat template: that of training,
+    or the one that a model came with which was not trained here."""
+    reader, tokenizer = models.open_source(source)
+    card = reader.details or {"base_model": str(source)}
+    template = None if "prompts" in card else tokenizer.chat_template
+    return reader, tokenizer, card, template or chat_template(tokenizer, card.get("prompts", "en"))
 
 
 def from_hf(source, destination, dtype=None):

@@ -17,7 +17,7 @@ SAMPLING = {
     "min_p": ("a number from 0 to 1", lambda value: 0 <= value <= 1),
 }
 # The names of the same and others in GGUF (`general.sampling.…`).
-_GGUF_SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+GGUF_SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 _GGUF_STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -48,7 +48,7 @@ def of_folder(folder: Path, config: Mapping) -> dict:
 def of_gguf(metadata: Mapping, path) -> dict:
     """What a GGUF file's metadata says of generation, as keys of a `generation_config.json`."""
     stops = [metadata.get(f"tokenizer.ggml.{name}") for name in _GGUF_STOPS]
-    named = {key: metadata.get(f"general.sampling.{name}") for key, name in _GGUF_SAMPLING.items()}
+    named = {key: metadata.get(f"general.sampling.{name}") for key, name in GGUF_SAMPLING.items()}
     # The shortest decimals of numbers that are held in float32.
     sampling = {
         key: value if isinstance(value, int) else float(f"{value:.6g}")

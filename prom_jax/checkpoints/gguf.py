@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,9 +53,14 @@ class GGUFReader:
                     f"{path}: {tensor.name} has {len(tensor.shape)} dimensions, expected 1 or 2; fetch the "
                     "file again"
                 )
-        config = _config(path, file.metadata, tensors)
+        embedding, rope_freqs = tensors.get("token_embd.weight"), tensors.pop("rope_freqs.weight", None)
+        if embedding is None:
+            raise UserError(
+                f"{path} lacks the tensor token_embd.weight: expected a whole model; fetch it again"
+            )
+        config = config_of(path, file.metadata, tensors.keys(), int(embedding.shape[-1]),
+                           rope_freqs and np.asarray(rope_freqs.data, np.float32))  # fmt: skip
         self.config = dataclasses.replace(config, generation=generation.of_gguf(file.metadata, path))
-        tensors.pop("rope_freqs.weight", None)
         hf_names = {
             row.gguf.format(layer=layer): row.hf.format(layer=layer)
             for row in decoder.tensors(self.config)
@@ -199,8 +205,20 @@ def _parse(path: str) -> _WholeFile:
         ) from error
 
 
-def _config(path, metadata: dict, tensors: dict) -> DecoderConfig:
-    """The config in GGUF metadata, in the terms of a `config.json`."""
+def config_of(path, metadata: dict, tensors: Collection[str], vocab_size: int, rope_freqs) -> DecoderConfig:
+    """What a GGUF file says of an architecture, in the terms of a `config.json`.
+
+    Args:
+      path: of the file, for messages.
+      metadata: its key-value pairs.
+      tensors: the names of its tensors.
+      vocab_size: rows of the embedding.
+      rope_freqs: the tensor of that name, or None.
+    Returns:
+      The architecture.
+    Raises:
+      UserError: for an architecture or a setting that is not supported.
+    """
     architecture = metadata.get("general.architecture")
     spec = _specs().get(architecture) if isinstance(architecture, str) else None
     if spec is None:
@@ -219,18 +237,18 @@ def _config(path, metadata: dict, tensors: dict) -> DecoderConfig:
             raise UserError(f"{path} lacks the setting {prefix}{key}: expected a whole model; fetch it again")
         return settings[key]
 
-    if "token_embd.weight" not in tensors:
-        raise UserError(f"{path} lacks the tensor token_embd.weight: expected a whole model; fetch it again")
     heads = need("attention.head_count")
+    head_dim = settings.get("attention.key_length") or need("embedding_length") // max(heads, 1)
+    rotated = settings.get("rope.dimension_count", head_dim)
     config = config_from_hf(
         {
-            "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
+            "vocab_size": vocab_size,
             "hidden_size": need("embedding_length"),
             "intermediate_size": need("feed_forward_length"),
             "num_hidden_layers": need("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": settings.get("attention.head_count_kv", heads),
-            "head_dim": settings.get("attention.key_length"),
+            "head_dim": head_dim,
             "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
             "rope_theta": settings.get("rope.freq_base", 10000.0),
             "rope_scaling": _rope_scaling(settings),
@@ -239,16 +257,16 @@ def _config(path, metadata: dict, tensors: dict) -> DecoderConfig:
             "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
             "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
-            **spec.config_keys(settings, tensors.keys()),
+            **({} if rotated == head_dim else {"partial_rotary_factor": rotated / head_dim}),
+            **spec.config_keys(settings, tensors),
         }
     )
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if settings.get(key, config.head_dim) != config.head_dim:
-            raise UserError(
-                f"{path} sets {prefix}{key}={settings[key]!r:.100}: expected the head dimension, "
-                f"{config.head_dim}"
-            )
-    return _with_rope_factors(path, config, tensors.get("rope_freqs.weight"))
+    if settings.get("attention.value_length", head_dim) != head_dim:
+        raise UserError(
+            f"{path} sets {prefix}attention.value_length={settings['attention.value_length']!r:.100}: "
+            f"expected the head dimension, {head_dim}"
+        )
+    return _with_rope_factors(path, config, rope_freqs)
 
 
 def _specs() -> dict:
@@ -266,11 +284,10 @@ def _rope_scaling(settings: dict) -> dict | None:
     return None if kind == "none" else {"rope_type": kind, "factor": settings.get("rope.scaling.factor")}
 
 
-def _with_rope_factors(path, config: DecoderConfig, tensor) -> DecoderConfig:
+def _with_rope_factors(path, config: DecoderConfig, divisors) -> DecoderConfig:
     """Llama-3's rope scaling, which GGUF keeps as one divisor a frequency in the tensor `rope_freqs`."""
-    if tensor is None:
+    if divisors is None:
         return config
-    divisors = np.asarray(tensor.data, np.float32)
     if divisors.shape != (config.head_dim // 2,) or not np.all((divisors > 0) & (divisors < 1e6)):
         raise UserError(
             f"{path} has rope_freqs of the shape {list(divisors.shape)}, or not all above 0: expected a "

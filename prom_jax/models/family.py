@@ -40,6 +40,11 @@ def in_layer(name: str, shape, axes, hf: str, gguf: str, needs: str = "") -> Ten
     return Tensor(name, shape, axes, f"{LAYER_HF}{hf}", f"{LAYER_GGUF}{gguf}", needs)
 
 
+def no_settings(config: DecoderConfig) -> dict:
+    """The settings in GGUF of a family that adds none."""
+    return {}
+
+
 @dataclass(frozen=True)
 class GGUF:
     """How GGUF files hold a family.
@@ -49,6 +54,7 @@ class GGUF:
       config_keys: from the architecture's settings and the names of all tensors, the keys of a `config.json`
         beyond sizes, RoPE and special tokens; `model_type` among them.
       settings: names of further settings that `config_keys` reads.
+      settings_of: the inverse: of a model the settings beyond sizes and RoPE.
       interleaved: whether rows of q and k alternate between the two halves that RoPE turns into each other.
       norms_with_offset: whether norms are held as 1 + weight.
     """
@@ -56,6 +62,7 @@ class GGUF:
     architecture: str
     config_keys: Callable[[Mapping, Collection[str]], dict]
     settings: tuple[str, ...] = ()
+    settings_of: Callable[[DecoderConfig], dict] = no_settings
     interleaved: bool = False
     norms_with_offset: bool = False
 

@@ -315,15 +315,16 @@ _METADATA = {
 }  # fmt: skip
 # Keys that ask for something, but not of the forward pass: of generation, a trainer, a program's kernels.
 _WITHOUT_EFFECT = {
-    "_flash_attn_2_enabled", "_model_name_or_path", "_sliding_window_pattern", "bad_words_ids", "begin_suppress_tokens", "bf16",
-    "cache_implementation",
-    "diversity_penalty", "do_sample", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "fp16",
-    "flash_attn", "gradient_checkpointing", "length_penalty", "max_length", "max_new_tokens", "min_length",
-    "model_max_length", "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
-    "remove_invalid_values", "repetition_penalty", "resid_pdrop", "return_dict_in_generate",
-    "suppress_tokens", "temperature", "tf_legacy_loss", "tokenizer_model_max_length", "top_k", "top_p", "typical_p", "use_bfloat16",
-    "use_flash_attention", "use_flash_attn", "use_reentrant", "use_sdpa",
+    "_flash_attn_2_enabled", "_model_name_or_path", "_sliding_window_pattern", "bad_words_ids",
+    "begin_suppress_tokens", "bf16", "cache_implementation", "diversity_penalty", "do_sample",
+    "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "flash_attn", "forced_bos_token_id", "forced_eos_token_id", "fp16", "gradient_checkpointing",
+    "length_penalty", "max_length", "max_new_tokens", "min_length", "model_max_length",
+    "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_scores", "remove_invalid_values", "repetition_penalty", "resid_pdrop",
+    "return_dict_in_generate", "suppress_tokens", "temperature", "tf_legacy_loss",
+    "tokenizer_model_max_length", "top_k", "top_p", "typical_p", "use_bfloat16", "use_flash_attention",
+    "use_flash_attn", "use_reentrant", "use_sdpa",
 }  # fmt: skip
 
 

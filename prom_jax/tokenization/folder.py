@@ -55,8 +55,9 @@ def save(tokenizer: PreTrainedTokenizerFast, directory, chat_template: str | Non
     # transformers 4 fails on what version 5 writes here: its name for the class that reads tokenizer.json as
     # it stands, and a list under this key.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(tokenizer, sentencepiece.SentencePieceTokenizer):
-        path.with_name(sentencepiece.FILE).write_bytes(tokenizer.model_file)
+    if model := sentencepiece.model_of(tokenizer):  # llama.cpp's converter knows scores by it alone
+        own = getattr(tokenizer, "model_file", None)
+        path.with_name(sentencepiece.FILE).write_bytes(own or model.SerializeToString())
     if by_library:
         path.with_name("tokenizer.json").unlink()
         added = tokenizer.added_tokens_decoder.items()

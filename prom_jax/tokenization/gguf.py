@@ -1,6 +1,7 @@
 """Tokenizers written in a GGUF file's metadata."""
 
 import functools
+import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -44,6 +45,10 @@ class _Pre(NamedTuple):
     bos: bool = False
     nfc: bool = False
 
+    def normalizer(self):
+        """What is done to a text before; None for nothing."""
+        return normalizers.NFC() if self.nfc else None
+
     def steps(self) -> list:
         """The pre-tokenizers that cut text into words."""
         first = [pre_tokenizers.Digits(individual_digits=True)] if self.digits else []
@@ -53,7 +58,7 @@ class _Pre(NamedTuple):
 
 
 PRE = {
-    **dict.fromkeys(("default", "gpt-2", "phi-2", "olmo"), _Pre()),
+    **dict.fromkeys(("gpt-2", "default", "phi-2", "olmo"), _Pre()),
     **dict.fromkeys(("smollm", "refact"), _Pre(digits=True)),
     **dict.fromkeys(("llama-bpe", "llama-v3", "llama3"),
                     _Pre(_GPT4 % "{1,3}", whole_words=True, bos=True)),
@@ -144,8 +149,8 @@ def _byte_level(path, tokens: list[str], get) -> PreTrainedTokenizerFast:
             ignore_merges=pre.whole_words,
         )
     )
-    if pre.nfc:
-        backend.normalizer = normalizers.NFC()
+    if normalizer := pre.normalizer():
+        backend.normalizer = normalizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(pre.steps())
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, **_special_tokens(tokens, get, add_bos=pre.bos))
@@ -184,3 +189,91 @@ def _sentencepiece(path, tokens: list[str], get) -> PreTrainedTokenizerFast:
     normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
     normalizer.add_dummy_prefix = get("add_space_prefix", True)
     return sentencepiece.build(proto, **special)
+
+
+def metadata(tokenizer: PreTrainedTokenizerFast, rows: int) -> dict:
+    """What a GGUF file says of a tokenizer: the inverse of `load`.
+
+    Args:
+      tokenizer: of a kind that the format knows: byte-level BPE, or a SentencePiece BPE.
+      rows: of the embedding; where there are more than tokens, unused ones are written for the others.
+    Returns:
+      The key-value pairs.
+    Raises:
+      UserError: for a tokenizer that the format cannot say, so that texts would be cut otherwise.
+    """
+    model = sentencepiece.model_of(tokenizer)
+    if model is None:
+        pieces, of_kind = _byte_level_pieces(tokenizer)
+    else:
+        pieces = {i: (piece.piece, piece.type, piece.score) for i, piece in enumerate(model.pieces)}
+        prefix = model.normalizer_spec.add_dummy_prefix
+        of_kind = {"model": "llama", "pre": "default", "add_space_prefix": prefix}
+    for i, token in tokenizer.added_tokens_decoder.items():
+        kind = Piece.CONTROL if token.special else Piece.USER_DEFINED
+        if pieces.get(i, ("", Piece.NORMAL, 0))[1] not in (Piece.UNKNOWN, Piece.BYTE):
+            pieces[i] = (token.content, kind, -1000.0)
+    table = [pieces.get(i, (f"[PAD{i}]", Piece.UNUSED, -1000.0)) for i in range(rows)]
+    tokens, kinds, scores = map(list, zip(*table))
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "unknown_token_id": tokenizer.unk_token_id,
+        "padding_token_id": tokenizer.pad_token_id if (tokenizer.pad_token_id or 0) < rows else None,
+    }
+    ids = tokenizer("a")["input_ids"]
+    pairs = {
+        **of_kind,
+        "tokens": tokens,
+        "token_type": kinds,
+        **({} if model is None else {"scores": scores}),
+        **{key: value for key, value in special.items() if value is not None},
+        "add_bos_token": ids[0] == tokenizer.bos_token_id,
+        "add_eos_token": len(ids) > 1 and ids[-1] == tokenizer.eos_token_id,
+    }
+    pairs = {f"tokenizer.ggml.{key}": value for key, value in pairs.items()}
+    again = load(pairs, "the GGUF file")
+    for text in sentencepiece.check_texts():
+        if again(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise UserError(
+                f"GGUF cannot say what this tokenizer is: {text!r:.60} would be cut otherwise; use the "
+                "model's Hugging Face folder instead"
+            )
+    return pairs
+
+
+def _byte_level_pieces(tokenizer: PreTrainedTokenizerFast) -> tuple[dict, dict]:
+    """The tokens of a byte-level BPE by their numbers, and the pairs of that kind."""
+    state, backend = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.backend_tokenizer
+    model = state["model"]
+    if model["type"] != "BPE" or b'"ByteLevel"' not in backend.decoder.__getstate__():
+        raise UserError(
+            f"GGUF is not written with a tokenizer of type {model['type']}: expected byte-level BPE or "
+            "SentencePiece BPE; use the model's Hugging Face folder instead"
+        )
+    pieces = {i: (token, Piece.NORMAL, 0.0) for token, i in model["vocab"].items()}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return pieces, {"model": "gpt2", "pre": _pre_of(backend, model["ignore_merges"]), "merges": merges}
+
+
+def _pre_of(backend: Tokenizer, whole_words: bool) -> str:
+    """The name in GGUF of how a tokenizer cuts text into words.
+
+    Raises:
+      UserError: if it is none that is known here.
+    """
+
+    def cut(normalizer, pre_tokenizer):
+        texts = sentencepiece.check_texts()
+        texts = [normalizer.normalize_str(text) for text in texts] if normalizer else texts
+        return [[word for word, _ in pre_tokenizer.pre_tokenize_str(text)] for text in texts]
+
+    theirs = backend.pre_tokenizer and cut(backend.normalizer, backend.pre_tokenizer)
+    for name, pre in PRE.items():
+        ours = cut(pre.normalizer(), pre_tokenizers.Sequence(pre.steps()))
+        if pre.whole_words == whole_words and ours == theirs:
+            return name
+    raise UserError(
+        f"GGUF has no name for how this tokenizer cuts text into words: expected as {', '.join(PRE)} do; use "
+        "the model's Hugging Face folder instead"
+    )

@@ -96,6 +96,42 @@ def differences(tokenizer: SentencePieceTokenizer) -> list[str]:
     return _differences(tokenizer.backend_tokenizer, _processor(_proto(tokenizer.model_file)))
 
 
+def model_of(tokenizer: PreTrainedTokenizerFast) -> ModelProto | None:
+    """The SentencePiece model of a tokenizer: its own, or one made again of the ranks of its merges; None
+    where there is none that cuts the check texts as it does."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _proto(tokenizer.model_file)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if state["type"] != "BPE" or not state["byte_fallback"] or state["unk_token"] is None:
+        return None
+    merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in state["merges"])
+    ranks = {}
+    for rank, halves in enumerate(merges):
+        ranks.setdefault("".join(halves), -float(rank))
+    proto, added = ModelProto(), {token.content for token in tokenizer.added_tokens_decoder.values()}
+    for piece in sorted(state["vocab"], key=state["vocab"].get):
+        byte = len(piece) == 6 and piece.startswith("<0x")
+        kind = Piece.BYTE if byte else Piece.CONTROL if piece in added else Piece.NORMAL
+        kind = Piece.UNKNOWN if piece == state["unk_token"] else kind
+        proto.pieces.add(
+            piece=piece, type=kind, score=ranks.get(piece, 0.0 if kind != Piece.NORMAL else -1e9)
+        )
+    spec, normalizer = proto.trainer_spec, proto.normalizer_spec
+    spec.model_type, spec.byte_fallback, spec.vocab_size = TrainerSpec.BPE, True, len(proto.pieces)
+    spec.unk_id = state["vocab"][state["unk_token"]]
+    spec.bos_id, spec.eos_id, spec.pad_id = (
+        state["vocab"].get(token, -1)
+        for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    )
+    normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
+    first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens
+    normalizer.add_dummy_prefix = first[0].startswith(_SPACE)
+    try:
+        return None if _differences(tokenizer.backend_tokenizer, _processor(proto)) else proto
+    except ValueError:
+        return None
+
+
 def build(proto: ModelProto, folder: Path | None = None, **settings) -> SentencePieceTokenizer:
     """A tokenizer that cuts texts as the sentencepiece library does.
 
@@ -306,7 +342,7 @@ class _Splitter:
 
 
 @functools.cache
-def _check_texts() -> list[str]:
+def check_texts() -> list[str]:
     """Texts in the scripts of all languages that there are prompts for, and what tokenizers differ in."""
     tables = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(PROMPTS.glob("*.json"))]
     prose = [text for table in tables for text in (table["preamble"], *table["translate"])]
@@ -322,6 +358,6 @@ def _check_texts() -> list[str]:
 
 
 def _differences(backend: Tokenizer, reference: SentencePieceProcessor) -> list[str]:
-    texts = _check_texts()
+    texts = check_texts()
     encoded = backend.encode_batch(texts, add_special_tokens=False)
     return [text for text, ours, ids in zip(texts, encoded, reference.encode(texts)) if ours.ids != ids]

@@ -134,7 +134,7 @@ def test_bad_gguf_files_are_refused(tmp_path):
 
     bad("expert_count=8", expert_count=8)
     bad("'yarn'", **{"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0})
-    bad("rope.dimension_count=4", **{"rope.dimension_count": 4})
+    bad(r"partial_rotary_factor=0\.5", **{"rope.dimension_count": 4})
     bad("one of 2 parts.*give them their names back", **{"split.count": 2})
     to_gguf(model, path)
     whole = path.read_bytes()

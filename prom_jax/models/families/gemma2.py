@@ -71,6 +71,15 @@ def gguf_query_scale(settings, layers_of_largest: int) -> dict:
     return {} if size is None else {"query_pre_attn_scalar": size}
 
 
+def gguf_settings(config) -> dict:
+    """Settings in GGUF, the inverse of `gguf_keys`; the scale of queries follows from the sizes."""
+    return {
+        "attention.sliding_window": layer_type_keys(config)["sliding_window"],
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+    }
+
+
 def gguf_keys(settings, tensors) -> dict:
     """Keys of `config.json` from GGUF."""
     names = {
@@ -92,6 +101,6 @@ FAMILY = Family(
     },
     read=read,
     write=write,
-    gguf=GGUF("gemma2", gguf_keys, ("attn_logit_softcapping", "final_logit_softcapping"),
+    gguf=GGUF("gemma2", gguf_keys, ("attn_logit_softcapping", "final_logit_softcapping"), gguf_settings,
               norms_with_offset=True),
 )  # fmt: skip

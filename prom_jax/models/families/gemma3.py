@@ -49,6 +49,17 @@ def write(config) -> dict:
     return keys
 
 
+def gguf_settings(config) -> dict:
+    """Settings in GGUF, the inverse of `gguf_keys`."""
+    full = [i for i, kind in enumerate(config.layers, 1) if not kind.window]
+    local = next((kind.rope for kind in config.layers if kind.window), None)
+    return {
+        **gemma2.gguf_settings(config),
+        "attention.sliding_window_pattern": full[0] if full else len(config.layers) + 1,
+        "rope.freq_base_swa": local and local.theta,
+    }
+
+
 def gguf_keys(settings, tensors) -> dict:
     """Keys of `config.json` from GGUF; what it leaves out is as in the published models."""
     names = {
@@ -76,7 +87,7 @@ FAMILY = Family(
     write=write,
     gguf=GGUF(
         "gemma3", gguf_keys,
-        ("attention.sliding_window_pattern", "rope.freq_base_swa", "final_logit_softcapping"),
+        ("attention.sliding_window_pattern", "rope.freq_base_swa", "final_logit_softcapping"), gguf_settings,
         norms_with_offset=True,
     ),
     multimodal=Multimodal(

@@ -34,6 +34,12 @@ SETTINGS = {  # by the names in GGUF
 }
 
 
+def gguf_settings(config) -> dict:
+    """Settings in GGUF, the inverse of `gguf_keys`."""
+    keys = write(config)
+    return {name: float(keys[key]) for name, key in SETTINGS.items()}
+
+
 def gguf_keys(settings, tensors) -> dict:
     """Keys of `config.json` from GGUF."""
     scales = {key: settings[name] for name, key in SETTINGS.items() if name in settings}
@@ -47,5 +53,5 @@ FAMILY = Family(
     defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
     read=read,
     write=write,
-    gguf=GGUF("granite", gguf_keys, tuple(SETTINGS), interleaved=True),
+    gguf=GGUF("granite", gguf_keys, tuple(SETTINGS), gguf_settings, interleaved=True),
 )

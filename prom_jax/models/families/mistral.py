@@ -1,7 +1,10 @@
 """Mistral 7B and what followed it: Llama with a sliding window."""
 
+import dataclasses
+
+from prom_jax.models.families import llama
 from prom_jax.models.families.llama import EMBEDDING, NORMS_BEFORE, OUTPUT, PROJECTIONS
-from prom_jax.models.family import GGUF, Family, same_layers
+from prom_jax.models.family import Family, same_layers
 from prom_jax.models.settings import rope_keys
 
 
@@ -16,9 +19,9 @@ def write(config) -> dict:
     return {"sliding_window": kind.window, **rope_keys(kind.rope)}
 
 
-def gguf_keys(settings, tensors) -> dict:
-    """Keys of `config.json` from GGUF."""
-    return {"model_type": "mistral", "sliding_window": settings.get("attention.sliding_window") or None}
+def gguf_settings(config) -> dict:
+    """Settings in GGUF, where the family is a Llama with a window."""
+    return {"attention.sliding_window": config.layers[0].window}
 
 
 FAMILY = Family(
@@ -34,5 +37,5 @@ FAMILY = Family(
     },
     read=read,
     write=write,
-    gguf=GGUF("mistral", gguf_keys, interleaved=True),
+    gguf=dataclasses.replace(llama.FAMILY.gguf, settings_of=gguf_settings),
 )
