@@ -270,7 +270,8 @@ def save_hf(
             metadata = {"format": "pt", "pivot_layer": str(layer)}
             _write_safetensors(path, reader, [head_tensor(head)], dtype, metadata)
         if writer:
-            if split.is_sharded:
+            # A folder with another head has one too, so that who reads all files without it reads the model.
+            if split.is_sharded or reader.heads:
                 total = {"total_parameters": sum(map(math.prod, shapes.values()))}
                 index = {"metadata": total | split.metadata, "weight_map": split.tensor_to_filename}
                 _write_json(partial / "model.safetensors.index.json", index)
@@ -307,7 +308,19 @@ def _write_safetensors(path, reader, names: list[str], dtype: np.dtype, metadata
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             whole = reader.read(name, (slice(None),) * len(reader.shape(name)))
-            file.write(np.ascontiguousarray(whole, dtype).view(np.uint8).data)
+            file.write(_as_dtype(name, whole, dtype).view(np.uint8).data)
+
+
+def _as_dtype(name: str, whole: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A tensor in another dtype; raises UserError for numbers that this one has not."""
+    with np.errstate(over="ignore"):
+        written = np.ascontiguousarray(whole, dtype)
+    if dtype == np.float16 and (lost := np.count_nonzero(~np.isfinite(written) & np.isfinite(whole))):
+        raise UserError(
+            f"{name} has {lost} values beyond float16, whose largest is 65504: export in bfloat16 or float32 "
+            "(export.dtype, --dtype)"
+        )
+    return written
 
 
 def _write_small_files(
@@ -321,7 +334,7 @@ def _write_small_files(
     details = {DETAILS_KEY: card} if card else {}
     _write_json(directory / "config.json", {**config_to_hf(config), "torch_dtype": dtype.name, **details})
     _write_json(directory / generation.FILE, generation.keys(config, model_tokenizer))
-    folder.save(model_tokenizer, directory, chat_template)
+    folder.save(model_tokenizer, directory, chat_template, config.max_position_embeddings)
     (directory / "README.md").write_text(hub.model_card(card), encoding="utf-8")
 
 

@@ -8,17 +8,32 @@ from prom_jax.data.templates import Wording, conversation, wording
 from prom_jax.data.tokens import encode
 
 _CHAT_TEMPLATE = Template(
+    # Content is a text, or a list of parts that are texts.
+    "{%- macro text(content) -%}"
+    "{%- if content is string -%}{{- content -}}"
+    "{%- else -%}{%- for part in content -%}"
+    "{%- if part['type'] == 'text' -%}{{- part['text'] -}}"
+    "{%- else -%}{{- raise_exception('This model reads text alone.') -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- endmacro -%}"
     "$bos"
-    "{%- for message in messages -%}"
+    "{%- set turns = messages -%}"
+    "{%- if messages[0]['role'] == 'system' -%}"
+    "{%- set preamble = text(messages[0]['content']) -%}{%- set turns = messages[1:] -%}"
+    "{%- endif -%}"
+    "{%- for message in turns -%}"
     "{%- if message['role'] == 'user' -%}"
-    "{%- if loop.first -%}{{- $preamble_input if message['input'] else $preamble -}}{%- endif -%}"
-    "{{- $instruction + message['content'] -}}"
+    "{%- if loop.first -%}"
+    "{%- if preamble is defined -%}{{- preamble -}}"
+    "{%- elif message['input'] -%}{{- $preamble_input -}}{%- else -%}{{- $preamble -}}{%- endif -%}"
+    "{%- endif -%}"
+    "{{- $instruction + text(message['content']) -}}"
     "{%- if message['input'] -%}{{- $input + message['input'] -}}{%- endif -%}"
     "{%- elif message['role'] == 'assistant' -%}"
-    "{{- $response + message['content'] + eos_token -}}"
+    "{{- $response + text(message['content']) + eos_token -}}"
     "{%- if not loop.last -%}{{- $gap -}}{%- endif -%}"
     "{%- else -%}"
-    "{{- raise_exception('This model knows the roles user and assistant alone.') -}}"
+    "{{- raise_exception('This model knows a system message, if it is the first, user and assistant.') -}}"
     "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- $response -}}{%- endif -%}"
@@ -29,7 +44,8 @@ def chat_template(tokenizer, language: str = "en") -> str:
     """A jinja template with which `tokenizer.apply_chat_template` gives the ids of training with prompts
     worded in `language`.
 
-    A message may have an `input` besides its `content`. A template is tokenised in one go with its
+    A message may have an `input` besides its `content`. A system message stands in place of the preamble. A
+    template is tokenised in one go with its
     special tokens spelled out, and after one of these some SentencePiece tokenizers leave out the
     word mark that they put at the start of a text: a space, found by trial, stands in for it.
     """

@@ -37,8 +37,16 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return digest.hexdigest()[:16]
 
 
-def save(tokenizer: PreTrainedTokenizerFast, directory, chat_template: str | None):
-    """Writes the tokenizer's files into `directory`, with `chat_template` (jinja) in place of its own.
+def save(
+    tokenizer: PreTrainedTokenizerFast, directory, chat_template: str | None, max_length: int | None = None
+):
+    """Writes the tokenizer's files.
+
+    Args:
+      tokenizer: to save.
+      directory: of the files.
+      chat_template: jinja, in place of the tokenizer's own.
+      max_length: tokens of the model's context, where the tokenizer knows no smaller number.
 
     The folder loads with AutoTokenizer of transformers 4 and 5. Where only the sentencepiece library cuts
     text as the tokenizer does, there is no tokenizer.json: it could not say so. Then transformers 4 does with
@@ -68,6 +76,10 @@ def save(tokenizer: PreTrainedTokenizerFast, directory, chat_template: str | Non
             "add_eos_token": tokenizer.add_eos_token,
             "added_tokens_decoder": {str(i): token.__getstate__() for i, token in added},
         }
+    if max_length:
+        config["model_max_length"] = min(max_length, tokenizer.model_max_length)
+    if chat_template:  # of its file the first versions of transformers 4 know nothing
+        config["chat_template"] = chat_template
     if extra := config.pop("extra_special_tokens", None):
         config["additional_special_tokens"] = extra
     for key in ("is_local", "local_files_only"):  # how it was loaded here

@@ -124,9 +124,38 @@ def test_the_folder_is_whole(tmp_path):
     assert card.data.tags == ["prom_jax"]
     assert "| learning_rate | 2e-05 |" in card.text
     assert AutoTokenizer.from_pretrained(out).chat_template == "ours"
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == "ours"  # for transformers 4
+    assert config["model_max_length"] == 64
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in tensors(out).values())
     assert open_reader(out).config == reader.config
+
+
+def test_a_small_folder_with_a_pivot_head_has_an_index_of_the_model(tmp_path):
+    """vLLM reads every *.safetensors of a folder without one (vllm#4989)."""
+    hf_model().save_pretrained(tmp_path / "base")
+    reader = open_reader(tmp_path / "base")
+    save(load_params(reader), reader, tmp_path / "plain")
+    assert not (tmp_path / "plain" / "model.safetensors.index.json").exists()
+    save(load_params(reader, heads=PIVOT), reader, tmp_path / "out", PIVOT)
+    out = tmp_path / "out"
+    weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert weight_map == dict.fromkeys(load_file(out / "model.safetensors"), "model.safetensors")
+    assert (out / "pivot_head.safetensors").exists()
+    assert open_reader(out).heads == PIVOT
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_values_beyond_float16_are_refused(tmp_path):
+    model = hf_model()
+    model.model.layers[1].mlp.up_proj.weight.data[2, 3:5] = 1e6
+    model.save_pretrained(tmp_path / "base")
+    reader = open_reader(tmp_path / "base")
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight has 2 values beyond float16"):
+        save(load_params(reader), reader, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    save(load_params(reader), reader, tmp_path / "out", dtype="bfloat16")
 
 
 def test_export_replaces_an_export_and_nothing_else(tmp_path):

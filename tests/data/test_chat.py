@@ -1,4 +1,5 @@
 import pytest
+from jinja2.exceptions import TemplateError
 
 from prom_jax.data import templates as prompts
 from prom_jax.data.chat import chat_template
@@ -34,3 +35,29 @@ def test_generation_prompt_is_the_prompt(tokenizer):
         return_dict=False,
     )
     assert ids == tokenizer(prompts.wording("en").prompt("Say hi"))["input_ids"]
+
+
+def test_a_system_message_stands_in_place_of_the_preamble(tokenizer):
+    words = prompts.wording("th")
+    system = {"role": "system", "content": "Answer in Thai."}
+    asked = {"role": "user", "content": "Say hi", "input": "now"}
+    template = chat_template(tokenizer, "th")
+    render = lambda *messages: tokenizer.apply_chat_template(
+        list(messages), chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    expected = render(asked).replace(words.preamble_input, system["content"])
+    assert render(system, asked) == expected != render(asked)
+    with pytest.raises(TemplateError, match="a system message, if it is the first"):
+        render(asked, system)
+
+
+def test_content_may_be_a_list_of_texts(tokenizer):
+    """As chat programs send it to `transformers serve` and others."""
+    template = chat_template(tokenizer)
+    render = lambda content: tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=template, tokenize=False
+    )
+    parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": " hi\n"}]
+    assert render(parts) == render("Say  hi\n")
+    with pytest.raises(TemplateError, match="text alone"):
+        render([{"type": "image", "url": "x"}])
