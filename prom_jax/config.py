@@ -152,6 +152,8 @@ def default() -> ConfigDict:
     c.export = ConfigDict()
     # Of the exported weights: 'float32', 'bfloat16', 'float16'; '': as the source has them.
     c.export.dtype = ""
+    # Where the export is pushed to on the hub, owner/name; '': nowhere. A new repository is private.
+    c.export.hub = ""
 
     c.seed = 0
     return c

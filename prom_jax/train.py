@@ -21,6 +21,7 @@ import optax
 from rich.table import Table
 
 from prom_jax.analysis import regulation
+from prom_jax.checkpoints import hub
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.checkpoints.description import Description, describe
@@ -67,6 +68,8 @@ def train(config, workdir, dry_run: bool = False) -> dict:
       UserError: for input that cannot be used, or a loss that is not finite.
     """
     started = time.time()
+    if config.export.hub:
+        hub.check_can_push(config.export.hub)  # before the time is spent
     job = plan(config, Path(workdir))
     workdir = job.workdir
     with jax.set_mesh(job.mesh):
@@ -89,7 +92,7 @@ def train(config, workdir, dry_run: bool = False) -> dict:
         params = loop(job, update, params, opt_state, checkpoints, log, start)
         log.close()
         write_samples(job, params, "adapted")
-        export(job, params)
+        export(job, params, log)
         checkpoints.close()  # only now: a last save that failed must not keep the result back
         return report(job, log, time.time() - started)
 
@@ -335,16 +338,24 @@ def write_samples(job: Job, params, name: str):
         write_json(job.workdir / f"samples_{name}.json", answers)
 
 
-def export(job: Job, params):
-    """The result as a Hugging Face directory."""
+def export(job: Job, params, log: MetricsLog):
+    """The result as a Hugging Face directory, pushed to the hub if that is asked for."""
+    base, final = log.evaluation(0) or {}, log.evaluation(job.batches.num_steps) or {}
+    names = [key for key in final if key != "step" and key in base]
+    results = {key.removeprefix("eval_"): (base[key], final[key]) for key in names}
+    data, license = job.config.data, models.license_of(job.config.model)
+    card = job.details | {"data": [*data.english, *data.target, *data.translation, *data.streams]}
+    card |= {key: value for key, value in (("results", results), ("license", license)) if value}
     models.save_hf(
         decoder.with_params(job.model, params),
         job.base.tokenizer,
         job.workdir / "hf",
         dtype=job.config.export.dtype or job.base.reader.dtype,
-        card=job.details,
+        card=card,
         template=chat_template(job.base.tokenizer, job.prompt_language),
     )
+    if job.config.export.hub and is_main_process():
+        console.print(f"pushed    {hub.push(job.workdir / 'hf', job.config.export.hub)}")
 
 
 def report(job: Job, log: MetricsLog, seconds: float) -> dict:

@@ -1,24 +1,18 @@
-"""Models as Hugging Face has them: finding a folder or fetching it, and the model card of an export."""
+"""Models as Hugging Face has them: finding a folder or fetching it, writing one, and pushing it."""
 
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
+from prom_jax.checkpoints import model_card
 from prom_jax.utils.errors import UserError
 
-ADAPTED = (
-    "A language model adapted to another language by instruction tuning with prom_jax.\n"
-    "Prompts follow the chat template of its tokenizer."
-)
-CONVERTED = "A language model converted by prom_jax."
+FILES = ("*.json", "*.jinja", "tokenizer.model", "README.md")  # of a model besides its weights
 HUB_ID = r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.][\w./-]*))?"
-_CARD_TAG = "prom_jax"  # marks a folder as an export, which the next may replace
 
 
 def local_path(source, weights: bool = True) -> Path:
@@ -53,7 +47,7 @@ def local_path(source, weights: bool = True) -> Path:
             huggingface_hub.snapshot_download(
                 named["id"],
                 revision=named["revision"],
-                allow_patterns=["*.json", "*.jinja", "tokenizer.model", *["*.safetensors"] * weights],
+                allow_patterns=[*FILES, *["*.safetensors"] * weights],
                 ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
             )
         )
@@ -105,7 +99,7 @@ def prepare_folder(directory: Path, partial: Path, num_bytes: int):
     card = directory / "README.md"
     # By its line: a README of others' may be none that ModelCard reads.
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.exists() else []
-    ours = f"- {_CARD_TAG}" in lines
+    ours = f"- {model_card.TAG}" in lines
     if directory.exists() and any(directory.iterdir()) and not ours:
         raise UserError(
             f"{directory} is not empty and no earlier export: expected a new place; choose another one"
@@ -130,34 +124,37 @@ def replace_folder(directory: Path, partial: Path):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def public(card: Mapping[str, object]) -> dict:
-    """A model card's rows, without the path of a base model on this machine, which says nothing to others.
+def check_can_push(repository: str):
+    """Raises UserError unless a name could be a repository's, and there is a token to write with."""
+    named = re.fullmatch(HUB_ID, repository)
+    if not named or named["revision"]:
+        raise UserError(f"export.hub={repository!r}: expected owner/name, as of a model on the hub")
+    if huggingface_hub.get_token() is None:
+        raise UserError(
+            f"export.hub={repository!r} needs a token that may write: log in with `hf auth login`, or set "
+            "HF_TOKEN"
+        )
+
+
+def push(directory, repository: str) -> str:
+    """Uploads an export to the hub, into a repository that is made private where it is new.
 
     Args:
-      card: the rows.
+      directory: the export's folder.
+      repository: owner/name.
     Returns:
-      The same, with the last name of the path in place of it.
+      The address of its page.
+    Raises:
+      UserError: if it could not be uploaded; the folder stays as it is.
     """
-    base = str(card.get("base_model", ""))
-    return {**card, "base_model": Path(base).name} if base and Path(base).exists() else dict(card)
-
-
-def model_card(card: Mapping[str, object]) -> str:
-    """A model card, whose tag marks its folder as an export.
-
-    Args:
-      card: its rows; 'base_model', where it is a hub id, and 'language' also go to the hub's metadata.
-    Returns:
-      The content of a `README.md`.
-    """
-    base = str(card.get("base_model", ""))
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=[_CARD_TAG],
-        base_model=base if "/" in base else None,
-        language=str(card.get("language", "")) or None,
-    )
-    about = ADAPTED if "method" in card else CONVERTED
-    rows = "".join(f"| {key} | {value} |\n" for key, value in card.items())
-    return str(ModelCard(f"---\n{data}\n---\n\n# Model card\n\n{about}\n\n| | |\n|---|---|\n{rows}"))
+    check_can_push(repository)
+    api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        page = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Export of prom_jax")
+    except Exception as error:  # the client's own, the network library's and the system's
+        raise UserError(
+            f"{repository} was not pushed ({type(error).__name__}): the export in {directory} is whole; see "
+            f"whether the token may write there, and push it with `hf upload {repository} {directory}`"
+        ) from error
+    return str(page)

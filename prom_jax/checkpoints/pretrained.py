@@ -2,7 +2,7 @@
 
 import jax
 
-from prom_jax.checkpoints import gguf, params, safetensors
+from prom_jax.checkpoints import gguf, model_card, params, safetensors
 from prom_jax.checkpoints.description import DESCRIPTION, Description, find, read_tokenizer
 from prom_jax.checkpoints.hub import local_path
 from prom_jax.checkpoints.orbax import CheckpointReader
@@ -69,6 +69,17 @@ def load_tokenizer(source):
     if path.is_file():
         return gguf_tokenizer.load(gguf.open_gguf(path).metadata, path, source)
     return folder.load(path, source)
+
+
+def license_of(source) -> str | None:
+    """The licence that a model's card names, or its `.gguf` file; None where they name none."""
+    if find(source):
+        return None
+    path = local_path(source, weights=False)
+    if path.is_file():
+        named = gguf.open_gguf(path).metadata.get("general.license")
+        return named if isinstance(named, str) else None
+    return model_card.license_of(path / "README.md")
 
 
 def default_compute_dtype() -> str:

@@ -17,7 +17,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 
-from prom_jax.checkpoints import generation, hub
+from prom_jax.checkpoints import generation, hub, model_card
 from prom_jax.checkpoints.params import check_tensors, head_tensor, hf_shapes
 from prom_jax.checkpoints.reader import Reader
 from prom_jax.models.auto import config_from_hf, config_to_hf, multimodal_of
@@ -247,7 +247,7 @@ def save_hf(
     """
     if str(dtype) not in _DTYPE_NAMES:
         raise UserError(f"export.dtype={str(dtype)!r}: expected one of {', '.join(_DTYPE_NAMES)}")
-    directory, dtype, card = Path(directory).resolve(), np.dtype(dtype), hub.public(card)
+    directory, dtype, card = Path(directory).resolve(), np.dtype(dtype), model_card.public(card)
     shapes = hf_shapes(reader.config)
     check_tensors(reader, shapes)
     partial = directory.with_name(f".{directory.name}.partial")
@@ -255,7 +255,8 @@ def save_hf(
     try:
         if writer:
             hub.prepare_folder(directory, partial, dtype.itemsize * sum(map(math.prod, shapes.values())))
-            _write_small_files(partial, reader.config, dtype, model_tokenizer, chat_template, card)
+            _write_small_files(partial, reader.config, dtype, model_tokenizer, chat_template)
+            _write_card(partial, directory.name, card)
         split = split_state_dict_into_shards_factory(
             shapes,
             get_storage_size=lambda shape: math.prod(shape) * dtype.itemsize,
@@ -329,13 +330,18 @@ def _write_small_files(
     dtype: np.dtype,
     model_tokenizer: PreTrainedTokenizerFast,
     chat_template: str | None,
-    card: Mapping[str, object],
 ):
-    details = {DETAILS_KEY: card} if card else {}
-    _write_json(directory / "config.json", {**config_to_hf(config), "torch_dtype": dtype.name, **details})
+    _write_json(directory / "config.json", {**config_to_hf(config), "torch_dtype": dtype.name})
     _write_json(directory / generation.FILE, generation.keys(config, model_tokenizer))
     folder.save(model_tokenizer, directory, chat_template, config.max_position_embeddings)
-    (directory / "README.md").write_text(hub.model_card(card), encoding="utf-8")
+
+
+def _write_card(directory: Path, name: str, card: Mapping[str, object]):
+    """The rows of the model card in `config.json`, for programs, and in a README for people."""
+    if card:
+        path = directory / "config.json"
+        _write_json(path, {**_read_json(path), DETAILS_KEY: card})
+    (directory / "README.md").write_text(model_card.model_card(card, name), encoding="utf-8")
 
 
 def _write_json(path: Path, content: dict):
