@@ -115,6 +115,65 @@ FAMILIES = {
         "Gemma3",
         {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 100, "final_logit_softcapping": 1.0},
     ),
+    # Frequencies on either side of those that turn between 32 times and once in 256 tokens.
+    "yarn": (
+        "Qwen2",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+            },
+        },
+    ),
+    "dynamic": (
+        "Llama",
+        {
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
+    "mistral nemo": ("Mistral", {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": None}),
+    "phi3": (
+        "Phi3",
+        {"num_key_value_heads": 2, "sliding_window": 100, "partial_rotary_factor": 0.75, "hidden_size": 128},
+    ),
+    # Within the original context; the long factors are for beyond it.
+    "phi3 longrope": (
+        "Phi3",
+        {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+            "original_max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.5, 2.0],
+                "long_factor": [1.0, 2.0, 9.0, 30.0],
+            },
+        },
+    ),
+    "glm4": ("Glm4", {"num_key_value_heads": 2, "head_dim": 16}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "num_key_value_heads": 4,
+            "sliding_window": 100,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 5e5,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 128,
+                    "attention_factor": 1.2,
+                },
+            },
+        },
+    ),
     "smollm3": ("SmolLM3", {"num_key_value_heads": 2, "no_rope_layer_interval": 2}),
     "granite": (
         "Granite",

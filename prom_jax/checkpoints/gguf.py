@@ -54,12 +54,13 @@ class GGUFReader:
                     "file again"
                 )
         embedding, rope_freqs = tensors.get("token_embd.weight"), tensors.pop("rope_freqs.weight", None)
-        if embedding is None:
-            raise UserError(
-                f"{path} lacks the tensor token_embd.weight: expected a whole model; fetch it again"
-            )
-        config = config_of(path, file.metadata, tensors.keys(), int(embedding.shape[-1]),
-                           rope_freqs and np.asarray(rope_freqs.data, np.float32))  # fmt: skip
+        config = config_of(
+            path,
+            file.metadata,
+            tensors.keys(),
+            0 if embedding is None else int(embedding.shape[-1]),
+            None if rope_freqs is None else np.asarray(rope_freqs.data, np.float32),
+        )
         self.config = dataclasses.replace(config, generation=generation.of_gguf(file.metadata, path))
         hf_names = {
             row.gguf.format(layer=layer): row.hf.format(layer=layer)
@@ -237,6 +238,8 @@ def config_of(path, metadata: dict, tensors: Collection[str], vocab_size: int, r
             raise UserError(f"{path} lacks the setting {prefix}{key}: expected a whole model; fetch it again")
         return settings[key]
 
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{path} lacks the tensor token_embd.weight: expected a whole model; fetch it again")
     heads = need("attention.head_count")
     head_dim = settings.get("attention.key_length") or need("embedding_length") // max(heads, 1)
     rotated = settings.get("rope.dimension_count", head_dim)
@@ -281,7 +284,11 @@ def _decimal(value):
 
 def _rope_scaling(settings: dict) -> dict | None:
     kind = settings.get("rope.scaling.type", "none")
-    return None if kind == "none" else {"rope_type": kind, "factor": settings.get("rope.scaling.factor")}
+    if kind == "none":
+        return None
+    original = settings.get("rope.scaling.original_context_length")
+    original = {} if original is None else {"original_max_position_embeddings": original}
+    return {"rope_type": kind, "factor": settings.get("rope.scaling.factor"), **original}
 
 
 def _with_rope_factors(path, config: DecoderConfig, divisors) -> DecoderConfig:

@@ -121,8 +121,11 @@ def _settings(config: DecoderConfig) -> dict:
         "rope.dimension_count": int(config.head_dim * rope.share),
         "rope.freq_base": rope.theta,
     }
-    if rope.scaling and rope.scaling.rope_type == "linear":
-        settings |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope.scaling.factor}
+    scaling = rope.scaling
+    if scaling and scaling.rope_type in ("linear", "yarn"):
+        settings |= {"rope.scaling.type": scaling.rope_type, "rope.scaling.factor": float(scaling.factor)}
+    if scaling and scaling.rope_type == "yarn":
+        settings["rope.scaling.original_context_length"] = scaling.original_max_position_embeddings
     settings |= spec.settings_of(config)
     return {f"{spec.architecture}.{key}": value for key, value in settings.items() if value is not None}
 

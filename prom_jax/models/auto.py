@@ -57,7 +57,11 @@ def config_from_hf(hf: dict) -> DecoderConfig:
         "pad_token_id": settings.take("pad_token_id"),
     }
     fields |= family.read(settings)  # before the length, which a rope scaling may refer to
-    fields["max_position_embeddings"] = settings.take("max_position_embeddings")
+    longest = settings.take("max_position_embeddings")
+    # Beyond its original context the frequencies of this scaling are others, also of the tokens before.
+    scalings = [kind.rope.scaling for kind in fields["layers"] if kind.rope and kind.rope.scaling]
+    originals = [s.original_max_position_embeddings for s in scalings if s.rope_type == "longrope"]
+    fields["max_position_embeddings"] = min([longest, *originals])
     return DecoderConfig(**fields, model_type=family.model_type, skipped=settings.finish())
 
 

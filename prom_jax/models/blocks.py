@@ -112,12 +112,19 @@ class Blocks(nnx.Module):
         Returns:
           Its output [B, T, D] and the cache.
         """
-        angles, mask = context.angles, context.masks.of(self._choice("windows", "window", kind))
-        if len(self.config.ropes) > 1:
-            choice = self._choice("ropes", "rope", kind)
-            angles = jax.lax.dynamic_index_in_dim(angles, choice, keepdims=False)
-        x, cache = layers.block(self.config, weights, x_BTD, angles, mask, self.compute.attention, cache)
+        mask = context.masks.of(self._choice("windows", "window", kind))
+        rope = self._rope(context.angles, kind)
+        x, cache = layers.block(self.config, weights, x_BTD, rope, mask, self.compute.attention, cache)
         return constrain(x, BATCH), cache
+
+    def _rope(self, angles, kind):
+        """The rotary angles of a kind of layer, and what their cosines and sines are multiplied by."""
+        scales = [rope.scale if rope else 1.0 for rope in self.config.ropes]
+        if len(scales) == 1:
+            return angles, scales[0]
+        choice = self._choice("ropes", "rope", kind)
+        angles = jax.lax.dynamic_index_in_dim(angles, choice, keepdims=False)
+        return angles, scales[0] if len(set(scales)) == 1 else jnp.asarray(scales, jnp.float32)[choice]
 
     def _choice(self, several: str, one: str, kind):
         """Which of the model's different windows, or ropes, a kind of layer has."""

@@ -10,13 +10,27 @@ MAX_LAYERS = 10_000  # each costs memory before any tensor is looked at
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Rotary frequencies stretched for a longer context: `linear` by `factor`, `llama3` by wavelength."""
+    """Rotary frequencies stretched for a longer context.
+
+    Attributes:
+      rope_type: `linear`: all by `factor`; `llama3`: by wavelength; `yarn`: by how often a wave turns in the
+        original context; `longrope`: each by a factor of its own, here the short ones, which hold within the
+        original context; `dynamic`: not within the context that the model has.
+      attention_factor: what cosines and sines are multiplied by.
+      long_factor: those of `longrope` beyond the original context, which are kept for an export alone.
+    """
 
     rope_type: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +41,19 @@ class Rope:
       theta: the base of the frequencies.
       scaling: None for none.
       share: of a head's dimensions, the first ones, that are rotated.
+      interleaved: whether neighbouring dimensions are turned into each other; otherwise those of one half
+        into those of the other.
     """
 
     theta: float = 10000.0
     scaling: RopeScaling | None = None
     share: float = 1.0
+    interleaved: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return self.scaling.attention_factor if self.scaling else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +134,16 @@ class DecoderConfig:
                 f"num_hidden_layers={self.num_hidden_layers}, and there are {len(self.layers)} layer_types; "
                 "check the model's config.json"
             )
-        shares = {kind.rope.share for kind in self.kinds if kind.rope}
+        shares = {(kind.rope.share, kind.rope.interleaved) for kind in self.kinds if kind.rope}
         if len(shares) > 1:
             raise UserError(
                 f"layers rotate {sorted(shares)} of a head's dimensions: expected one share for all layers"
             )
+
+    @property
+    def rope_interleaved(self) -> bool:
+        """Whether rotary embeddings turn neighbouring dimensions into each other."""
+        return any(rope.interleaved for rope in self.ropes if rope)
 
     @functools.cached_property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -148,4 +175,7 @@ class DecoderConfig:
             "head": self.head_dim,
             "queries": self.num_attention_heads * self.head_dim,
             "keys": self.num_key_value_heads * self.head_dim,
+            "queries, keys and values": (self.num_attention_heads + 2 * self.num_key_value_heads)
+            * self.head_dim,
+            "gate and up": 2 * self.intermediate_size,
         }

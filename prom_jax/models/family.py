@@ -122,11 +122,14 @@ class Family:
         return tuple(row for row in self.tensors if not row.needs or getattr(config, row.needs))
 
 
-def same_layers(settings: Settings, window: int | None = None) -> tuple[LayerKind, ...]:
-    """Layers that are all of one kind, with the rotary embedding that the settings describe."""
+def same_layers(
+    settings: Settings, window: int | None = None, partial: bool = False
+) -> tuple[LayerKind, ...]:
+    """Layers that are all of one kind, with the rotary embedding that the settings describe, of a share of
+    each head's dimensions if it may be `partial`."""
     layer_type, number = FULL if window is None else SLIDING, settings["num_hidden_layers"]
     settings.take_layer_types([layer_type] * number, [layer_type])
-    return (LayerKind(window, settings.take_rope()),) * number
+    return (LayerKind(window, settings.take_rope(partial)),) * number
 
 
 def layers_of_types(

@@ -19,18 +19,23 @@ ACTIVATIONS = {
 
 
 def rope_frequencies(rope: Rope | None, head_dim: int, share: float = 1.0) -> np.ndarray:
-    """Rotary angles per position, float32 [share · head_dim / 2] (RoFormer eq. 15; Llama-3.1 scaling); zeros
-    for a layer without positions, which turn nothing."""
+    """Rotary angles per position, float32 [share · head_dim / 2] (RoFormer eq. 15; Llama-3.1 scaling; YaRN;
+    LongRoPE); zeros for a layer without positions, which turn nothing."""
     rotated = int(share * head_dim)
     if rope is None:
         return np.zeros(rotated // 2, np.float32)
     exponents = np.arange(0, rotated, 2, dtype=np.float32) / rotated
     frequencies = 1.0 / (np.float32(rope.theta) ** exponents)
     scaling = rope.scaling
-    if scaling is None:
+    if scaling is None or scaling.rope_type == "dynamic":
         return frequencies
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
+    if scaling.rope_type == "longrope":
+        return frequencies / np.asarray(scaling.short_factor, np.float32)
+    if scaling.rope_type == "yarn":
+        stretched = _yarn_ramp(rope, rotated)
+        return stretched * frequencies / np.float32(scaling.factor) + (1 - stretched) * frequencies
     # Long waves are stretched by `factor`, short ones kept, those between are blended.
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -38,16 +43,35 @@ def rope_frequencies(rope: Rope | None, head_dim: int, share: float = 1.0) -> np
     return kept * frequencies + (1 - kept) * frequencies / np.float32(scaling.factor)
 
 
-def rotate(x_BTHD, angles_BTF):
-    """Rotary embedding of the first 2 F dimensions in Hugging Face's half-split layout, in float32."""
-    cos, sin = jnp.cos(angles_BTF)[:, :, None], jnp.sin(angles_BTF)[:, :, None]
+def _yarn_ramp(rope: Rope, rotated: int) -> np.ndarray:
+    """How much of each frequency is stretched, 0 … 1 (YaRN, section 3.2): none of those that turn more than
+    `beta_fast` times in the original context, all that turn less than `beta_slow` times."""
+    scaling = rope.scaling
+
+    def dimension(turns):
+        waves = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+        return rotated * math.log(waves) / (2 * math.log(rope.theta))
+
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotated - 1)
+    span = last - first or 0.001
+    return np.clip((np.arange(rotated // 2, dtype=np.float32) - first) / span, 0, 1).astype(np.float32)
+
+
+def rotate(x_BTHD, angles_BTF, scale=1.0, interleaved: bool = False):
+    """Rotary embedding of the first 2 F dimensions, in float32: in Hugging Face's half-split layout, or of
+    neighbouring dimensions; cosines and sines times `scale`."""
+    cos, sin = jnp.cos(angles_BTF)[:, :, None] * scale, jnp.sin(angles_BTF)[:, :, None] * scale
     rotated = 2 * angles_BTF.shape[-1]
     x = x_BTHD.astype(jnp.float32)
-    low, high = jnp.split(x[..., :rotated], 2, axis=-1)
+    turned, rest = x[..., :rotated], x[..., rotated:]
+    low, high = (turned[..., ::2], turned[..., 1::2]) if interleaved else jnp.split(turned, 2, axis=-1)
     parts = [low * cos - high * sin, high * cos + low * sin]
-    if rotated < x.shape[-1]:
-        parts.append(x[..., rotated:])
-    return jnp.concatenate(parts, axis=-1).astype(x_BTHD.dtype)
+    if interleaved:
+        parts = [jnp.stack(parts, axis=-1).reshape(turned.shape)]
+    return jnp.concatenate([*parts, rest], axis=-1).astype(x_BTHD.dtype)
 
 
 class LayerCache(NamedTuple):
@@ -83,13 +107,13 @@ class LayerCache(NamedTuple):
         return after(self.keys, k_BTKD), after(self.values, v_BTKD)
 
 
-def block(config: DecoderConfig, weights: dict, x_BTD, angles_BTF, mask, backend: str, cache=None):
+def block(config: DecoderConfig, weights: dict, x_BTD, rope, mask, backend: str, cache=None):
     """One block. Norms stand before or after attention and MLP, or both, as the weights have them.
 
     Args:
       weights: of the block by their names in the family's table, as the devices compute with them.
       x_BTD: the residual stream.
-      angles_BTF: rotary angles of this layer.
+      rope: of this layer the rotary angles [B, T, F], and what their cosines and sines are multiplied by.
       mask: of this layer, as `ops.attention.attention` takes it.
       backend: of attention.
       cache: a `LayerCache` or None.
@@ -97,19 +121,32 @@ def block(config: DecoderConfig, weights: dict, x_BTD, angles_BTF, mask, backend
       The residual stream after the block [B, T, D], and the cache.
     """
 
+    weights = _unfused(config, weights)
+
     def norm(name, x):
         return _norm(config, weights, name, x)
 
     def add(x, h):
         return x + (h if config.residual_scale == 1 else _scaled(h, config.residual_scale))
 
-    h, cache = _attend(config, weights, norm("attention_norm", x_BTD), angles_BTF, mask, backend, cache)
+    h, cache = _attend(config, weights, norm("attention_norm", x_BTD), rope, mask, backend, cache)
     x_BTD = add(x_BTD, norm("attention_out_norm", h))
     h = _mlp(config, weights, norm("mlp_norm", x_BTD), training=cache is None)
     return add(x_BTD, norm("mlp_out_norm", h)), cache
 
 
-def _attend(config, weights, x_BTD, angles_BTF, mask, backend, cache):
+def _unfused(config, weights: dict) -> dict:
+    """Weights in which matrices that a family keeps as one are apart."""
+    parts, sizes = {}, config.sizes
+    if "qkv_proj" in weights:
+        cuts = [sizes["queries"], sizes["queries"] + sizes["keys"]]
+        parts |= zip(("q_proj", "k_proj", "v_proj"), jnp.split(weights["qkv_proj"], cuts))
+    if "gate_up_proj" in weights:
+        parts |= zip(("gate_proj", "up_proj"), jnp.split(weights["gate_up_proj"], 2))
+    return weights | parts
+
+
+def _attend(config, weights, x_BTD, rope, mask, backend, cache):
     training, layer = cache is None, None
 
     def split_heads(y):
@@ -119,7 +156,7 @@ def _attend(config, weights, x_BTD, angles_BTF, mask, backend, cache):
     q, k = _whole_norm(config, weights, "q_norm", q), _whole_norm(config, weights, "k_norm", k)
     q, k, v = map(split_heads, (q, k, v))
     q, k = _head_norm(config, weights, "q_norm", q), _head_norm(config, weights, "k_norm", k)
-    q, k = rotate(q, angles_BTF), rotate(k, angles_BTF)
+    q, k = (rotate(y, *rope, interleaved=config.rope_interleaved) for y in (q, k))
     if config.attention_scale is not None:  # `attention` itself divides by √head_dim
         q = _scaled(q, config.attention_scale * math.sqrt(config.head_dim))
     if cache is not None and cache.slot is None:

@@ -1,5 +1,7 @@
 """Reading a `config.json`: each key is taken by who knows what it means, and none is ignored in silence."""
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from prom_jax.models.config import MAX_LAYERS, Rope, RopeScaling
@@ -56,7 +58,7 @@ class Settings:
         rope = dict(self._rest.pop("rope_parameters", None) or self._rest.pop("rope_scaling", None) or {})
         self._rest.pop("rope_scaling", None)
         theta = self._rest.pop("rope_theta", None)
-        share = self._rest.pop("partial_rotary_factor", None)
+        share = self.take("partial_rotary_factor")
         rope.setdefault("rope_theta", theta)
         return self._rope(rope, share, partial)
 
@@ -74,7 +76,7 @@ class Settings:
         by_type = dict(self._rest.pop("rope_parameters", None) or {})
         scaling = self._rest.pop("rope_scaling", None)
         share = self._rest.pop("partial_rotary_factor", None)
-        thetas = {key: self.take(key) for key in theta_keys.values()}
+        thetas = {key: self.take(key) for key in set(theta_keys.values())}
         ropes = {}
         for layer_type, key in theta_keys.items():
             values = by_type.pop(layer_type, None) or {}
@@ -108,22 +110,44 @@ class Settings:
                 f"config.json asks for rope scaling {rope_type!r:.100}: expected {', '.join(_ROPE_FIELDS)}"
             )
         # Some files have it at the top, outside the scaling that it belongs to.
-        original = self._rest.get("original_max_position_embeddings")
-        longest = self._rest.get("max_position_embeddings", self._defaults.get("max_position_embeddings"))
-        rope.setdefault("original_max_position_embeddings", original or longest)
-        rest = set(rope) - set(fields) - {"original_max_position_embeddings"}
-        if rest or not set(fields) <= set(rope):
-            raise UserError(
-                f"config.json's rope scaling {rope_type!r} has {sorted(rope)!r:.300}: expected "
-                f"{sorted(fields)}"
-            )
-        scaling = RopeScaling(rope_type, **{key: rope[key] for key in fields}) if fields else None
+        original = self._known("original_max_position_embeddings")
+        rope.setdefault(
+            "original_max_position_embeddings", original or self._known("max_position_embeddings")
+        )
+        scaling = self._scaling(rope_type, rope, *fields) if fields else None
         if share != 1.0 and not partial:
             raise UserError(
                 f"config.json sets partial_rotary_factor={share}, which is not supported in this "
                 "family: expected 1.0"
             )
         return Rope(theta, scaling, share)
+
+    def _known(self, key: str):
+        return self._rest.get(key, self._defaults.get(key))
+
+    def _scaling(self, rope_type: str, rope: dict, required: tuple, optional: tuple) -> RopeScaling | None:
+        longest, original = self._known("max_position_embeddings"), rope["original_max_position_embeddings"]
+        if rope.get("factor") is None and rope_type in ("yarn", "longrope"):
+            rope["factor"] = longest / original
+        rest = set(rope) - {*required, *optional, *_MSCALES, "original_max_position_embeddings"}
+        if (
+            rest
+            or not set(required) <= set(rope)
+            or (rope_type != "yarn" and not rope.keys().isdisjoint(_MSCALES))
+        ):
+            raise UserError(
+                f"config.json's rope scaling {rope_type!r} has {sorted(rope)!r:.300}: expected "
+                f"{sorted(required)}"
+            )
+        if rope_type == "dynamic" and original != longest:
+            raise UserError(
+                f"config.json's rope scaling 'dynamic' has original_max_position_embeddings={original}: "
+                f"expected the model's context, {longest}, up to which it changes nothing"
+            )
+        rope["attention_factor"] = rope.get("attention_factor") or _attention_factor(rope_type, rope)
+        given = {key: rope[key] for key in (*required, *optional) if rope.get(key) is not None}
+        lists = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+        return RopeScaling(rope_type, **{**given, **lists})
 
     def take_number(self, key: str, default: float, optional: bool = False) -> float | None:
         """Takes a number above 0; null only where it is optional.
@@ -177,11 +201,29 @@ class Settings:
         return tuple(skipped)
 
 
+# Of each scaling the keys that it must have, and those that it may have.
+_ORIGINAL = "original_max_position_embeddings"
 _ROPE_FIELDS = {
     "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL), ()),
+    "yarn": (("factor", _ORIGINAL), ("beta_fast", "beta_slow", "truncate", "attention_factor")),
+    "longrope": (("factor", _ORIGINAL, "short_factor", "long_factor"), ("attention_factor",)),
 }
+_MSCALES = ("mscale", "mscale_all_dim")  # of which an attention factor follows
+
+
+def _attention_factor(rope_type: str, rope: dict) -> float:
+    """What cosines and sines are multiplied by where a file does not say it (YaRN eq. 22, LongRoPE)."""
+    stretch = math.log(max(rope["factor"], 1.0))
+    if rope_type == "longrope":
+        return math.sqrt(1 + stretch / math.log(rope[_ORIGINAL]))
+    if rope_type != "yarn":
+        return 1.0
+    scales = [rope.get(key) for key in _MSCALES]
+    above, below = scales if all(scales) else (1.0, 0.0)
+    return (0.1 * above * stretch + 1) / (0.1 * below * stretch + 1)
 
 
 def rope_keys(rope: Rope) -> dict:
@@ -216,8 +258,17 @@ def rope_keys_by_type(ropes: Mapping[str, Rope], theta_keys: Mapping[str, str]) 
 def _scaling_keys(rope: Rope) -> dict:
     if rope.scaling is None:
         return {"rope_type": "default"}
-    fields = _ROPE_FIELDS[rope.scaling.rope_type]
-    return {"rope_type": rope.scaling.rope_type, **{field: getattr(rope.scaling, field) for field in fields}}
+    scaling = dataclasses.asdict(rope.scaling)
+    rope_type = scaling["rope_type"]
+    required, optional = _ROPE_FIELDS[rope_type]
+    usual = {field.name: field.default for field in dataclasses.fields(RopeScaling)}
+    usual["attention_factor"] = _attention_factor(rope_type, scaling)
+    keys = {key: scaling[key] for key in required}
+    keys |= {key: scaling[key] for key in optional if scaling[key] != usual[key]}
+    if rope_type == "longrope":  # it follows from the two contexts
+        del keys["factor"]
+    lists = {key: list(value) for key, value in keys.items() if isinstance(value, tuple)}
+    return {"rope_type": rope_type, **keys, **lists}
 
 
 # What a key's value has to be, in words, and whether it is.
@@ -259,6 +310,10 @@ def _is_name(value) -> bool:
     return isinstance(value, str)
 
 
+def _is_numbers(value) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
 def _is_object(value) -> bool:
     return isinstance(value, dict)
 
@@ -270,10 +325,12 @@ _KINDS = (
      "original_max_position_embeddings")),
     ("a whole number", _is_whole, ("max_window_layers",)),
     (f"1 to {MAX_LAYERS} layers", _is_layer_number, ("num_hidden_layers",)),
-    ("a number above 0", _is_number, ("rms_norm_eps", "factor", "low_freq_factor", "high_freq_factor")),
+    ("a number above 0", _is_number, ("rms_norm_eps", "low_freq_factor", "high_freq_factor")),
+    ("a number above 0 or null", _is_number, ("factor",)),
     ("a number above 0 or null", _is_number, ("rope_theta", "rope_local_base_freq",
-     "partial_rotary_factor")),
-    ("true or false", _is_bool, ("tie_word_embeddings",)),
+     "partial_rotary_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")),
+    ("a list of numbers above 0", _is_numbers, ("short_factor", "long_factor")),
+    ("true or false", _is_bool, ("tie_word_embeddings", "truncate")),
     ("true, false or null", _is_bool, ("attention_bias", "mlp_bias", "use_sliding_window")),
     ("a token's number or null", _is_token, ("bos_token_id", "pad_token_id")),
     ("a token's number or a list of them, or null", _is_token_or_list, ("eos_token_id",)),

@@ -73,9 +73,13 @@ def gguf_settings(config, **settings):
     held = {theirs.removeprefix("{arch}."): getattr(config, ours, None) for ours, theirs in KEYS.items()}
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     held["rope.freq_base"] = float(rope["rope_theta"])
-    if rope["rope_type"] == "linear":
-        held |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope["factor"]}
+    if rope["rope_type"] in ("linear", "yarn"):
+        held |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
+    if rope["rope_type"] == "yarn":
+        held["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     held["attention.key_length"] = head_dim_of(config)
+    if (share := rope.get("partial_rotary_factor") or 1.0) != 1:
+        held["rope.dimension_count"] = int(share * head_dim_of(config))
     return {key: value for key, value in {**held, **settings}.items() if value is not None}
 
 

@@ -19,8 +19,8 @@ from prom_jax.tokenization import folder
 from prom_jax.utils.errors import UserError
 from tests import reference
 from tests.checkpoints import made_up
-from tests.checkpoints.test_gguf import NOT_IN_GGUF
-from tests.reference import FAMILIES, to_model
+from tests.checkpoints.test_gguf import IN_GGUF, NOT_IN_GGUF, as_gguf_says
+from tests.reference import to_model
 from tests.tokenization.made_up import TEXTS
 from tests.tokenization.test_sentencepiece import VARIANTS, write_model
 
@@ -38,12 +38,12 @@ def write(hf, tokenizer, path, kind="f32"):
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_GGUF)
 def test_every_family_comes_back_and_is_as_the_package_writes_it(tmp_path, byte_level, family):
     hf = hf_model(family, byte_level, **NOT_IN_GGUF.get(family, {}))
     model = write(hf, byte_level, tmp_path / "ours.gguf")
     reader, tokenizer = open_source(tmp_path / "ours.gguf")
-    assert reader.config == model.config
+    assert reader.config == as_gguf_says(model.config)
     offset = {"atol": 1e-7} if model.config.unit_offset_norms else {"atol": 0}
     check = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, **offset)
     jax.tree.map(check, load_params(reader), decoder.to_params(model))
@@ -73,9 +73,11 @@ def test_llama3_scaling_is_written(tmp_path, byte_level):
 
 
 def test_what_gguf_cannot_say_is_refused(tmp_path, byte_level):
-    hf = hf_model("qwen2 with windows", byte_level)
-    with pytest.raises(UserError, match="GGUF cannot say all of this model: layers would be read as"):
-        write(hf, byte_level, tmp_path / "m.gguf")
+    for family in ("qwen2 with windows", "dynamic", "phi3 longrope"):
+        with pytest.raises(UserError, match="GGUF cannot say all of this model: "):
+            write(hf_model(family, byte_level), byte_level, tmp_path / "m.gguf")
+    with pytest.raises(UserError, match="'olmo3' models are not written as GGUF"):
+        write(hf_model("olmo3", byte_level), byte_level, tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
     (tmp_path / "m.gguf").touch()
     with pytest.raises(UserError, match="exists: expected a new file"):

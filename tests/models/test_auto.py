@@ -125,6 +125,65 @@ VERSIONS = {
         },
         {"rope_type": "default", "rope_theta": 1e7},
     ),
+    "mistral nemo": (
+        {
+            "model_type": "mistral", "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0,
+            "head_dim": 128, "hidden_size": 5120, "intermediate_size": 14336, "num_hidden_layers": 40,
+            "max_position_embeddings": 131072, "num_key_value_heads": 8, "rope_theta": 1e6,
+            "sliding_window": None, "vocab_size": 131072,
+        },
+        {"rope_type": "default", "rope_theta": 1e6},
+    ),
+    "qwen2.5, yarn": (
+        {
+            "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 131072,
+            "max_window_layers": 28, "num_key_value_heads": 4, "hidden_size": 3584, "rope_theta": 1e6,
+            "num_attention_heads": 28, "num_hidden_layers": 28, "rms_norm_eps": 1e-6, "vocab_size": 152064,
+            "use_sliding_window": False, "sliding_window": 131072,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        },
+        {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768},
+    ),
+    "phi3": (
+        {
+            "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "attention_dropout": 0.0,
+            "embd_pdrop": 0.0, "resid_pdrop": 0.0, "eos_token_id": 32000, "pad_token_id": 32000,
+            "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096, "rope_theta": 1e4, "sliding_window": 2047,
+            "vocab_size": 32064, "attention_bias": False,
+            "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+        },
+        {"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "glm4": (
+        {
+            "model_type": "glm4", "architectures": ["Glm4ForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "eos_token_id": [151329, 151336, 151338], "head_dim": 128,
+            "intermediate_size": 13696, "max_position_embeddings": 32768, "num_hidden_layers": 40,
+            "num_key_value_heads": 2, "pad_token_id": 151329, "partial_rotary_factor": 0.5,
+            "rope_theta": 1e4, "vocab_size": 151552, "bos_token_id": None,
+        },
+        {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
+    "olmo3": (
+        {
+            "model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], "attention_bias": False,
+            "bos_token_id": None, "eos_token_id": 100257, "pad_token_id": 100277, "rope_theta": 5e5,
+            "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8, "sliding_window": 4096,
+            "max_position_embeddings": 65536, "rms_norm_eps": 1e-6, "vocab_size": 100278,
+            "rope_scaling": {
+                "rope_type": "yarn", "attention_factor": 1.2079441541679836, "beta_fast": 32.0,
+                "beta_slow": 1.0, "factor": 8.0, "original_max_position_embeddings": 8192,
+            },
+        },
+        {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            "full_attention": {
+                "rope_type": "yarn", "rope_theta": 5e5, "attention_factor": 1.2079441541679836,
+                "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0, "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
 }  # fmt: skip
 # What transformers keeps beside the architecture.
 NOT_COMPARED = {
@@ -218,8 +277,14 @@ def test_families_are_known_by_their_files():
     [
         ({"\0": "silu"}, r"\\x00='silu'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}, "'proportional'"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}},
+            "original_max_position_embeddings=2048: expected the model's context, 16384",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "depth": 2}}, r"'yarn' has .*'depth'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": 2}}, "truncate=2: expected true"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "'longrope' has"),
         ({"rope_scaling": {"type": "linear"}}, "expected .'factor'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1.0}}, "mscale"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -266,7 +331,7 @@ def test_unsupported_settings_are_named(settings, error):
         ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters with .'rope_type'"),
         ("gemma3", {"rope_parameters": {"full_attention": 3}}, "full_attention=3 in rope_parameters"),
         ("gemma3", {"rope_parameters": {"full_attention": {"rope_theta": "x"}}}, "rope_theta='x'"),
-        ("gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ("gemma3", {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}, "'proportional'"),
         ("gemma3", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
         ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]: expected 0 or 1 for each of 36"),
         ("smollm3", {"no_rope_layers": 36 * ["1"]}, "no_rope_layers"),
