@@ -18,6 +18,7 @@ from prom_jax.models.auto import family_of
 from prom_jax.models.config import DecoderConfig
 from prom_jax.models.layers import rope_frequencies
 from prom_jax.tokenization import gguf as gguf_tokenizer
+from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # that the package can quantise to
@@ -73,6 +74,11 @@ def write(reader: Reader, tokenizer, path, kind: str, chat_template: str | None,
     if chat_template:
         metadata["tokenizer.chat_template"] = chat_template
     _check_readable(path, config, metadata, rows, rope_freqs)
+    if any(config.windows) and not family_of(config).gguf.windows:
+        console.print(
+            "WARNING   llama.cpp has no sliding window for this family: beyond "
+            f"{min(filter(None, config.windows))} tokens it computes otherwise"
+        )
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,7 @@ class GGUF:
       settings_of: the inverse: of a model the settings beyond sizes and RoPE.
       interleaved: whether rows of q and k alternate between the two halves that RoPE turns into each other.
       norms_with_offset: whether norms are held as 1 + weight.
+      windows: whether llama.cpp computes the family's sliding windows; if not, it looks at all tokens.
     """
 
     architecture: str
@@ -65,6 +66,7 @@ class GGUF:
     settings_of: Callable[[DecoderConfig], dict] = no_settings
     interleaved: bool = False
     norms_with_offset: bool = False
+    windows: bool = True
 
 
 @dataclass(frozen=True)

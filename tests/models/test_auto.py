@@ -150,8 +150,7 @@ VERSIONS = {
             "embd_pdrop": 0.0, "resid_pdrop": 0.0, "eos_token_id": 32000, "pad_token_id": 32000,
             "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
             "original_max_position_embeddings": 4096, "rope_theta": 1e4, "sliding_window": 2047,
-            "vocab_size": 32064, "attention_bias": False,
-            "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+            "vocab_size": 32064,
         },
         {"rope_type": "default", "rope_theta": 1e4},
     ),
@@ -172,15 +171,15 @@ VERSIONS = {
             "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8, "sliding_window": 4096,
             "max_position_embeddings": 65536, "rms_norm_eps": 1e-6, "vocab_size": 100278,
             "rope_scaling": {
-                "rope_type": "yarn", "attention_factor": 1.2079441541679836, "beta_fast": 32.0,
-                "beta_slow": 1.0, "factor": 8.0, "original_max_position_embeddings": 8192,
+                "rope_type": "yarn", "attention_factor": 1.25, "beta_fast": 30.0, "factor": 8.0,
+                "original_max_position_embeddings": 8192,
             },
         },
         {
             "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
             "full_attention": {
-                "rope_type": "yarn", "rope_theta": 5e5, "attention_factor": 1.2079441541679836,
-                "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0, "original_max_position_embeddings": 8192,
+                "rope_type": "yarn", "rope_theta": 5e5, "attention_factor": 1.25, "beta_fast": 30.0,
+                "factor": 8.0, "original_max_position_embeddings": 8192,
             },
         },
     ),
@@ -232,7 +231,8 @@ def test_config_round_trip(name):
     small |= {"no_rope_layers": [1], "pad_token_id": None}
     hf = {key: value for key, value in config_to_hf(config).items() if key not in small}
     model = transformers.AutoModel.from_config(cls.from_dict({**hf, **small}))
-    frequencies = rope_frequencies(config.layers[0].rope, config.head_dim)
+    rope = config.layers[0].rope
+    frequencies = rope_frequencies(rope, config.head_dim, rope.share)
     rotary = model.rotary_emb
     theirs = getattr(rotary, "inv_freq", None)  # Gemma 3 has one of each type of layer
     theirs = rotary.sliding_attention_inv_freq if theirs is None else theirs

@@ -60,5 +60,5 @@ FAMILY = Family(
     },
     read=read,
     write=write,
-    gguf=GGUF("phi3", gguf_keys, settings_of=gguf_settings),
+    gguf=GGUF("phi3", gguf_keys, settings_of=gguf_settings, windows=False),
 )  # fmt: skip
