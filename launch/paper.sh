@@ -2,9 +2,12 @@
 # The paper's whole matrix: prepares, trains and evaluates nine languages × its methods and the Thai ablation, and
 # reports. The same command again goes on: what is there is not made again. A step that fails does not stop the rest.
 #   bash launch/paper.sh [--languages=th,el] [--methods=base,prom] [--seeds=0,1,2] [--runs=runs/paper] [--dry_run]
-#     [--data_dir=DIR] [--limit=N]                                       # of prom_jax.evaluate
+#     [--tasks=own_{language}.yaml,arc_easy] # in place of the paper's; needed for languages that it has not
+#     [--data_dir=DIR] [--limit=N] [--words=FILE] [--include_path=DIR]   # of prom_jax.evaluate
 #     [--tokens=8e7] [--parameters=6.74e9] [--device_flops=989e12] [--mfu=0.4]  # what --dry_run reckons with
-#     [flags of prom_jax.train, in which {language} stands for the code of the language]
+#     [flags of prom_jax.train]
+# --languages takes every language that has a file in configs/. In --tasks and the flags of prom_jax.train,
+# {language} stands for the code of the language.
 # --dry_run prints the commands and the hours of one device that training takes: the FLOPs of its data card where one
 # is prepared, else 6 · parameters · tokens, over device_flops · mfu. The defaults are assumptions: LLaMA-2-7B, an
 # H100's bf16 peak at 40 %, and 52,002 Alpaca examples × 3 epochs × 512 tokens. Evaluations and probes come on top.
@@ -13,7 +16,7 @@ cd "$(dirname "$0")/.."
 
 languages=ar,bn,el,ml,mr,sw,ta,te,th methods=base,bactrian,xllama2,prom,unregulated,ablation seeds=0 runs=runs/paper
 model=meta-llama/Llama-2-7b-hf dry="" hours=0 tokens=8e7 parameters=6.74e9 device_flops=989e12 mfu=0.4
-evaluation=() training=() failed=() unknown=""
+evaluation=() training=() failed=() unknown="" own_tasks=""
 for argument; do
   value=${argument#*=}
   case $argument in
@@ -26,7 +29,8 @@ for argument; do
     --parameters=*) parameters=$value ;;
     --device-flops=* | --device_flops=*) device_flops=$value ;;
     --mfu=*) mfu=$value ;;
-    --data-dir=* | --data_dir=* | --limit=*) evaluation+=("$argument") ;;
+    --tasks=*) own_tasks=$value ;;
+    --data-dir=* | --data_dir=* | --limit=* | --words=* | --include-path=* | --include_path=*) evaluation+=("$argument") ;;
     --config=* | --workdir=* | --config.seed=* | --config.language=*) unknown=$argument ;;
     --config.*) training+=("$argument") ;;
     *) unknown=$argument ;;
@@ -49,7 +53,15 @@ known() {
     [[ " $3 " == *" $name "* ]] || { echo "error: $1=$name: expected some of $3" >&2 && exit 2; }
   done
 }
-known --languages "$languages" "${!tasks[*]}"
+configured=$(cd configs && echo [a-z]*.py)
+known --languages "$languages" "${configured//.py/}"
+for language in ${languages//,/ }; do
+  [ -z "$own_tasks" ] || tasks[$language]=${own_tasks//\{language\}/$language}
+  if [ -z "${tasks[$language]:-}" ]; then
+    echo "error: --languages=$language: the paper has no tasks in it, give them with --tasks" >&2
+    exit 2
+  fi
+done
 known --methods "$methods" "base bactrian xllama2 prom unregulated ablation"
 
 wants() { [[ ,$methods, == *,$1,* ]]; }
@@ -99,8 +111,8 @@ kept() { # LANGUAGE SEED
 
 # shellcheck disable=SC1091 # environment.sh is checked by itself
 [ -n "$dry" ] || source launch/environment.sh requirements.txt
-all=$(for language in ${languages//,/ }; do echo -n "${tasks[$language]},"; done)
-! wants base || evaluate "$model" "${all%,}" "$runs/base" || true
+all=$(for language in ${languages//,/ }; do tr , '\n' <<< "${tasks[$language]}"; done | awk '!seen[$0]++' | paste -sd,)
+! wants base || evaluate "$model" "$all" "$runs/base" || true
 for seed in ${seeds//,/ }; do
   for language in ${languages//,/ }; do
     for method in prom bactrian xllama2 unregulated; do

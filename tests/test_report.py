@@ -14,7 +14,8 @@ from prom_jax.utils import cli
 from tests.reporting.made_up import LLAMA, prom, training, write
 
 ROOT = Path(__file__).parents[1]
-EVIL = "<script>alert('1')</script>|`x`"
+EVIL = "<script>alert('1')<\\script>|`x`"  # a slash would end a folder's name
+CODES = "\x1b[2Jtask\n\u202e</td>"
 
 
 @pytest.fixture
@@ -24,6 +25,7 @@ def runs(tmp_path):
     right = lambda share: [1] * round(40 * share) + [0] * round(40 * (1 - share))
     scores = lambda share: {"exact_match": right(share), "f1": [share] * 40}
     write(folder / "base", None, {"xquad_th": scores(0.05), "arc_easy": {"acc": right(0.5)}})
+    write(folder / "pulled", prom("th", 1), {CODES: {EVIL: right(0.5)}})
     write(folder / "prom", prom("th"), {"xquad_th": scores(0.75)})
     write(folder / "xllama2", training("xllama2", "th"), {"xquad_th": scores(0.25)})
     write(folder / "evil", None, {"xquad_th": scores(0.1)}, source=EVIL)
@@ -62,8 +64,8 @@ def test_from_flags_to_files(tmp_path, runs, capsys):
     found = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert found == [
         "figures/1-grid.png", "figures/2-interference.png", "report.html", "report.md",
-        "tables/ablation_th.csv", "tables/comparisons.csv", "tables/measurements.csv", "tables/mgsm.csv",
-        "tables/qa.csv", "tables/wins.csv",
+        "tables/ablation_th.csv", "tables/base.csv", "tables/comparisons.csv", "tables/language_th.csv",
+        "tables/measurements.csv", "tables/mgsm.csv", "tables/qa.csv", "tables/wins.csv",
     ]  # fmt: skip
 
     text = (out / "report.md").read_text(encoding="utf-8")
@@ -85,7 +87,7 @@ def test_from_flags_to_files(tmp_path, runs, capsys):
         assert {row["task"]: row["value"] for row in csv.DictReader(file)}["arc_easy"] == "0.5"
 
 
-def test_the_page_needs_nothing_and_takes_text_as_text(tmp_path, runs):
+def test_the_page_needs_nothing_and_takes_text_as_text(tmp_path, runs, capsys):
     run(f"runs={runs}", f"out={tmp_path / 'out'}")
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -95,7 +97,8 @@ def test_the_page_needs_nothing_and_takes_text_as_text(tmp_path, runs):
     assert "url(" not in text and "@import" not in text and "http" not in text.replace("http-equiv", "")
     assert EVIL in page.words and "<i>probed</i>" in " ".join(page.words)
     markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "## &lt;script>alert('1')&lt;/script>\\|\\`x\\`" in markdown
+    assert "## &lt;script>alert('1')&lt;\\\\script>\\|\\`x\\`" in markdown
+    assert "</td>" not in markdown and "\x1b" not in capsys.readouterr().out
 
 
 def test_samples_missing(tmp_path, runs):
@@ -217,6 +220,23 @@ def test_goes_on_where_it_was(paper, tmp_path):
     assert [line.split()[0] for line in ran] == ["train", "evaluate", "report"]
 
 
+def test_any_language_and_its_tasks(paper, tmp_path):
+    """configs/demo.py stands for a language that the paper has not."""
+    flags = (
+        "--languages=sw,demo",
+        "--methods=base,prom",
+        "--tasks=own_{language}.yaml,arc_easy",
+        "--words=w.json",
+    )
+    done, _ = paper("--dry-run", *flags)
+    assert done.returncode == 0
+    lines = [line for line in done.stdout.splitlines() if "prom_jax.evaluate" in line]
+    assert [line.partition("--tasks=")[2].partition(" ")[0] for line in lines] == [
+        "own_sw.yaml,arc_easy,own_demo.yaml", "own_sw.yaml,arc_easy", "own_demo.yaml,arc_easy",
+    ]  # fmt: skip
+    assert all(line.endswith("--words=w.json") for line in lines)
+
+
 def test_a_stopped_training_stops_all(paper):
     done, ran = paper("--languages=sw,te", "--methods=prom", fail="prom_jax.train", status=75)
     assert done.returncode == 75 and [line.split()[0] for line in ran] == ["prepare", "train"]
@@ -229,6 +249,7 @@ def test_a_stopped_training_stops_all(paper):
         ("--language=th", "--language=th is not a flag of launch/paper.sh"),
         ("--config.seed=1", "--config.seed=1 is not a flag"),
         ("--languages=th,xx", "--languages=xx: expected some of"),
+        ("--languages=demo", "--languages=demo: the paper has no tasks in it, give them with --tasks"),
         ("--methods=llama", "--methods=llama: expected some of base bactrian"),
     ],
 )

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from prom_jax.analysis.comparison import clustered_bootstrap, holm, mcnemar
-from prom_jax.reporting.runs import NotComparable, Run, differing_settings
+from prom_jax.reporting.runs import NotComparable, Run, differing_settings, finite
 
-BINARY = ("exact_match", "accuracy")
 LEVEL = 0.05
 
 
@@ -19,8 +18,9 @@ class Comparison:
 
     Attributes:
       first, second: names of the rows; task, metric: what is compared.
-      test: 'McNemar' or 'bootstrap'; documents: how many both have; seeds: how many pairs of runs.
-      difference: first minus second, in percentage points, the mean over seeds.
+      test: 'McNemar' where all scores are 0 or 1, else 'bootstrap'.
+      documents: how many both have; seeds: how many pairs of runs.
+      difference: first minus second, times 100, the mean over seeds: percentage points of a share.
       low, high: ends of its 95 % interval (bootstrap), the widest over seeds.
       first_only, second_only: documents that one alone has right (McNemar), in the least certain seed.
       p, adjusted: before and after Holm's correction; None if `refused` says why there is no test.
@@ -40,13 +40,14 @@ class Comparison:
     second_only: int | None = None
     p: float | None = None
     adjusted: float | None = None
+    higher_is_better: bool = True
     refused: str = ""
 
     @property
     def verdict(self) -> int:
         """1 if the first is significantly better, -1 if worse, else 0."""
         significant = self.adjusted is not None and self.adjusted < LEVEL
-        return int(np.sign(self.difference)) if significant else 0
+        return int(np.sign(self.difference)) * (1 if self.higher_is_better else -1) if significant else 0
 
 
 def compare(names: tuple[str, str], first: dict, second: dict, task: str, metric: str) -> Comparison:
@@ -60,7 +61,8 @@ def compare(names: tuple[str, str], first: dict, second: dict, task: str, metric
       names: of the rows.
       first, second: their runs by seed.
     """
-    result = Comparison(*names, task, metric)
+    higher = all(run.higher_is_better(task, metric) for run in (*first.values(), *second.values()))
+    result = Comparison(*names, task, metric, higher_is_better=higher)
     pairs = [
         (first[a], second[b])
         for a, b in itertools.product(first, second)
@@ -109,13 +111,12 @@ def _test(first: Run, second: Run, task: str, metric: str) -> dict:
     changed = [doc for doc in common if theirs[doc].asked != ours[doc].asked]
     if changed:
         raise NotComparable(f"{len(changed)} documents ask different things under one number")
-    scores = np.array([[side[doc].scores[metric] for doc in common] for side in (theirs, ours)], float)
-    if not np.isfinite(scores).all():
-        raise NotComparable("some scores are not numbers")
+    scores = [[finite(side[doc].scores[metric]) for doc in common] for side in (theirs, ours)]
+    if None in (*scores[0], *scores[1]):
+        raise NotComparable("it has no score of one document alone, or some are not numbers")
+    scores = np.array(scores, float)
     shared = {"documents": len(common), "difference": 100 * float(np.diff(scores[::-1], axis=0).mean())}
-    if metric in BINARY:
-        if not np.isin(scores, (0, 1)).all():
-            raise NotComparable("some scores are neither 0 nor 1")
+    if np.isin(scores, (0, 1)).all():
         test = mcnemar(*scores.astype(bool))
         return shared | {"test": "McNemar", **test._asdict()}
     test = clustered_bootstrap(scores[0] - scores[1], [theirs[doc].cluster for doc in common])

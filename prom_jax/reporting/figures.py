@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from prom_jax.reporting.runs import DAMAGE
+
 
 class Figure(NamedTuple):
     """A picture, where it was found below the runs, and of which model."""
@@ -38,5 +40,5 @@ def _model(path: Path) -> str:
         entries = json.loads(path.read_text(encoding="utf-8"))
         entry = entries.get("settings") or next(iter(entries.values()))
         return str(entry["model"])
-    except (OSError, ValueError, KeyError, AttributeError, StopIteration, TypeError):
+    except (*DAMAGE, StopIteration):
         return ""

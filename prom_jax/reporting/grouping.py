@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass
 
 from prom_jax.reporting.runs import METHODS, Pivot, Run, differing_settings, unequal
-from prom_jax.utils.errors import UserError
 
 Seeds = dict[int | None, Run]
 
@@ -39,10 +38,15 @@ def arrange(base: str, runs: list[Run], paper: dict, notes: list[str]) -> Runs:
     """Gives each evaluation its place; adds to `notes` where one has none."""
     arranged = Runs(base, _main_pivot(base, runs, paper), {method: {} for method in METHODS}, {})
     for run in sorted(runs, key=lambda run: run.method == "unregulated"):
-        for task in run.tasks.keys() & paper["tasks"].keys():
+        tasks = [task for task in run.tasks if task in paper["tasks"]]
+        if tasks and run.method not in METHODS:
+            notes.append(f"{run.name} is in none of the paper's tables: {run.method!r} is no method of it.")
+            continue
+        for task in tasks:
             if run.language not in (None, paper["tasks"][task]["language"]):
                 notes.append(
-                    f"{run.folder}: {task} is in no table, as the model is adapted to {run.language!r}."
+                    f"{run.name}: {task} is in none of the paper's tables, as the model is adapted to "
+                    f"{run.language!r}."
                 )
                 continue
             if run.pivot in (None, arranged.main):
@@ -50,16 +54,26 @@ def arrange(base: str, runs: list[Run], paper: dict, notes: list[str]) -> Runs:
             if run.pivot:
                 seeds = arranged.pivots.setdefault(run.pivot, {}).setdefault(task, {})
                 # With one λ it is the same training, whether or not a probe was asked.
-                if not (run.seed in seeds and seeds[run.seed].method != run.method):
+                other = seeds.get(run.seed)
+                if not (other and other.method != run.method):
                     _place(seeds, task, run, notes)
+    for by_task in (*arranged.methods.values(), *arranged.pivots.values()):
+        for task, seeds in by_task.items():
+            by_task[task] = {seed: run for seed, run in seeds.items() if run}
     return arranged
 
 
 def _place(seeds: Seeds, task: str, run: Run, notes: list[str]):
-    if run.seed in seeds:
-        run, note = choose(seeds[run.seed], run, task)
-        notes.append(note)
-    seeds[run.seed] = run
+    """Puts a run into a cell. Of two that claim it, one or neither is kept."""
+    if run.seed not in seeds:
+        seeds[run.seed] = run
+        return
+    other = seeds[run.seed]
+    if other is None:  # two before this one were neither kept
+        notes.append(f"{run.name}: {task} is in no cell of the paper's tables either.")
+        return
+    seeds[run.seed], note = choose(other, run, task)
+    notes.append(note)
 
 
 def _main_pivot(base: str, runs: list[Run], paper: dict) -> Pivot | None:
@@ -73,29 +87,35 @@ def _main_pivot(base: str, runs: list[Run], paper: dict) -> Pivot | None:
     def rank(pivot: Pivot):
         papers = all(getattr(pivot, name) == paper[name] for name in ("label_smoothing", "weight", "norm"))
         layer = is_papers(base) and pivot.layer == paper["layer"]
-        return papers and not pivot.others, layer, counts[pivot], -pivot.layer, pivot
+        return papers and not pivot.others, layer, counts[pivot], -pivot.layer, pivot.order
 
     return max(counts, key=rank, default=None)
 
 
-def choose(first: Run, second: Run, task: str) -> tuple[Run, str]:
-    """Which of two evaluations that claim one place is kept, and a sentence on the other.
+def choose(first: Run, second: Run, task: str) -> tuple[Run | None, str]:
+    """Which of two evaluations that claim one cell is kept, and a sentence on the other.
 
-    Raises:
-      UserError: if nothing says which.
+    None is, if nothing says which.
     """
     fuller, other = sorted((first, second), key=lambda run: -run.documents(task))
     if fuller.documents(task) > other.documents(task):
-        why = f"{other.documents(task)} documents, {fuller.folder} has {fuller.documents(task)}"
-    elif first.model["fingerprint"] == second.model["fingerprint"] and not differing_settings(first, second):
-        why = f"the same evaluation as {fuller.folder}"
+        why = f"{other.documents(task)} documents, {fuller.name} has {fuller.documents(task)}"
+    elif is_same(first, second):
+        why = f"the same evaluation as {fuller.name}"
     else:
-        raise UserError(
-            f"{first.folder} and {second.folder} are both {METHODS[first.method]} on {task}"
-            f"{f', seed {first.seed}' if first.seed is not None else ''}, and differ in "
-            f"{', '.join(_differences(first, second))}: move one of them out of --runs"
+        seed = "" if first.seed is None else f", seed {first.seed}"
+        return None, (
+            f"{first.name} and {second.name} claim one cell of the paper's tables, "
+            f"{METHODS[first.method]} on {task}{seed}, and neither has it, as they differ in "
+            f"{', '.join(_differences(first, second))}: move one of them out of --runs."
         )
-    return fuller, f"{other.folder}: {task} is left out ({why})."
+    return fuller, f"{other.name}: {task} is left out ({why})."
+
+
+def is_same(first: Run, second: Run) -> bool:
+    """Whether two evaluations are of one model, by its fingerprint, under the same settings."""
+    same_model = first.model["fingerprint"] == second.model["fingerprint"]
+    return same_model and not differing_settings(first, second)
 
 
 def _differences(first: Run, second: Run) -> list[str]:

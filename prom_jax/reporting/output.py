@@ -8,16 +8,18 @@ from pathlib import Path
 
 import jinja2
 
+from prom_jax.reporting.cells import Cell, Column, Row, Table, Value
 from prom_jax.reporting.comparisons import LEVEL
 from prom_jax.reporting.figures import Figure
-from prom_jax.reporting.runs import Run, finite
-from prom_jax.reporting.tables import Cell, Column, Section, Table, Value
+from prom_jax.reporting.runs import METHODS, Run, finite
+from prom_jax.reporting.tables import Section
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.workdir import make_directory, write_text
 
 TEMPLATES = Path(__file__).parents[1] / "resources" / "report"
-# By place among a table's references: significantly better, significantly worse.
-MARKS = (("▲", "▼"), ("△", "▽"))
+# Significantly better, significantly worse than a table's reference, and than the base model.
+MARKS, MARKS_OF_BASE = ("▲", "▼"), ("△", "▽")
+LONGEST = 600  # characters of a prompt and of an answer to read on the page
 MISSING = "–"
 
 
@@ -40,6 +42,7 @@ def write(
         "figures": list(zip(figures, pictures)),
         "notes": notes,
         "paper": paper,
+        "with_paper": any(table.is_papers for section in sections for table in section.tables),
     }
     for name, table in csv_tables(sections, runs).items():
         write_text(out / "tables" / f"{name}.csv", as_csv(table))
@@ -59,13 +62,12 @@ def render(name: str, content: dict) -> str:
     environment.globals |= {
         "marks": marks,
         "few": few,
-        "seeds": seeds,
-        "symbols": MARKS,
+        "symbols": (MARKS, MARKS_OF_BASE),
         "missing": MISSING,
         "level": LEVEL,
     }
     environment.filters |= {"md": as_markdown_text, "data_uri": data_uri, "p": p_value, "signed": signed}
-    environment.filters |= {"number": number, "cell": markdown_cell}
+    environment.filters |= {"number": number, "cell": markdown_cell, "begin": begin, "end": end}
     return environment.get_template(name).render(content)
 
 
@@ -107,27 +109,31 @@ def p_value(value: float | None) -> str:
 
 def marks(table: Table, value: Value) -> list[tuple[str, str]]:
     """What a value's significant differences look like, and what they say."""
-    return [
-        (MARKS[place][verdict < 0], f"significantly {'better' if verdict > 0 else 'worse'} than {name}")
-        for place, (reference, name) in enumerate(table.references.items())
-        if (verdict := value.verdicts.get(reference))
-    ]
+    found = []
+    for reference, name in table.references.items():
+        if verdict := value.verdicts.get(reference):
+            better, worse = MARKS_OF_BASE if name.startswith(METHODS["base"]) else MARKS
+            word = "better" if verdict > 0 else "worse"
+            found.append((better if verdict > 0 else worse, f"significantly {word} than {name}"))
+    return found
 
 
-def seeds(cells: list[Cell]) -> str:
-    """How many seeds the cells of a row are means of, where that is more than one."""
-    numbers = sorted({cell.seeds for cell in cells if cell.seeds})
-    return (
-        f"{'–'.join(str(n) for n in sorted({numbers[0], numbers[-1]}))} seeds" if numbers[-1:] > [1] else ""
-    )
+def few(column: Column, row: Row, cell: Cell) -> str:
+    """How many documents a cell has, if others of its task have more."""
+    return f"n = {cell.documents}" if 0 < cell.documents < (column.documents or row.documents) else ""
 
 
-def few(column: Column, cell: Cell) -> str:
-    """How many documents a cell has, if the column has more."""
-    return f"n = {cell.documents}" if 0 < cell.documents < column.documents else ""
+def begin(text: str) -> str:
+    """The first characters of a text; … says that there are more."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 
 
-def markdown_cell(cell: Cell, table: Table, column: Column) -> str:
+def end(text: str) -> str:
+    """The last characters of a text; … says that there are more."""
+    return text if len(text) <= LONGEST else f"… {text[-LONGEST:]}"
+
+
+def markdown_cell(cell: Cell, table: Table, column: Column, row: Row) -> str:
     """Such as '10.7 / 22.5▲ (3.4* / 16.8*)'."""
     ours = " / ".join(
         number(value.ours, table.digits)
@@ -137,9 +143,10 @@ def markdown_cell(cell: Cell, table: Table, column: Column) -> str:
     )
     paper = " / ".join(number(value.paper, table.digits) for value in cell.values)
     some = any(value.paper is not None for value in cell.values)
+    n = few(column, row, cell)
     flags = "\\*" * cell.zeroed + "=" * cell.borrowed
     of_paper = f" ({paper}{chr(92) + '*' if cell.paper_zeroed else ''})" * some
-    return f"{ours}{flags}{of_paper}{', ' * bool(few(column, cell))}{few(column, cell)}"
+    return f"{ours}{flags}{of_paper}{', ' * bool(n)}{n}"
 
 
 def as_markdown_text(text) -> str:
@@ -174,14 +181,14 @@ def csv_tables(sections: list[Section], runs: list[Run]) -> dict[str, list[dict]
 
 
 def _values(section: Section, table: Table):
-    for row, cells in table.rows:
-        for column, cell in zip(table.columns, cells):
+    for row in table.rows:
+        for column, cell in zip(table.columns, row.cells):
             for metric, value in zip(column.metrics, cell.values):
                 yield {
                     "base_model": section.base,
-                    "row": row,
+                    "row": row.label,
                     "column": column.label,
-                    "metric": metric,
+                    "metric": metric or row.detail,
                     "ours": value.ours,
                     "spread": value.spread,
                     "seeds": cell.seeds,
@@ -197,7 +204,7 @@ def measurements(runs: list[Run]) -> list[dict]:
     """Every score of every evaluation as results.json has it, with the standard error over documents."""
     return [
         {
-            "folder": str(run.folder),
+            "folder": run.name,
             "base_model": run.base,
             "method": run.method,
             "language": run.language,

@@ -1,8 +1,11 @@
-"""Evaluations found on disk, and which of the paper's rows each one belongs to."""
+"""Evaluations found on disk: of which base model each is, how it was trained, what its documents scored."""
 
+import collections
+import dataclasses
 import functools
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +21,8 @@ METHODS = {
     "prom": known_methods()["prom"].label,
 }
 HARMLESS = {"limit"}  # settings that change no document's score
+# What stands in a damaged file raises one of these where it is read.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def finite(value) -> float | None:
@@ -38,6 +43,11 @@ class Pivot(NamedTuple):
     norm: str
     others: tuple = ()
 
+    @property
+    def order(self) -> tuple:
+        """What pivots are sorted by."""
+        return *self[:3], str(self)
+
     def __str__(self):
         others = [f"{key} {value}" for key, value in (("norm", self.norm), *self.others)]
         others = others[self.norm == "none" :]
@@ -54,19 +64,28 @@ class Sample(NamedTuple):
     asked: int
 
 
+class Answer(NamedTuple):
+    """What a document asked, what was acceptable, and what was answered."""
+
+    prompt: str
+    golds: list
+    output: str
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One results.json.
 
     Attributes:
-      folder: of the file.
+      folder: of the file; name: its path below the folder that was searched.
       model, settings, tasks: as in the file.
       base: the model that was adapted, or that was evaluated as it is.
-      method: of METHODS; language, seed, pivot: None where the method has none. PROM without a pivot was
-        regulated: λ = 0.
+      method: 'base', or how it was trained; language, seed, pivot: None where the method has none. PROM
+        without a pivot was regulated: λ = 0.
     """
 
     folder: Path
+    name: str
     model: dict
     settings: dict
     tasks: dict
@@ -77,9 +96,12 @@ class Run:
     pivot: Pivot | None
 
     def value(self, task: str, metric: str) -> float | None:
-        """A score in percent; None where it is missing or not a number."""
-        share = finite(self.tasks.get(task, {}).get("metrics", {}).get(metric, {}).get("value"))
-        return None if share is None else 100 * share
+        """A score, as it is; None where it is missing or not a number."""
+        return finite(self.tasks.get(task, {}).get("metrics", {}).get(metric, {}).get("value"))
+
+    def higher_is_better(self, task: str, metric: str) -> bool:
+        """Of a metric; true where the file does not say."""
+        return self.tasks[task]["metrics"].get(metric, {}).get("higher_is_better") is not False
 
     def documents(self, task: str) -> int:
         """How many were scored."""
@@ -92,17 +114,36 @@ class Run:
         Raises:
           NotComparable: if there is no samples.jsonl, or it is damaged.
         """
-        path = self.folder / "samples.jsonl"
         samples = {task: {} for task in self.tasks}
+        for row in self._rows():
+            asked = hash((str(row["prompt"]), json.dumps(row["gold"])))
+            sample = Sample(dict(row["scores"]), str(row["cluster"]), asked)
+            samples.setdefault(row["task"], {})[int(row["doc_id"])] = sample
+        return samples
+
+    def answers(self, task: str, documents) -> dict[int, Answer]:
+        """The answers to some documents of a task, those that are one text.
+
+        Raises:
+          NotComparable: as `samples`.
+        """
+        return {
+            row["doc_id"]: Answer(str(row["prompt"]), _as_list(row["gold"]), row["output"])
+            for row in self._rows()
+            if row["task"] == task and row["doc_id"] in documents and isinstance(row["output"], str)
+        }
+
+    def _rows(self):
+        path = self.folder / "samples.jsonl"
         try:
             with open(path, encoding="utf-8") as file:
                 for row in map(json.loads, file):
-                    asked = hash((row["prompt"], json.dumps(row["gold"])))
-                    sample = Sample(row["scores"], row["cluster"], asked)
-                    samples.setdefault(row["task"], {})[row["doc_id"]] = sample
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise NotComparable(f"{path} cannot be read ({_short(error)})") from error
-        return samples
+                    yield {key: row[key] for key in SAMPLE_KEYS}
+        except DAMAGE as error:
+            raise NotComparable(f"{self.name}/samples.jsonl cannot be read ({_short(error)})") from error
+
+
+SAMPLE_KEYS = ("task", "doc_id", "prompt", "output", "gold", "scores", "cluster")
 
 
 def find(root: Path) -> tuple[list[Run], list[str]]:
@@ -113,10 +154,13 @@ def find(root: Path) -> tuple[list[Run], list[str]]:
     """
     runs, notes = [], []
     for path in sorted(root.rglob("results.json")):
+        name = path.parent.relative_to(root).as_posix()
         try:
-            runs.append(read(path))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            notes.append(f"{path} is left out: not a results.json of prom_jax.evaluate ({_short(error)}).")
+            runs.append(read(path, name))
+        except DAMAGE as error:
+            notes.append(
+                f"{name}/results.json is left out: not a results.json of prom_jax.evaluate ({_short(error)})."
+            )
     if not runs:
         found = f"; {notes[0]}" if notes else ""
         raise UserError(
@@ -125,43 +169,59 @@ def find(root: Path) -> tuple[list[Run], list[str]]:
         )
     for run in runs:
         notes += [
-            f"{run.folder}: {metric} of {task} is not a number, and counts as missing."
+            f"{run.name}: {metric} of {task} is not a number, and counts as missing."
             for task, content in run.tasks.items()
             for metric in content["metrics"]
             if run.value(task, metric) is None
         ]
-    return runs, notes
+    names = base_names({run.base for run in runs})
+    return [dataclasses.replace(run, base=names[run.base]) for run in runs], notes
 
 
-def read(path: Path) -> Run:
-    """One results.json; raises ValueError, KeyError, TypeError or AttributeError for anything else."""
+def read(path: Path, name: str = ".") -> Run:
+    """One results.json; raises one of DAMAGE for anything else."""
     content = json.loads(path.read_text(encoding="utf-8"))
     model, settings, tasks = content["model"], dict(content["settings"]), content["tasks"]
-    if not all("value" in metric for task in tasks.values() for metric in task["metrics"].values()):
-        raise ValueError("a metric without a value")
+    for task in tasks.values():
+        if type(task.get("n", 0)) is not int:
+            raise ValueError("a task's number of documents is no integer")
+        if not all("value" in metric for metric in task["metrics"].values()):
+            raise ValueError("a metric without a value")
+    _checked(model["fingerprint"], str, name="fingerprint")
     training = model["training"]
-    about = {"folder": path.parent, "model": model, "settings": settings, "tasks": tasks}
+    about = {"folder": path.parent, "name": name, "model": model, "settings": settings, "tasks": tasks}
     if training is None:
-        base = _spelled_alike(model["source"])
+        base = _checked(model["source"], str, name="source")
         return Run(**about, base=base, method="base", language=None, seed=None, pivot=None)
     pivot = _pivot(training)
+    language = _checked(training["language"], str, name="language")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,35}", language):  # it names files
+        raise ValueError(f"language is {language!r:.60}")
     return Run(
         **about,
-        base=_spelled_alike(training["base_model"]),
+        base=_checked(training["base_model"], str, name="base_model"),
         method=_method(training, pivot),
-        language=training["language"],
-        seed=training["seed"],
+        language=language,
+        seed=_checked(training["seed"], int, name="seed"),
         pivot=pivot,
     )
 
 
+def _checked(value, *kinds: type, name: str):
+    if type(value) not in kinds:
+        raise ValueError(f"{name} is {value!r:.60}")
+    return value
+
+
+def _as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
 def _method(training: dict, pivot: Pivot | None) -> str:
-    method = training["method"]
+    method = _checked(training["method"], str, name="method")
     if method == "prom" and training.get("regulate") == "never":
         # λ = 0 by configuration trains what Bactrian+(t) trains.
         method = "unregulated" if pivot else "bactrian"
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}")
     return method
 
 
@@ -170,18 +230,36 @@ def _pivot(training: dict) -> Pivot | None:
         return None
     keys = {key.removeprefix("pivot."): training[key] for key in training if key.startswith("pivot.")}
     known = {name: keys.pop(name) for name in Pivot._fields if name in keys}
-    return Pivot(**known, others=tuple(sorted(keys.items())))
+    for name, value in known.items():
+        _checked(value, *{"layer": (int,), "norm": (str,)}.get(name, (int, float)), name=f"pivot.{name}")
+    return Pivot(**known, others=tuple((name, str(keys[name])) for name in sorted(keys)))
 
 
-def _spelled_alike(model: str) -> str:
-    """A base model in files by its name alone, which is all that an export says of it; a hub id as it is."""
-    model = model.removeprefix("./").rstrip("/")
-    path = Path(model)
-    return path.name if path.is_absolute() or path.exists() else model
+def base_names(models: set[str]) -> dict[str, str]:
+    """The names of base models, by what files call them, so that one model has one name.
+
+    An export calls its base model by the last part of its path, others by the path as it was given from
+    some folder. 'owner/name' may be a hub id or a path: it is the model that a path ends with if no other
+    ends so.
+
+    Args:
+      models: hub ids, paths and last parts of paths.
+    """
+    ends = {model: model.rstrip("/").rpartition("/")[2] or model for model in models}
+    ids = {
+        model
+        for model in models
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not model.endswith(".gguf")
+    }
+    of_end = collections.defaultdict(set)
+    for model in models:
+        of_end[ends[model]].add(model if model in ids else "")
+    alone = {end for end, found in of_end.items() if len(found - {""}) <= 1 and "" in found}
+    return {model: model if model in ids and ends[model] not in alone else ends[model] for model in models}
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def differing_settings(first: Run, second: Run) -> list[str]:

@@ -1,79 +1,19 @@
-"""The paper's tables out of runs: one section a base model, our numbers next to the paper's."""
+"""Tables out of runs, one section a base model: of each language, and the paper's, next to its numbers."""
 
 import collections
 import statistics
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from prom_jax.data.templates import language_name
+from prom_jax.reporting.cells import Cell, Column, Row, Table, Value, describe_seeds, measured, num_documents
 from prom_jax.reporting.comparisons import Comparison, adjust, compare
-from prom_jax.reporting.grouping import Runs, Seeds, arrange, is_papers
+from prom_jax.reporting.grouping import Runs, arrange, is_papers
+from prom_jax.reporting.languages import check_reference, language_label, language_tables
 from prom_jax.reporting.runs import METHODS, Pivot, Run
 
 METRICS = {"exact_match": "EM", "f1": "F1", "accuracy": "acc"}
 OF_TABLE = {"qa": ("exact_match", "f1"), "mgsm": ("accuracy",)}
 AVERAGE = "average"
 REFERENCES = ("xllama2", "base")  # the paper's, and the base model
-
-
-@dataclass(frozen=True)
-class Value:
-    """A number and what is shown with it; percent in all tables but that of wins.
-
-    Attributes:
-      ours: the mean over seeds; spread: their standard deviation; paper: the paper's number.
-      verdicts: by reference, 1 if significantly better than it, -1 if worse.
-    """
-
-    ours: float | None = None
-    spread: float | None = None
-    paper: float | None = None
-    verdicts: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A value for each of a column's metrics.
-
-    Attributes:
-      seeds: how many runs are averaged; documents: how many were scored, the fewest of them.
-      zeroed, paper_zeroed: whether regulation set λ to 0, in our runs and in the paper.
-      borrowed: whether it is PROM's run, from which leaving out regulation would not differ.
-    """
-
-    values: tuple[Value, ...]
-    seeds: int = 0
-    documents: int = 0
-    zeroed: bool = False
-    paper_zeroed: bool = False
-    borrowed: bool = False
-
-
-class Column(NamedTuple):
-    """A label, those of its metrics, and how many documents the fullest of its cells has."""
-
-    label: str
-    metrics: tuple[str, ...] = ("",)
-    documents: int = 0
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the paper.
-
-    Attributes:
-      key: names its file; rows: label and cells; digits: after the decimal point.
-      references: by key, the name of the row that others are tested against.
-    """
-
-    key: str
-    title: str
-    columns: list[Column]
-    rows: list[tuple[str, list[Cell]]]
-    notes: list[str]
-    digits: int = 1
-    references: dict[str, str] = field(default_factory=dict)
-    comparisons: list[Comparison] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -84,23 +24,36 @@ class Section:
     tables: list[Table]
 
 
-def sections(runs: list[Run], paper: dict) -> tuple[list[Section], list[str]]:
+def sections(runs: list[Run], paper: dict, reference: str = "base") -> tuple[list[Section], list[str]]:
     """All tables, and a sentence on each evaluation that found no place in them.
 
     Args:
       runs: as `runs.find` gives them.
       paper: the content of resources/paper.json.
+      reference: what the tables of languages are tested against: a method, or the name of a run.
     Raises:
-      UserError: if two runs claim one place.
+      UserError: if no run is the reference.
     """
+    check_reference(reference, runs)
     notes, found = [], []
     bases = sorted({run.base for run in runs}, key=lambda base: (not is_papers(base), base))
     for base in bases:
-        of_base = arrange(base, [run for run in runs if run.base == base], paper, notes)
-        scores = [score_table(kind, of_base, paper) for kind in OF_TABLE]
-        tables = [*scores, wins_table(of_base, scores, paper), *ablation_tables(of_base, paper)]
-        found.append(Section(base, tables))
+        of_base = [run for run in runs if run.base == base]
+        tables = language_tables(of_base, reference, notes)
+        found.append(Section(base, tables + papers_tables(base, of_base, paper, notes)))
     return found, list(dict.fromkeys(notes))
+
+
+def papers_tables(base: str, runs: list[Run], paper: dict, notes: list[str]) -> list[Table]:
+    """Those of the paper's tables that have a number of ours, or stand next to the paper's own model."""
+    arranged = arrange(base, runs, paper, notes)
+    scores = [score_table(kind, arranged, paper) for kind in OF_TABLE]
+    tables = [*scores, wins_table(arranged, scores, paper), *ablation_tables(arranged, paper)]
+    return [table for table in tables if is_papers(base) or _has_numbers(table)]
+
+
+def _has_numbers(table: Table) -> bool:
+    return any(value.ours is not None for row in table.rows for cell in row.cells for value in cell.values)
 
 
 # Tables 1 and 2: scores of all methods.
@@ -126,7 +79,8 @@ def score_table(kind: str, runs: Runs, paper: dict) -> Table:
     rows = []
     for method in METHODS:
         cells = [score_cell(runs, method, task, metrics, paper, comparisons) for task in tasks]
-        rows.append((METHODS[method], [*cells, average_cell(runs, method, tasks, metrics, paper, cells)]))
+        cells.append(average_cell(runs, method, tasks, metrics, paper, cells))
+        rows.append(Row(METHODS[method], cells, seeds=describe_seeds(cells)))
     return Table(
         key=kind,
         title=title,
@@ -150,20 +104,11 @@ def score_cell(runs: Runs, method: str, task: str, metrics, paper: dict, compari
     return Cell(
         values,
         seeds=len(seeds),
-        documents=min((run.documents(task) for run in seeds.values()), default=0),
+        documents=num_documents(seeds, task),
         zeroed=method == "prom" and any(run.pivot is None for run in seeds.values()),
         paper_zeroed=method == "prom" and paper["tasks"][task]["language"] in paper["zeroed"],
         borrowed=borrowed,
     )
-
-
-def measured(seeds: Seeds, task: str, metric: str, paper: float | None = None, verdicts=None) -> Value:
-    """The mean and the spread of some runs; without a mean where one of them has no number."""
-    scores = [run.value(task, metric) for run in seeds.values()]
-    if not scores or None in scores:
-        return Value(paper=paper)
-    spread = statistics.stdev(scores) if len(scores) > 1 else None
-    return Value(statistics.fmean(scores), spread, paper, verdicts or {})
 
 
 def verdicts(comparisons: list[Comparison], row: str, task: str, metric: str) -> dict[str, int]:
@@ -190,7 +135,7 @@ def average_cell(runs: Runs, method: str, tasks, metrics, paper: dict, cells: li
         seeds = of_tasks[0][0].keys()
         spread = None
         if len(seeds) > 1 and all(of_task.keys() == seeds for of_task, _ in of_tasks):
-            by_seed = [[of_task[s].value(task, metric) for of_task, task in of_tasks] for s in seeds]
+            by_seed = [[100 * of_task[s].value(task, metric) for of_task, task in of_tasks] for s in seeds]
             spread = statistics.stdev(map(statistics.fmean, by_seed))
         values.append(Value(statistics.fmean(scores), spread, papers.get(metric)))
     return Cell(tuple(values))
@@ -198,7 +143,7 @@ def average_cell(runs: Runs, method: str, tasks, metrics, paper: dict, cells: li
 
 def _columns(columns, rows, paper: dict) -> list[Column]:
     """The columns of tasks, each with its metrics."""
-    fullest = [max(cell.documents for cell in column) for column in zip(*(cells for _, cells in rows))]
+    fullest = [max(cell.documents for cell in column) for column in zip(*(row.cells for row in rows))]
     return [
         Column(
             paper["tasks"].get(task, {"name": task})["name"],
@@ -225,7 +170,7 @@ def wins_table(runs: Runs, scores: list[Table], paper: dict) -> Table:
         numbers = [
             Value(counts[column] if counts["compared"] else None, paper=papers.get(column)) for column in WINS
         ]
-        rows.append((METHODS[method], [Cell((number,)) for number in numbers]))
+        rows.append(Row(METHODS[method], [Cell((number,)) for number in numbers]))
     labels = [Column(label.format(of=len(tasks))) for label in WINS.values()]
     return Table("wins", f"Table 3. Against {METHODS['xllama2']}", labels, rows, [WINS_RULE], digits=0)
 
@@ -250,7 +195,7 @@ def _by_column(table: Table):
     """The cells of each task, by row."""
     for number, column in enumerate(table.columns):
         if column.label != AVERAGE:
-            yield {row: cells[number] for row, cells in table.rows}
+            yield {row.label: row.cells[number] for row in table.rows}
 
 
 def outcome(cell: Cell, reference: Cell) -> list[str]:
@@ -293,7 +238,7 @@ def ablation_table(language: str, pivots: set[Pivot], runs: Runs, paper: dict) -
         }
     tasks = [task for task, about in paper["tasks"].items() if about["language"] == language]
     columns = [(task, OF_TABLE[paper["tasks"][task]["table"]]) for task in reversed(tasks)]
-    settings = [*papers, *sorted(pivots - papers.keys())]
+    settings = [*papers, *sorted(pivots - papers.keys(), key=lambda pivot: pivot.order)]
     main = runs.main or Pivot(**paper["pivot"])
     comparisons = adjust(
         [
@@ -308,7 +253,7 @@ def ablation_table(language: str, pivots: set[Pivot], runs: Runs, paper: dict) -
         ]
     )
     bactrian = [score_cell(runs, "bactrian", task, metrics, paper, []) for task, metrics in columns]
-    rows = [("Bactrian+(t): λ = 0", bactrian)]
+    rows = [Row("Bactrian+(t): λ = 0", bactrian, seeds=describe_seeds(bactrian))]
     for pivot in settings:
         cells = []
         for task, metrics in columns:
@@ -319,15 +264,14 @@ def ablation_table(language: str, pivots: set[Pivot], runs: Runs, paper: dict) -
                 )
                 for m in metrics
             )
-            documents = min((run.documents(task) for run in seeds.values()), default=0)
-            cells.append(Cell(values, seeds=len(seeds), documents=documents))
-        rows.append((str(pivot), cells))
+            cells.append(Cell(values, seeds=len(seeds), documents=num_documents(seeds, task)))
+        rows.append(Row(str(pivot), cells, seeds=describe_seeds(cells)))
     notes = []
     if not papers:
         notes = ["The paper's settings are of another model or language, and not compared with these."]
     return Table(
         key=f"ablation_{language}",
-        title=f"Table 4. Ablation of n, α and λ, {language_name(language)}",
+        title=f"Table 4. Ablation of n, α and λ, {language_label(language)}",
         columns=_columns(columns, rows, paper),
         rows=rows,
         notes=notes,

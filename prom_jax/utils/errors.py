@@ -8,6 +8,9 @@ class UserError(ValueError):
     """
 
     def __str__(self):
-        return "".join(
-            character if character.isprintable() else repr(character)[1:-1] for character in super().__str__()
-        )
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """A text whose line breaks and terminal codes show as escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

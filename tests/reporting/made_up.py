@@ -25,8 +25,8 @@ def prom(language, seed=0, **changes):
     return about | changes
 
 
-def write(folder, trained, tasks, source=LLAMA, paragraph=2, **settings):
-    """An evaluation; `tasks` are scores by task and metric, a list of numbers in 0 .. 1 each.
+def write(folder, trained, tasks, source=LLAMA, paragraph=2, higher_is_better=None, **settings):
+    """An evaluation; `tasks` are scores by task and metric, a list of numbers each.
 
     Documents 0 .. paragraph - 1 are of the first paragraph, and so on.
     """
@@ -37,6 +37,9 @@ def write(folder, trained, tasks, source=LLAMA, paragraph=2, **settings):
         metrics = {
             metric: {"value": sum(values) / n, "stderr": 0.01, "n": n} for metric, values in scores.items()
         }
+        for metric, higher in (higher_is_better or {}).items():
+            if metric in metrics:
+                metrics[metric]["higher_is_better"] = higher
         results[task] = {"n": n, "metrics": metrics}
         for doc in range(n):
             lines.append(

@@ -35,6 +35,8 @@ def test_exact_match_and_f1(run):
     assert (result.first_only, result.second_only) == (8, 1)
     assert result.p == pytest.approx(binomtest(8, 9).pvalue)
     assert result.difference == pytest.approx(100 * (9 - 2) / 20)
+    half = {0: run("half", [0.5] * 20)}
+    assert against(half, second).test == "bootstrap"  # where not all are 0 or 1
     f1 = against(first, second, "f1")
     assert f1.test == "bootstrap" and f1.low < f1.difference < f1.high
     assert f1.difference == pytest.approx(50 * (9 - 2) / 20)
@@ -85,8 +87,9 @@ def test_what_cannot_be_paired_is_refused(run, tmp_path):
     text = path.read_text(encoding="utf-8")
     for content, message in (
         (text.replace("<b>3</b>", "<b>other</b>"), "1 documents ask different things"),
-        (text.replace('"exact_match": 1', '"exact_match": 0.5'), "neither 0 nor 1"),
         (text.replace('"exact_match": 1', '"exact_match": NaN'), "not numbers"),
+        (text.replace('"exact_match": 1', '"exact_match": [1, 2]'), "not numbers"),
+        ("[" * 100_000, "samples.jsonl cannot be read"),
         (text[:-20], "samples.jsonl cannot be read"),
     ):
         path.write_text(content, encoding="utf-8")

@@ -2,12 +2,14 @@
 
 import collections
 import json
+from pathlib import Path
 
 import pytest
 
 from prom_jax.report import PAPER
 from prom_jax.reporting import runs as evaluations
-from prom_jax.reporting.tables import OF_TABLE, Cell, Value, outcome, sections
+from prom_jax.reporting.cells import Cell, Value
+from prom_jax.reporting.tables import OF_TABLE, outcome, sections
 from prom_jax.utils.errors import UserError
 from tests.reporting.made_up import PIVOT, prom, training, write
 
@@ -36,12 +38,15 @@ def report(tmp_path, paper):
     class Report:
         def add(self, trained, tasks, name=None, **more):
             scores = {task: dict(zip(metrics(task), values)) for task, values in tasks.items()}
+            return self.write(trained, scores, name, **more)
+
+        def write(self, trained, scores, name=None, **more):
             number = len(list(tmp_path.iterdir()))
             return write(tmp_path / (name or f"{number:02}"), trained, scores, **more)
 
-        def make(self):
+        def make(self, *reference):
             runs, notes = evaluations.find(tmp_path)
-            found, left_out = sections(runs, paper)
+            found, left_out = sections(runs, paper, *reference)
             return {s.base: {table.key: table for table in s.tables} for s in found}, notes + left_out
 
         def tables(self):
@@ -57,7 +62,11 @@ def metrics(task):
 
 def cell(table, row, column):
     labels = [entry.label for entry in table.columns]
-    return dict(table.rows)[row][labels.index(column)]
+    return cells(table)[row][labels.index(column)]
+
+
+def cells(table):
+    return {row.label: row.cells for row in table.rows}
 
 
 def qa(em, f1=None):
@@ -131,7 +140,7 @@ def test_significance_and_wins(report):
         {"xllama2": -1},
     ]
     wins = tables["wins"]
-    counts = {c.label: cells.values[0].ours for c, cells in zip(wins.columns, dict(wins.rows)[PROM])}
+    counts = {c.label: one.values[0].ours for c, one in zip(wins.columns, cells(wins)[PROM])}
     assert counts == {
         "won": 2, "lost": 1, "tied": 1, "mixed": 1, "of 11": 5,
         "significantly better": 3, "significantly worse": 1,
@@ -167,7 +176,9 @@ def test_ablation(report):
     tables = report.tables()
     table = tables["ablation_th"]
     assert [column.label for column in table.columns] == ["MGSM th", "XQuAD th"]
-    values = {row: [value for entry in cells for value in entry.values] for row, cells in table.rows}
+    values = {
+        row: [value for entry in found for value in entry.values] for row, found in cells(table).items()
+    }
     ours = {row: [value.ours and round(value.ours, 9) for value in entry] for row, entry in values.items()}
     papers = {row: [value.paper for value in entry] for row, entry in values.items()}
     assert ours["n = 24, α = 0.1, λ = 0.1"] == [25, 30, 30]
@@ -194,7 +205,9 @@ def test_base_models_share_no_cell(report):
     assert cell(by_base["small"]["qa"], PROM, "XQuAD th").values[0].ours == 50
     assert cell(by_base["small"]["qa"], BASE, "XQuAD th").values[0].ours == 10
     assert by_base["small"]["qa"].notes == ["PROM here is n = 22, α = 0.1, λ = 0.1."]
-    rows = [row for row, _ in by_base["small"]["ablation_th"].rows]  # without the settings of another model
+    rows = [
+        row.label for row in by_base["small"]["ablation_th"].rows
+    ]  # without the settings of another model
     assert rows == ["Bactrian+(t): λ = 0", "n = 20, α = 0.1, λ = 0.1", "n = 22, α = 0.1, λ = 0.1"]
 
 
@@ -206,16 +219,20 @@ def test_one_place_is_one_evaluation(report):
     assert "limited: xquad_th is left out (4 documents" in "".join(report.make()[1])
 
     second = report.add(prom("th"), {"xquad_th": qa(3)}, name="second")
-    with pytest.raises(
-        UserError, match=r"first and .*second are both PROM on xquad_th, seed 0, and differ in"
-    ):
-        report.make()
+    by_base, notes = report.make()
+    (tables,) = by_base.values()
+    assert cell(tables["qa"], PROM, "XQuAD th").values[0].ours is None
+    claim = (
+        "first and second claim one cell of the paper's tables, PROM on xquad_th, seed 0, and neither has it"
+    )
+    assert claim in "".join(notes)
+    settings = [column.label for column in tables["language_th"].columns]
+    assert settings == ["PROM in first", "PROM in limited", "PROM in second"]
     path = second / "results.json"
     path.write_text(path.read_text(encoding="utf-8").replace(str(second), str(first)), encoding="utf-8")
     assert "the same evaluation as" in "".join(report.make()[1])
     path.write_text(path.read_text(encoding="utf-8").replace('"bos": false', '"bos": true'), encoding="utf-8")
-    with pytest.raises(UserError, match="differ in bos: False and True: move one"):
-        report.make()
+    assert "differ in bos: False and True: move one" in "".join(report.make()[1])
 
 
 def test_what_has_no_place_is_told(report, tmp_path):
@@ -234,9 +251,133 @@ def test_what_has_no_place_is_told(report, tmp_path):
     assert em.ours is None and f1.ours == 20
     told = "\n".join(notes)
     for part in (
-        "xquad_ar is in no table, as the model is adapted to 'th'",
+        "xquad_ar is in none of the paper's tables, as the model is adapted to 'th'",
         "nan: exact_match of xquad_th is not a number",
         "broken/results.json is left out",
         "other/results.json is left out: not a results.json of prom_jax.evaluate (KeyError: 'model')",
     ):
         assert part in told
+
+
+# A table for each language.
+
+
+def values(table):
+    """Numbers and marks by row and column."""
+    return {
+        (row.label, row.detail, column.label): (
+            None if cell.values[0].ours is None else round(cell.values[0].ours, 9),
+            cell.values[0].verdicts,
+        )
+        for row in table.rows
+        for column, cell in zip(table.columns, row.cells)
+    }
+
+
+def test_a_language_that_the_paper_has_not(report):
+    right, wrong = [[1] * 30 + [0] * 10], [[0] * 40]
+    mixed = {"acc": right[0], "bits_per_byte": [1.5] * 40}
+    plain = {"acc": wrong[0], "bits_per_byte": [2.5] * 40}
+    report.write(
+        training("prom", "es", 0, "small"), {"own_es": mixed}, higher_is_better={"bits_per_byte": False}
+    )
+    report.write(None, {"own_es": plain, "arc": {"acc": right[0]}}, source="small", paragraph=1,
+                 higher_is_better={"bits_per_byte": False})  # fmt: skip
+    tables = report.tables()
+    assert set(tables) == {"language_es", "base"}  # none of the paper's
+    table = tables["language_es"]
+    assert table.title == "Spanish (es)" and not table.is_papers
+    better = {BASE: 1}
+    assert values(table) == {
+        ("own_es", "acc, %", BASE): (0, {}),
+        ("own_es", "acc, %", PROM): (75, better),
+        ("own_es", "bits_per_byte", BASE): (2.5, {}),
+        ("own_es", "bits_per_byte", PROM): (1.5, better),  # lower is better
+    }
+    assert [comparison.test for comparison in table.comparisons] == ["McNemar", "bootstrap"]
+    assert [comparison.adjusted / comparison.p for comparison in table.comparisons] == pytest.approx(
+        [2, 1]
+    )  # Holm of two
+    assert list(values(tables["base"])) == [("arc", "acc, %", BASE)]
+
+
+def test_settings_are_told_apart_by_what_differs(report):
+    for seed in (0, 1):
+        report.add(prom("th", seed, **{"pivot.layer": 20}), {"xquad_th": qa(3 + seed)})
+    report.add(prom("th"), {"xquad_th": qa(6)})
+    report.add(prom("th"), {"xquad_th": qa(7)}, num_fewshot=2)
+    report.add(None, {"xquad_th": qa(1)})
+    table = report.tables()["language_th"]
+    labels = [column.label for column in table.columns]
+    assert labels == [
+        BASE,
+        "PROM (pivot.layer 20)",
+        "PROM (pivot.layer 24)",
+        "PROM (num_fewshot 2, pivot.layer 24)",
+    ]
+    assert [column.seeds for column in table.columns] == ["", "2 seeds", "", ""]
+    assert [row.cells[1].values[0].ours for row in table.rows] == pytest.approx([35, 35])
+    refused = [comparison.first for comparison in table.comparisons if comparison.refused]
+    assert set(refused) == {labels[3]}  # the base model was asked without examples
+
+
+def test_another_reference(report):
+    report.add(training("bactrian", "th"), {"xquad_th": qa(2)}, name="b")
+    report.add(prom("th"), {"xquad_th": qa(7)}, name="deep/p")
+    for reference, tested in (("base", []), ("bactrian", [PROM]), ("b", [PROM]), ("deep/p", [BACTRIAN])):
+        by_base, notes = report.make(reference)
+        (tables,) = by_base.values()
+        assert {c.first for c in tables["language_th"].comparisons} == set(tested)
+        assert ("nothing is tested" in "".join(notes)) == (reference == "base")
+    with pytest.raises(UserError, match="--reference=other: expected one of the methods bactrian, prom, or"):
+        report.make("other")
+
+
+def test_answers_to_read(report, tmp_path):
+    for name, trained in (("base", None), ("adapted", training("prom", "th"))):
+        folder = report.add(trained, {"xquad_th": qa(3)}, name=name)
+        path = folder / "samples.jsonl"
+        rows = [json.loads(line) | {"output": f"{name} {n}"} for n, line in enumerate(path.open())]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    examples = report.tables()["language_th"].examples
+    assert [example.document for example in examples] == [0, 4, 8]
+    assert examples[1].answers == [(BASE, "base 4"), (PROM, "adapted 4")]
+    assert examples[1].asked.prompt == "xquad_th <b>4</b>" and examples[1].asked.golds == ["x"]
+
+
+def test_one_report_from_any_folder(report, tmp_path, monkeypatch):
+    """Files call the base model by a path that is one from some folders alone."""
+    report.add(prom("th") | {"base_model": "small"}, {"xquad_th": qa(3)}, name="adapted")
+    report.add(None, {"xquad_th": qa(1)}, name="base", source="hf/small")
+    (tmp_path / "hf" / "small").mkdir(parents=True)
+    found = []
+    for folder in (tmp_path, Path(__file__).parent):
+        monkeypatch.chdir(folder)
+        found.append(report.make())
+        assert list(found[-1][0]) == ["small"]
+    assert found[0] == found[1]
+    names = evaluations.base_names
+    assert names({"a/x", "b/x"}) == {"a/x": "a/x", "b/x": "b/x"}  # ids of the hub
+    assert names({"a/x", "x", "/m/x/"}) == dict.fromkeys(("a/x", "x", "/m/x/"), "x")
+    assert names({"../a/x.gguf", "a/x.gguf"}) == dict.fromkeys(("../a/x.gguf", "a/x.gguf"), "x.gguf")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "[" * 100_000,
+        lambda text: text.replace('"seed": 0', '"seed": {}'),
+        lambda text: text.replace('"language": "th"', '"language": "../../th"'),
+        lambda text: text.replace('"pivot.layer": 24', '"pivot.layer": "24"'),
+        lambda text: text.replace('"n": 10, "metrics"', '"n": "10", "metrics"'),
+        lambda text: text.replace('"metrics": {', '"metrics": {"x": 3, '),
+    ],
+)
+def test_damaged_files_are_named(report, damage):
+    report.add(None, {"xquad_th": qa(1)}, name="whole")
+    path = report.add(prom("th"), {"xquad_th": qa(3)}, name="damaged") / "results.json"
+    text = path.read_text()
+    assert damage(text) != text
+    path.write_text(damage(text))
+    _, notes = report.make()
+    assert [note for note in notes if note.startswith("damaged/results.json is left out: not a results.json")]
