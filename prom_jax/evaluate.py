@@ -1,9 +1,9 @@
 """python -m prom_jax.evaluate --model=MODEL --tasks=xquad_th,mgsm_th --out=DIR [--data_dir=DATA] [--limit=N]
 
-Evaluates a model zero-shot through lm-evaluation-harness, on one device or a mesh. DIR gets results.json,
-samples.jsonl (every prompt, answer and score) and answers.jsonl, from which a killed evaluation goes on when
-the same command is given again. MODEL is whatever prom_jax loads; tasks are the project's own
-(docs/evaluation.md) or any of the harness's.
+Evaluates a model through lm-evaluation-harness, on one device or a mesh. DIR gets results.json, samples.jsonl
+(every prompt, answer and score) and answers.jsonl, from which a killed evaluation goes on when the same
+command is given again. MODEL is whatever prom_jax loads; tasks are the project's own (docs/evaluation.md),
+any of the harness's, YAML files of yours, or `english`.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from rich.table import Table
 
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
+from prom_jax.data.chat import template_of
+from prom_jax.data.templates import language_name
 from prom_jax.evaluation import harness
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.decode import SLOTS
@@ -26,6 +28,7 @@ from prom_jax.parallel.sharding import describe
 from prom_jax.tokenization import folder as tokenizer
 from prom_jax.utils import cli
 from prom_jax.utils.console import console
+from prom_jax.utils.errors import UserError
 from prom_jax.utils.workdir import check_shared, make_directory, write_json, write_text
 
 
@@ -42,14 +45,31 @@ def evaluate(arguments: argparse.Namespace):
     with main_process_first("out"):
         make_directory(out)
         check_shared(out)
-    tasks = harness.load_tasks(arguments.tasks, arguments.data_dir)  # before any weights
+    tasks = harness.load_tasks(  # before any weights
+        arguments.tasks,
+        arguments.data_dir,
+        words=arguments.words,
+        include_path=arguments.include_path,
+        num_fewshot=arguments.num_fewshot,
+    )
     lm, header = load_model(arguments)
+    prompting = prompt_settings(arguments)
     depends_on = header["settings"] | {"model": header["model"]["fingerprint"]}
     lm.answers = Answers(out / "answers.jsonl", depends_on)
     begun = time.perf_counter()
-    results, samples = harness.evaluate(lm, tasks, arguments.limit)
+    if arguments.apply_chat_template:
+        lm.chat_template(arguments.apply_chat_template)  # is there
+    results, samples = harness.evaluate(
+        lm,
+        tasks,
+        arguments.limit,
+        chat=arguments.apply_chat_template,
+        multiturn=arguments.fewshot_as_multiturn,
+        system=arguments.system_instruction,
+        language=arguments.language,
+    )
     seconds = time.perf_counter() - begun
-    header["settings"] |= {"limit": arguments.limit}
+    header["settings"] |= prompting | {"limit": arguments.limit}
     lines = [json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples]
     write_text(out / "samples.jsonl", "".join(lines))
     write_json(out / "results.json", header | {"tasks": results})
@@ -69,6 +89,37 @@ def parse(argv) -> argparse.Namespace:
         metavar="DIR",
         help="folder with the official files below it (default: the hub)",
     )
+    add("--words", metavar="FILE", help="words of prompts by language, JSON (default: the project's own)")
+    add("--include_path", metavar="DIR", help="folder with YAML files of further tasks (default: none)")
+    add(
+        "--num_fewshot",
+        metavar="N",
+        type=cli.at_least(0),
+        help="examples in a prompt (default: what the task says, or none)",
+    )
+    add(
+        "--apply_chat_template",
+        metavar="NAME",
+        nargs="?",
+        const=True,
+        default=False,
+        type=template,
+        help="prompts go through the tokenizer's chat template (of several, that of this name)",
+    )
+    add(
+        "--fewshot_as_multiturn",
+        metavar="BOOL",
+        nargs="?",
+        const=True,
+        type=boolean,
+        help="examples are turns of the conversation (default: with --apply_chat_template)",
+    )
+    add("--system_instruction", metavar="TEXT", help="before every prompt (default: none)")
+    add(
+        "--language",
+        metavar="CODE",
+        help="that replies should be in, of tasks that do not say it: right_script and right_language",
+    )
     number = cli.at_least(1)
     add(
         "--limit",
@@ -86,7 +137,39 @@ def parse(argv) -> argparse.Namespace:
     add("--places", metavar="N", type=number, default=SLOTS, help="tokens in memory at a time")
     flags.add_compute(parser, data=-1, fsdp=1)  # whole weights on every device: the fastest where they fit
     flags.add_processes(parser)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.fewshot_as_multiturn and not arguments.apply_chat_template:
+        raise UserError("--fewshot_as_multiturn is for chat templates: give --apply_chat_template too")
+    if arguments.language:
+        language_name(arguments.language)
+    return arguments
+
+
+def boolean(text: str) -> bool:
+    """The type of a flag that is true or false."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"={text}: expected true or false")
+    return text.lower() == "true"
+
+
+def template(text: str) -> bool | str:
+    """The type of --apply_chat_template: true, false, or the name of a template."""
+    return boolean(text) if text.lower() in ("true", "false") else text
+
+
+def prompt_settings(arguments: argparse.Namespace) -> dict:
+    """What results are to say of the flags that change prompts and measures, where they are given."""
+    given = {
+        name: getattr(arguments, name)
+        for name in (
+            "num_fewshot",
+            "apply_chat_template",
+            "fewshot_as_multiturn",
+            "system_instruction",
+            "language",
+        )
+    }
+    return {name: value for name, value in given.items() if value not in (None, False)}
 
 
 def load_model(arguments: argparse.Namespace):
@@ -94,6 +177,7 @@ def load_model(arguments: argparse.Namespace):
     answers depend on."""
     mesh = flags.mesh(arguments)
     reader, model_tokenizer = models.open_source(arguments.model)
+    model_tokenizer.chat_template = template_of(model_tokenizer, reader.details)
     compute_dtype = arguments.compute_dtype or models.default_compute_dtype()
     model = models.build(reader, mesh, compute_dtype, param_dtype=compute_dtype)
     limits = {"max_length": arguments.max_length, "slots": arguments.places}

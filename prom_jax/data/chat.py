@@ -1,6 +1,7 @@
 """The training prompt as a chat template, for those who use the adapted model elsewhere."""
 
 import logging
+from collections.abc import Mapping
 from string import Template
 
 from prom_jax.data.sources import Turn
@@ -65,6 +66,18 @@ def chat_template(tokenizer, language: str = "en") -> str:
             return template
     logging.getLogger(__name__).warning("The chat template does not give the ids of training.")
     return _render_template(words, "", adds_bos)
+
+
+def template_of(tokenizer, details: Mapping[str, object]):
+    """The chat template of a model: the prompt of training where it was trained here, else the tokenizer's
+    own, by name where there are several; None where there is none.
+
+    Args:
+      details: how the model was made (`checkpoints.reader.Reader`).
+    """
+    if "prompts" in details:
+        return chat_template(tokenizer, str(details["prompts"]))
+    return tokenizer.chat_template
 
 
 def _render_template(words: Wording, gap: str, adds_bos: bool) -> str:

@@ -5,7 +5,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+import jinja2
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from prom_jax.checkpoints.generation import stop_tokens
@@ -14,8 +16,10 @@ from prom_jax.evaluation.decode import SLOTS, decode
 from prom_jax.evaluation.score import score
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.temporary import quiet_loggers
 
 MAX_NEW_TOKENS = 256  # where a task does not say
+NO_MATTER_IF_GREEDY = {"temperature", "top_p", "top_k", "min_p", "num_beams", "num_return_sequences"}
 
 
 class HarnessModel(TemplateLM):
@@ -51,6 +55,7 @@ class HarnessModel(TemplateLM):
         self._bos = [tokenizer.bos_token_id] if bos else []
         self._slots = slots
         self._eos = set(stop_tokens(model.config, tokenizer))
+        self._chat_template, self._told_of_system = tokenizer.chat_template, False
 
     @property
     def eot_token_id(self) -> int:
@@ -71,16 +76,44 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         """Token ids, with BOS in front if the model was made so; `add_special_tokens=False` leaves it out."""
         tokens = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
-        return tokens if add_special_tokens is False else self._bos + tokens
+        has_bos = tokens[:1] == [self.tokenizer.bos_token_id]  # of a chat template
+        return tokens if add_special_tokens is False or has_bos else self._bos + tokens
+
+    def chat_template(self, name: bool | str = True) -> str:
+        """The tokenizer's chat template, or that of several which has a name.
+
+        Raises:
+          UserError: if there is none.
+        """
+        try:
+            template = self.tokenizer.get_chat_template(name if isinstance(name, str) else None)
+        except ValueError as error:
+            raise UserError(
+                f"--apply_chat_template: the tokenizer has no such chat template ({error}): leave it out"
+            ) from error
+        self._chat_template = template
+        return template
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
-        """The prompt of a conversation, in the tokenizer's own template."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        """The prompt of a conversation, in the template that `chat_template` gave. As in the harness's own
+        model, a template that knows no system role gets a conversation without it."""
+
+        def apply(messages):
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        try:
+            return apply(chat_history)
+        except jinja2.TemplateError:
+            if not self._told_of_system:
+                console.print("WARNING   the chat template takes no system instruction: it is left out")
+                self._told_of_system = True
+            return apply([message for message in chat_history if message["role"] != "system"])
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
         """Greedy answers, each up to the first of its stop strings.
@@ -188,12 +221,18 @@ def tokens_with(tokenizer, stops: list[str]) -> set[int]:
 
 def _generation(settings: dict) -> tuple[list[str], int]:
     """Stop strings and the number of new tokens of a task's generation_kwargs."""
-    sampled = settings.get("do_sample") or settings.get("temperature") or settings.get("num_beams", 1) > 1
-    if sampled:
+    with quiet_loggers("lm_eval"):  # what it warns of is what it is asked for
+        normal = normalize_gen_kwargs({"until": [], **settings}, MAX_NEW_TOKENS)
+    until, length = normal.pop("until"), normal.pop("max_gen_toks")
+    if normal.pop("do_sample") or normal.get("num_beams", 1) > 1:
         raise UserError(f"generation_kwargs {settings}: only greedy decoding is done; set do_sample: false")
-    until = settings.get("until") or []
-    length = settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_NEW_TOKENS))
-    return [until] if isinstance(until, str) else list(until), int(length)
+    unknown = normal.keys() - NO_MATTER_IF_GREEDY
+    if unknown:
+        raise UserError(
+            f"generation_kwargs {settings}: {', '.join(sorted(unknown))} would change the answers, and is "
+            "not supported; leave it out"
+        )
+    return [stop for stop in until or [] if stop], length
 
 
 def _cut(text: str, stops: list[str]) -> str:

@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import sys
 import threading
+import types
 
 from absl import flags
 
@@ -58,6 +60,18 @@ def environment(**defaults: str):
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def modules(supplied: dict[str, types.ModuleType]):
+    """In the block, modules can be imported by these names, unless others are there under them."""
+    added = {name: module for name, module in supplied.items() if name not in sys.modules}
+    sys.modules.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            sys.modules.pop(name, None)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from prom_jax.evaluation.tasks import documents
 from prom_jax.utils.errors import UserError
 
 DIRECTORY = Path(tasks.__file__).parent
-QA = ["xquad_ar", "xquad_el", "xquad_th", "mlqa_ar", "indicqa_ml", "indicqa_mr", "indicqa_ta"]
-MGSM = ["mgsm_bn", "mgsm_sw", "mgsm_te", "mgsm_th"]
+QA = ["xquad_ar", "xquad_el", "xquad_en", "xquad_th", "mlqa_ar", "indicqa_ml", "indicqa_mr", "indicqa_ta"]
+MGSM = ["mgsm_bn", "mgsm_en", "mgsm_sw", "mgsm_te", "mgsm_th"]
 # Two questions about one paragraph, one about another; the last has no answer (in IndicQA).
 PARAGRAPHS = [
     ("\ufeffA river. {{b}} ", [("Which? ", ["the Nile", "Nile river"]), ("Where?", ["in Egypt"])]),
@@ -28,16 +28,18 @@ PARAGRAPHS = [
 ]
 PROBLEMS = [("How many\xa0?", "2,125"), ('Say "three"', "3 ")]
 
-# What the paper's prompts are for the first question or problem, letter by letter.
+# What the paper's prompts are for the first question or problem, letter by letter; English is ours.
 PROMPTS = {
     "xquad_ar": ":معرفتي\n\n\ufeffA river. {{b}} \n\n:سؤالWhich? \n\n:إجابه",
     "xquad_el": "Πληροφορίες ιστορικού:\n\n\ufeffA river. {{b}} \n\nΕρώτηση:Which? \n\nΑπάντηση:",
+    "xquad_en": "Background:\n\n\ufeffA river. {{b}} \n\nQuestion:Which? \n\nAnswer:",
     "xquad_th": "พื้นหลัง:\n\n\ufeffA river. {{b}} \n\nคำถาม:Which? \n\nตอบ:",
     "mlqa_ar": ":معرفتي\n\n\ufeffA river. {{b}} \n\n:سؤال Which? \n\n:إجابه",
     "indicqa_ta": "பின்னணி:\n\n\ufeffA river. {{b}} \n\nகேள்வி:Which? \n\nபதில்:",
     "indicqa_mr": "पार्श्वभूमी:\n\n\ufeffA river. {{b}} \n\nप्रश्न:Which? \n\nउत्तर:",
     "indicqa_ml": "പശ്ചാത്തലം:\n\n\ufeffA river. {{b}} \n\nചോദ്യം:Which? \n\nഉത്തരം:",
     "mgsm_bn": "প্রশ্ন: How many\xa0?\nধাপে ধাপে উত্তর:",
+    "mgsm_en": "Question: How many\xa0?\nStep-by-Step Answer:",
     "mgsm_sw": "Swali: How many\xa0?\nJibu la Hatua kwa Hatua:",
     "mgsm_te": "ప్రశ్న: How many\xa0?\nదశలవారీగా సమాధానం:",
     "mgsm_th": "โจทย์: How many\xa0?\nคำตอบทีละขั้นตอน:",
@@ -128,7 +130,7 @@ def test_prompts_and_decoding(name, data_dir):
     assert task.fewshot_context(task.eval_docs[0], num_fewshot=0) == PROMPTS[name]
     stop = "\n" if name in QA else PROMPTS[name].split(" ")[0]
     assert task.config.generation_kwargs == {"until": [stop], "do_sample": False, "max_gen_toks": 256}
-    assert task.config.num_fewshot == 0
+    assert task.config.num_fewshot is None  # zero, unless --num_fewshot says more
 
 
 def test_documents_have_golds_and_clusters(data_dir):
@@ -277,8 +279,24 @@ def test_without_the_hub_it_says_which_file_it_wants(name):
 
 def test_a_language_without_words_is_told_so(data_dir):
     next(data_dir.rglob("xquad.el.json")).rename(data_dir / "xquad.de.json")
-    with pytest.raises(UserError, match=r"words\.json has no words for 'de': add a row"):
+    with pytest.raises(UserError, match=r"no words for background, question, answer in 'de': give them in"):
         documents.xquad("de", str(data_dir))
+    some = {"background": "B:", "question": "Q:"}
+    with pytest.raises(UserError, match=r"no words for answer in 'de'"):
+        documents.xquad("de", str(data_dir), words=some)
+    (data_dir / "words.json").write_text(json.dumps({"de": some | {"answer": "A:"}, "fr": {}}))
+    path = str(data_dir / "words.json")
+    (words,) = {
+        tuple(row.items())
+        for row in documents.xquad("de", str(data_dir), words_file=path, words={"answer": "C:"})["test"][
+            "words"
+        ]
+    }
+    assert dict(words) == some | {"answer": "C:"}
+    for broken in ("[" * 9, "[]", '{"de": 3}'):
+        (data_dir / "words.json").write_text(broken)
+        with pytest.raises(UserError, match=r"--words=.*words.json cannot be read"):
+            documents.xquad("de", str(data_dir), words_file=path)
 
 
 def test_torch_is_not_imported(data_dir):

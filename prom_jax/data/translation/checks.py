@@ -77,6 +77,20 @@ def script(language: str) -> str:
         ) from None
 
 
+def in_script(text: str, language: str) -> bool:
+    """Whether no more letters of a text are of another script than of the language's."""
+    own, foreign = _letters(script(language))
+    return len(foreign.findall(text)) <= len(own.findall(text))
+
+
+def is_language(text: str, language: str) -> bool | None:
+    """Whether `py3langid` takes a text for the language, or a related one; None where it does not know it."""
+    wanted = langcodes.Language.get(language).language
+    if wanted not in _identifier().nb_classes:
+        return None
+    return _related(_identifier().classify(text)[0], wanted)
+
+
 def _empty(source: str, translation: str, language: str) -> bool:
     return not regex.search(r"[\p{L}\p{N}]", translation)
 

@@ -1,14 +1,14 @@
 """The documents of the tasks, from the benchmarks' official files or from the hub.
 
 Each public function is a task's `custom_dataset`. The harness calls it with the task's `dataset_kwargs` and
-with all of its metadata, of which `data_dir` is ours: where it is given the official file is read, which may
-are anywhere below it; without it the data set is fetched from the hub. They return {"test": data set} with
-the columns
+with all of its metadata, of which `data_dir` and `words_file` are ours. The official file is read where
+`file` of `dataset_kwargs` says, or else anywhere below `data_dir`; without these the data set is fetched from
+the hub. They return {"test": data set} with the columns
 
 - `question` and, but for MGSM, `context`: as the benchmark has them, zero-width characters included;
 - `golds`: the acceptable answers, none where the question has no answer;
 - `cluster`: the paragraph, whose questions are not independent of each other; in MGSM the problem;
-- `id`; `language`; `words`: the language's row of `words.json`.
+- `id`; `language`; `words`: those of the prompts, of `words.json`, `words_file` or `dataset_kwargs`.
 
 They raise UserError for a file that is missing, there twice or not what it should be, and for a hub that
 cannot be reached.
@@ -25,59 +25,90 @@ from prom_jax.utils.temporary import quiet_loggers
 WORDS = Path(__file__).with_name("words.json")
 
 
-def xquad(language: str, data_dir: str | None = None, **_) -> dict:
+def xquad(language: str, data_dir: str | None = None, file: str | None = None, **given) -> dict:
     """XQuAD (Artetxe et al. 2020): 1190 questions about 240 paragraphs in each language."""
     name = f"xquad.{language}.json"
-    if data_dir:
-        return _questions(*_squad_file(data_dir, name), language)
-    return _questions(*_hub_data_set(name, "google/xquad", f"xquad.{language}", "validation"), language)
+    if file or data_dir:
+        found = _squad_file(data_dir, name, file)
+    else:
+        found = _hub_data_set(name, "google/xquad", f"xquad.{language}", "validation")
+    return _questions(*found, language, **given)
 
 
-def mlqa(language: str, data_dir: str | None = None, **_) -> dict:
+def mlqa(language: str, data_dir: str | None = None, file: str | None = None, **given) -> dict:
     """MLQA (Lewis et al. 2020), the test part whose contexts and questions are both in `language`."""
     name = f"test-context-{language}-question-{language}.json"
-    if data_dir:
-        return _questions(*_squad_file(data_dir, name), language)
-    return _questions(*_hub_data_set(name, "facebook/mlqa", f"mlqa.{language}.{language}", "test"), language)
+    if file or data_dir:
+        found = _squad_file(data_dir, name, file)
+    else:
+        found = _hub_data_set(name, "facebook/mlqa", f"mlqa.{language}.{language}", "test")
+    return _questions(*found, language, **given)
 
 
-def indicqa(language: str, data_dir: str | None = None, **_) -> dict:
+def indicqa(language: str, data_dir: str | None = None, file: str | None = None, **given) -> dict:
     """IndicQA (Doddapaneni et al. 2023), with and without answers."""
     name = f"indicqa.{language}.json"
     # On the hub it is these same files with a script, which `datasets` rightly refuses to run.
-    directory = data_dir or _hub_file(name, "ai4bharat/IndicQA", f"data/{name}")
-    return _questions(*_squad_file(directory, name), language)
+    directory = data_dir or file or _hub_file(name, "ai4bharat/IndicQA", f"data/{name}")
+    return _questions(*_squad_file(directory, name, file), language, **given)
 
 
-def mgsm(language: str, data_dir: str | None = None, **_) -> dict:
+def mgsm(language: str, data_dir: str | None = None, file: str | None = None, **given) -> dict:
     """MGSM (Shi et al. 2023): 250 problems in each language, whose answers are numbers."""
     name = f"mgsm_{language}.tsv"
-    if data_dir:
-        source, rows = _mgsm_file(data_dir, name)
+    if file or data_dir:
+        source, rows = _mgsm_file(data_dir, name, file)
     else:
         source, rows = _hub_data_set(name, "juletxara/mgsm", language, "test")
-    return _documents(source, _checked(source, rows, _problem), language)
+    return _documents(source, _checked(source, rows, _problem), language, ("problem", "solution"), **given)
 
 
-def _questions(source: str, rows: Iterable[dict], language: str) -> dict:
+def _questions(source: str, rows: Iterable[dict], language: str, **given) -> dict:
     questions = _checked(source, rows, _question)
     paragraphs: dict[str, int] = {}
     for question in questions:
         number = paragraphs.setdefault(question["context"], len(paragraphs) + 1)
         question["cluster"] = f"paragraph {number}"
-    return _documents(source, questions, language)
+    return _documents(source, questions, language, ("background", "question", "answer"), **given)
 
 
-def _documents(source: str, documents: list[dict], language: str) -> dict:
+def _documents(
+    source: str,
+    documents: list[dict],
+    language: str,
+    kinds: tuple[str, ...],
+    words: dict | None = None,
+    words_file: str | None = None,
+    **_,
+) -> dict:
     from datasets import Dataset
 
-    words = json.loads(WORDS.read_text(encoding="utf-8"))
-    if language not in words:
-        raise UserError(f"{WORDS} has no words for '{language}': add a row.")
     if not documents:
         raise UserError(f"{source} has no questions: get it again.")
-    common = {"language": language, "words": words[language]}
+    words = _words(language, words, words_file)
+    missing = [kind for kind in kinds if not isinstance(words.get(kind), str)]
+    if missing:
+        raise UserError(
+            f"There are no words for {', '.join(missing)} in '{language}': give them in the task's file, as "
+            "dataset_kwargs: {language: …, words: {…: …}}, or in a file of --words, by language like "
+            f"{WORDS.name} next to {Path(__file__).name}."
+        )
+    common = {"language": language, "words": words}
     return {"test": Dataset.from_list([{**document, **common} for document in documents])}
+
+
+def _words(language: str, given: dict | None, file: str | None) -> dict:
+    """The words of a language's prompts: ours, over these those of a file, over these those of the task."""
+    words = dict(json.loads(WORDS.read_text(encoding="utf-8")).get(language, {}))
+    if file:
+        try:
+            words |= json.loads(Path(file).expanduser().read_text(encoding="utf-8")).get(language, {})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"--words={file} cannot be read ({error}): expected JSON of words by language, such as "
+                '{"es": {"question": "Pregunta:", …}}'
+            ) from error
+    return words | (given or {})
 
 
 # One row ---------------------------------------------------------------------------------------
@@ -122,8 +153,8 @@ def _text(value) -> str:
 # Official files --------------------------------------------------------------------------------
 
 
-def _squad_file(directory: str, name: str) -> tuple[str, Iterator[dict]]:
-    path = _find(directory, name)
+def _squad_file(directory: str | None, name: str, file: str | None) -> tuple[str, Iterator[dict]]:
+    path = _find(directory, name, file)
 
     def rows():
         for article in json.loads(path.read_text(encoding="utf-8-sig"))["data"]:
@@ -134,8 +165,8 @@ def _squad_file(directory: str, name: str) -> tuple[str, Iterator[dict]]:
     return str(path), rows()
 
 
-def _mgsm_file(directory: str, name: str) -> tuple[str, Iterator[dict]]:
-    path = _find(directory, name)
+def _mgsm_file(directory: str | None, name: str, file: str | None) -> tuple[str, Iterator[dict]]:
+    path = _find(directory, name, file)
 
     def rows():
         lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
@@ -148,7 +179,12 @@ def _mgsm_file(directory: str, name: str) -> tuple[str, Iterator[dict]]:
     return str(path), rows()
 
 
-def _find(directory: str, name: str) -> Path:
+def _find(directory: str | None, name: str, file: str | None) -> Path:
+    """A task's own file, or else that of the benchmark's name anywhere below a directory."""
+    if file:
+        if not Path(file).is_file():
+            raise UserError(f"There is no file '{file}', which the task names: put it there.")
+        return Path(file)
     if not Path(directory).is_dir():
         raise UserError(f"There is no directory '{directory}': give --data_dir one that has {name} below it.")
     found = sorted(Path(directory).rglob(name))
