@@ -23,6 +23,13 @@ from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.workdir import make_directory, write_json
 
+DRAWN = (
+    "scoring",
+    "english_mean",
+    "target_mean",
+    "intervals",
+    "rows",
+)  # what --compare needs of an earlier probe
 # Two probes can be compared where these are equal.
 SETTINGS = ("scoring", "shots", "demonstrations", "seed", "table")
 
@@ -111,6 +118,18 @@ def measure(model, tokenizer, tables: dict, **settings) -> dict[str, Probe]:
     return probes
 
 
+def read_entries(path: Path) -> dict[str, dict]:
+    """The entries of a probe.json; raises ValueError for one that lacks what is drawn."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(entries, dict):
+        raise ValueError("it is no object")
+    for language, entry in entries.items():
+        found = entry if isinstance(entry, dict) else {}
+        if missing := [key for key in DRAWN if key not in found]:
+            raise ValueError(f"{language!r} lacks {', '.join(missing)}")
+    return entries
+
+
 def earlier(folder: str, headers: dict[str, dict]) -> dict[str, dict]:
     """The entries of an earlier probe.
 
@@ -119,9 +138,11 @@ def earlier(folder: str, headers: dict[str, dict]) -> dict[str, dict]:
     """
     path = Path(folder) / "probe.json"
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"--compare={folder}: {path} cannot be read; expected an earlier --out") from error
+        before = read_entries(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"--compare={folder}: {path} cannot be read ({error}); expected an earlier --out"
+        ) from error
     for language, header in headers.items():
         if language not in before:
             raise UserError(

@@ -148,7 +148,7 @@ def test_results_of_another_model_are_kept(tiny, data, whole, tmp_path):
     shutil.copytree(tiny / "model", other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
-    with pytest.raises(UserError, match=r"holds an evaluation with model='\w+-\w+', now '\w+-\w+'"):
+    with pytest.raises(UserError, match=r"holds answers with model='\w+-\w+', now '\w+-\w+'"):
         run_flags = [f"--model={other}", "--tasks=xquad_th", f"--data-dir={data}", f"--out={out}"]
         evaluate.evaluate(evaluate.parse(run_flags))
 

@@ -131,3 +131,18 @@ def test_only_like_is_compared_with_like(tmp_path, folder, change, message):
     path.write_text(json.dumps({key: before["sw"] | entry for key, entry in change.items()}))
     with pytest.raises(UserError, match=message):
         run(*given, f"out={tmp_path / 'after'}", f"compare={tmp_path / 'before'}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"sw": {"scoring": "word", "rows": []}}', "'sw' lacks english_mean, target_mean, intervals"),
+        ('{"sw": 3}', "'sw' lacks scoring"),
+        ("[]", "it is no object"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_damaged_probe_is_not_compared_with(tmp_path, content, message):
+    (tmp_path / "probe.json").write_text(content)
+    with pytest.raises(UserError, match=rf"--compare=.*probe.json cannot be read \(.*{message}"):
+        probe.earlier(str(tmp_path), {"sw": {}})

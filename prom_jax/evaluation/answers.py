@@ -1,10 +1,13 @@
-"""The answers of an evaluation, kept as they are made, so that a killed one goes on where it was."""
+"""Answers of a model, kept as they are made, so that a killed command goes on where it was."""
 
 import hashlib
 import json
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from prom_jax.parallel.multihost import barrier, main_process_first
+from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
 from prom_jax.utils.workdir import make_directory
@@ -62,6 +65,34 @@ class Answers:
                     "same command again; the answers before are kept"
                 ) from error
 
+    def ask(self, questions: list, compute: Callable[[list], Iterable], what: str) -> list:
+        """The answers to questions in their order. Each different one is computed once, or taken from those
+        kept, and kept as soon as it is there.
+
+        Args:
+          questions: anything in JSON's types.
+          compute: gives of some questions (index, answer), in any order.
+          what: the plural of an answer, for messages.
+        """
+        different = {json.dumps(question): question for question in questions}
+        missing = [question for question in different.values() if self.get(question) is None]
+        done = len(different) - len(missing)
+        if done:
+            console.print(f"kept      {done:,} of {len(different):,} {what} from before")
+        begun = time.perf_counter()
+        with progress(len(different), done, what) as show:
+            for made, (number, answer) in enumerate(compute(missing), 1):
+                self.add(missing[number], answer)
+                seconds = time.perf_counter() - begun
+                left = seconds / made * (len(missing) - made)
+                show(done + made, f"{made / seconds:.2f} a second, {left / 60:.1f} min left")
+        return [self.get(question) for question in questions]
+
+    def close(self):
+        """Closes the file."""
+        if self._file:
+            self._file.close()
+
     def _write(self, content):
         self._file.write(json.dumps(content, ensure_ascii=False) + "\n")
         self._file.flush()
@@ -82,7 +113,7 @@ class Answers:
         for name in settings | theirs:
             if settings.get(name) != theirs.get(name):
                 raise UserError(
-                    f"{path.parent} holds an evaluation with {name}={theirs.get(name)!r}, now "
+                    f"{path} holds answers with {name}={theirs.get(name)!r}, now "
                     f"{settings.get(name)!r}: give another --out, or remove it"
                 )
 

@@ -47,6 +47,7 @@ def decode(
     *,
     sampling: Sampling | None = None,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     watch: Callable[[int, list[int]], bool] | None = None,
     chunk: int = CHUNK,
     slots: int = SLOTS,
@@ -59,7 +60,8 @@ def decode(
       model, prompts, max_new_tokens: as in `greedy`; rows are spread over the model's mesh.
       stop_tokens: an answer ends with the first of these, which is still part of it.
       sampling: how tokens are drawn; None takes the most probable ones.
-      seed: of the draws, which also depend on how the prompts are put into batches.
+      seed, numbers: of the draws, one number a prompt, its index if None: an answer depends on these two and
+        its prompt, not on the prompts that it is computed with.
       watch: called every `chunk` tokens with an unfinished answer's number and what there is of it; true ends
         it.
       slots: how many tokens' keys and values are in memory at a time, over all devices.
@@ -70,8 +72,9 @@ def decode(
     stops[list(stop_tokens)] = True
     watch = watch or _never
     shards = num_batch_shards(model.mesh)
+    numbers = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
     for batch in plan(prompts, [1] * len(prompts), extra=max_new_tokens, slots=slots, shards=shards):
-        draws = sampling, np.int32(seed)
+        draws = sampling, np.uint32(seed % 2**32), numbers[batch.texts].astype(np.uint32)
         made, lengths = _answer(model, batch, max_new_tokens, stops, draws, watch, chunk)
         for b, r in np.argwhere(batch.texts >= 0):
             yield int(batch.texts[b, r]), made[b, r, : lengths[b, r]].tolist()
@@ -82,11 +85,13 @@ def _never(number: int, answer: list[int]) -> bool:
 
 
 def _answer(model, batch: Batch, max_new_tokens: int, stops, draws, watch, chunk: int):
-    """Tokens made for the texts of a batch, [B, R, max_new_tokens], and how many of them count, [B, R]."""
+    """Tokens made for the texts of a batch, [B, R, max_new_tokens], and how many of them count, [B, R]; draws
+    are the sampling, its seed and the numbers of the texts."""
+    sampling, seed, numbers = draws
     with jax.set_mesh(model.mesh):
         capacity = min(GROWTH, max_new_tokens)
-        rows = placed(model, batch, done=batch.texts < 0)
-        state = _prefill(model, rows, stops, *draws, max_new_tokens, capacity)
+        rows = placed(model, batch, done=batch.texts < 0, numbers=numbers)
+        state = _prefill(model, rows, stops, sampling, seed, max_new_tokens, capacity)
         while True:
             step = int(state["step"])
             made, lengths, done = (np.array(state[name]) for name in ("made", "lengths", "done"))
@@ -99,7 +104,7 @@ def _answer(model, batch: Batch, max_new_tokens: int, stops, draws, watch, chunk
                 more = min(GROWTH, max_new_tokens - capacity)
                 state = _grow_cache(state, more)
                 capacity += more
-            state = _decode_steps(model, state, stops, draws[0], min(step + chunk, capacity))
+            state = _decode_steps(model, state, stops, sampling, min(step + chunk, capacity))
 
 
 def prefill(model, rows, capacity=0):
@@ -163,6 +168,7 @@ def _prefill(model, rows, stops_V, sampling, seed, max_new_tokens, capacity):
         "done": rows["done"],
         "step": jnp.int32(0),
         "seed": seed,
+        "numbers": rows["numbers"],
     }
     return _constrain(_append_tokens(state, model.logits(last), stops_V, sampling))
 
@@ -198,7 +204,8 @@ def _append_tokens(state, logits_BRV, stops_V, sampling):
     if sampling is None:
         tokens = logits_BRV.argmax(axis=-1).astype(jnp.int32)
     else:
-        tokens = sampling.choose(logits_BRV, state["seed"], state["step"]).astype(jnp.int32)
+        tokens = sampling.choose(logits_BRV, state["seed"], state["numbers"], state["step"])
+        tokens = tokens.astype(jnp.int32)
     return state | {
         "made": state["made"].at[:, :, state["step"]].set(tokens),
         "lengths": state["lengths"] + ~state["done"],
@@ -224,4 +231,5 @@ def _constrain(state):
         positions=constrain(cache.positions, BATCH),
         segments=constrain(cache.segments, BATCH),
     )
-    return replicated | {"first": constrain(state["first"], BATCH), "cache": cache}
+    by_row = {name: constrain(state[name], BATCH) for name in ("first", "numbers")}
+    return replicated | by_row | {"cache": cache}

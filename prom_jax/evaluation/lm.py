@@ -1,9 +1,7 @@
 """A model of ours as lm-evaluation-harness sees it: it generates and scores text, without torch."""
 
 import json
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 
 import jinja2
 from lm_eval.api.model import TemplateLM
@@ -14,7 +12,7 @@ from prom_jax.checkpoints.generation import stop_tokens
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.decode import SLOTS, decode
 from prom_jax.evaluation.score import score
-from prom_jax.utils.console import console, progress
+from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.temporary import quiet_loggers
 
@@ -157,7 +155,7 @@ class HarnessModel(TemplateLM):
             for number, answer in made:
                 yield number, _cut(self._text(answer), stops)
 
-        return self._ask(questions, compute, "answers")
+        return self.answers.ask(questions, compute, "answers")
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -177,7 +175,7 @@ class HarnessModel(TemplateLM):
             for number, log, greedy in score(self.model, asked, slots=self._slots):
                 yield number, [log, greedy]
 
-        return [tuple(answer) for answer in self._ask(pairs, compute, "log-likelihoods")]
+        return [tuple(answer) for answer in self.answers.ask(pairs, compute, "log-likelihoods")]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
         """Log-likelihood of whole texts, in windows of the context's length."""
@@ -192,23 +190,6 @@ class HarnessModel(TemplateLM):
         for number, (log, _) in zip(of, self._loglikelihood_tokens(windows)):
             totals[number] += log
         return totals
-
-    def _ask(self, questions: list, compute: Callable[[list], Iterable], what: str) -> list:
-        """The answers to questions in their order. Each different one is computed once, or taken from those
-        kept, and kept as soon as it is there."""
-        different = {json.dumps(question): question for question in questions}
-        missing = [question for question in different.values() if self.answers.get(question) is None]
-        done = len(different) - len(missing)
-        if done:
-            console.print(f"kept      {done:,} of {len(different):,} {what} from before")
-        begun = time.perf_counter()
-        with progress(len(different), done, what) as show:
-            for made, (number, answer) in enumerate(compute(missing), 1):
-                self.answers.add(missing[number], answer)
-                seconds = time.perf_counter() - begun
-                left = seconds / made * (len(missing) - made)
-                show(done + made, f"{made / seconds:.2f} a second, {left / 60:.1f} min left")
-        return [self.answers.get(question) for question in questions]
 
 
 def tokens_with(tokenizer, stops: list[str]) -> set[int]:

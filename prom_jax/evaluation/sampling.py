@@ -45,7 +45,16 @@ class Sampling:
         least = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(logits >= least, logits, -jnp.inf)
 
-    def choose(self, logits, seed, step):
-        """Tokens [...] drawn by logits [..., V], for the `step`-th token of the answers of a seed."""
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        return jax.random.categorical(key, self.limit(logits))
+    def choose(self, logits, seed, numbers, step):
+        """Tokens [...] drawn by logits [..., V], for the `step`-th token of the answers with these numbers
+        [...]. An answer's draws depend on its number and the seed alone, not on what is drawn with it."""
+
+        def draw(limited_V, number):
+            key = jax.random.key(seed)
+            for part in (number, step):
+                key = jax.random.fold_in(key, part)
+            return jax.random.categorical(key, limited_V)
+
+        for _ in numbers.shape:
+            draw = jax.vmap(draw)
+        return draw(self.limit(logits), numbers)

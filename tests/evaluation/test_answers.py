@@ -28,7 +28,7 @@ def test_answers_under_other_settings_are_refused(tmp_path):
     path = tmp_path / "answers.jsonl"
     Answers(path, SETTINGS).add("question", "answer")
     before = path.read_bytes()
-    with pytest.raises(UserError, match="holds an evaluation with bos=False, now True: give another --out"):
+    with pytest.raises(UserError, match="holds answers with bos=False, now True: give another --out"):
         Answers(path, SETTINGS | {"bos": True})
     with pytest.raises(UserError, match="with max_length=None, now 512"):
         Answers(path, SETTINGS | {"max_length": 512})

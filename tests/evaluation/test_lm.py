@@ -150,10 +150,31 @@ def test_answers_are_asked_once(tmp_path, ours, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_tokens": 5},
+        {"max_completion_tokens": 6},
+        {"max_new_tokens": 7, "max_tokens": 3},
+        {"do_sample": False, "temperature": 1, "top_p": 0.5, "max_gen_toks": 9},
+        {"until": ["", "mto"], "max_gen_toks": 9},
+        {"until": "", "max_gen_toks": 9},
+        {"until": None, "max_gen_toks": 9},
+    ],
+    ids=str,
+)
+def test_settings_of_generation_are_read_as_by_the_harness(ours, theirs, settings):
+    requests = asked("generate_until", *((prompt, settings) for prompt in ("ng'ombe", "maziwa kila")))
+    answers = ours.generate_until(requests)
+    assert answers == theirs.generate_until(requests) and all(answers)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"do_sample": True}, "only greedy decoding"),
         ({"temperature": 0.7}, "only greedy decoding"),
+        ({"num_beams": 4}, "only greedy decoding"),
+        ({"do_sample": False, "repetition_penalty": 1.2}, "repetition_penalty would change the answers"),
         ({"max_gen_toks": 1024}, "leaves no token for a prompt in a context of 1024"),
     ],
 )

@@ -47,7 +47,8 @@ def test_limits_equal_transformers(settings):
 
 def test_draws_follow_the_distribution():
     sampling = Sampling(temperature=1.5, top_k=5)
-    draw = lambda step: np.asarray(sampling.choose(jnp.broadcast_to(LOGITS[0], (20_000, 50)), 0, step))
+    logits, numbers = jnp.broadcast_to(LOGITS[0], (20_000, 50)), jnp.arange(20_000)
+    draw = lambda step: np.asarray(sampling.choose(logits, 0, numbers, step))
     expected = np.exp(np.asarray(sampling.limit(jnp.asarray(LOGITS[0]))))
     shares = np.bincount(draw(3), minlength=50) / 20_000
     assert np.abs(shares - expected / expected.sum()).max() < 0.012  # four standard deviations
@@ -64,3 +65,15 @@ def test_decoding_draws_by_seed_and_is_greedy_at_the_limit():
     assert len({tuple(answer(seed)) for seed in range(4)}) == 4
     with pytest.raises(UserError, match="temperature=0"):
         Sampling(temperature=0)
+
+
+def test_an_answer_is_the_same_whatever_it_is_computed_with():
+    model = to_model(hf_model("smollm2"))
+    chance = np.random.default_rng(1)
+    prompts = [chance.integers(3, 90, length).tolist() for length in (3, 40, 7, 90, 5, 41)]
+    prompts.append(prompts[1])  # asked twice
+    sampling = Sampling(temperature=0.9, top_k=30)
+    together = dict(decode(model, prompts, 9, [], sampling=sampling, seed=5))
+    assert together[1] != together[6]
+    few = dict(decode(model, prompts[2:5], 9, [], sampling=sampling, seed=5, numbers=[2, 3, 4], slots=120))
+    assert [few[0], few[1], few[2]] == [together[2], together[3], together[4]]
