@@ -57,8 +57,6 @@ def evaluate(arguments: argparse.Namespace):
     depends_on = header["settings"] | {"model": header["model"]["fingerprint"]}
     lm.answers = Answers(out / "answers.jsonl", depends_on)
     begun = time.perf_counter()
-    if arguments.apply_chat_template:
-        lm.chat_template(arguments.apply_chat_template)  # is there
     results, samples = harness.evaluate(
         lm,
         tasks,

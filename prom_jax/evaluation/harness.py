@@ -44,12 +44,12 @@ def load_tasks(
     Raises:
       UserError: for an unknown task, or one whose data cannot be had.
     """
-    names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    names = [name.strip() for name in names if name.strip()]
     if not names:
         raise UserError("--tasks is empty: for example --tasks=xquad_th,mgsm_th")
     if include_path and not Path(include_path).is_dir():
         raise UserError(f"--include_path={include_path}: there is no such folder")
-    names = [one for name in names for one in (ENGLISH if name == "english" else [name])]
+    names = list(dict.fromkeys(one for name in names for one in (ENGLISH if name == "english" else [name])))
     with _quiet(), modules(_gone_from_transformers()):
         tasks = _load_tasks(names, include_path, {"data_dir": data_dir, "words_file": words})
     for name, task in tasks.items():
@@ -178,6 +178,8 @@ def evaluate(
       every document {'task', 'doc_id', 'prompt', 'output', 'gold', 'scores', 'cluster'}. Replies have the
       measures of `replies` besides.
     """
+    if chat:
+        lm.chat_template(chat)
     more = {
         "apply_chat_template": chat,
         "fewshot_as_multiturn": bool(chat) if multiturn is None else multiturn,

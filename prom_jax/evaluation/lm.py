@@ -78,7 +78,7 @@ class HarnessModel(TemplateLM):
         return tokens if add_special_tokens is False or has_bos else self._bos + tokens
 
     def chat_template(self, name: bool | str = True) -> str:
-        """The tokenizer's chat template, or that of several which has a name.
+        """The tokenizer's chat template, or that of several which has a name; it is then used.
 
         Raises:
           UserError: if there is none.

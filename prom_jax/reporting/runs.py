@@ -4,8 +4,8 @@ import collections
 import dataclasses
 import functools
 import json
-import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +26,8 @@ DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionErr
 
 
 def finite(value) -> float | None:
-    """A number, or None for what is no finite one."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    """A number, or None for what is none, not finite, or an integer that is none of a float."""
+    return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
 class NotComparable(Exception):
@@ -115,10 +115,9 @@ class Run:
           NotComparable: if there is no samples.jsonl, or it is damaged.
         """
         samples = {task: {} for task in self.tasks}
-        for row in self._rows():
-            asked = hash((str(row["prompt"]), json.dumps(row["gold"])))
-            sample = Sample(dict(row["scores"]), str(row["cluster"]), asked)
-            samples.setdefault(row["task"], {})[int(row["doc_id"])] = sample
+        for task, document, row in self._rows():
+            asked = hash((str(row["prompt"]), str(row["gold"])))
+            samples.setdefault(task, {})[document] = Sample(row["scores"], str(row["cluster"]), asked)
         return samples
 
     def answers(self, task: str, documents) -> dict[int, Answer]:
@@ -128,17 +127,21 @@ class Run:
           NotComparable: as `samples`.
         """
         return {
-            row["doc_id"]: Answer(str(row["prompt"]), _as_list(row["gold"]), row["output"])
-            for row in self._rows()
-            if row["task"] == task and row["doc_id"] in documents and isinstance(row["output"], str)
+            document: Answer(str(row["prompt"]), _as_list(row["gold"]), row["output"])
+            for of, document, row in self._rows()
+            if of == task and document in documents and isinstance(row["output"], str)
         }
 
     def _rows(self):
+        """The lines of samples.jsonl, each with its task and document before it."""
         path = self.folder / "samples.jsonl"
         try:
             with open(path, encoding="utf-8") as file:
                 for row in map(json.loads, file):
-                    yield {key: row[key] for key in SAMPLE_KEYS}
+                    missing = [key for key in SAMPLE_KEYS if key not in row]
+                    if missing or type(row["doc_id"]) is not int or type(row["scores"]) is not dict:
+                        raise ValueError(f"a line lacks {', '.join(missing) or 'a document or its scores'}")
+                    yield str(row["task"]), row["doc_id"], row
         except DAMAGE as error:
             raise NotComparable(f"{self.name}/samples.jsonl cannot be read ({_short(error)})") from error
 
@@ -185,7 +188,7 @@ def read(path: Path, name: str = ".") -> Run:
     for task in tasks.values():
         if type(task.get("n", 0)) is not int:
             raise ValueError("a task's number of documents is no integer")
-        if not all("value" in metric for metric in task["metrics"].values()):
+        if not all(type(metric) is dict and "value" in metric for metric in task["metrics"].values()):
             raise ValueError("a metric without a value")
     _checked(model["fingerprint"], str, name="fingerprint")
     training = model["training"]

@@ -89,6 +89,9 @@ def test_what_cannot_be_paired_is_refused(run, tmp_path):
         (text.replace("<b>3</b>", "<b>other</b>"), "1 documents ask different things"),
         (text.replace('"exact_match": 1', '"exact_match": NaN'), "not numbers"),
         (text.replace('"exact_match": 1', '"exact_match": [1, 2]'), "not numbers"),
+        (text.replace('"exact_match": 1', f'"exact_match": {10**400}'), "not numbers"),
+        (text.replace('"scores": {', '"scores": 3, "more": {'), "samples.jsonl cannot be read"),
+        (text.replace('"doc_id": 3', '"doc_id": [3]'), "samples.jsonl cannot be read"),
         ("[" * 100_000, "samples.jsonl cannot be read"),
         (text[:-20], "samples.jsonl cannot be read"),
     ):

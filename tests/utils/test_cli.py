@@ -117,7 +117,7 @@ def test_an_unexpected_argument(command):
 def test_what_is_missing_is_told():
     assert mistake("train") == "--config is missing: for example --config=configs/demo.py"
     assert mistake("report", "--runs=x") == "--out is missing: a folder for the report"
-    assert mistake("generate").startswith("prompt is missing: the instruction")
+    assert mistake("generate", "--model=m").startswith("expected one of a prompt, --interactive and")
     assert "--out: expected one argument" in mistake("report", "--out")
 
 
