@@ -77,7 +77,10 @@ def _load_tasks(names: list[str], include_path: str | None, metadata: dict) -> d
                 "and no YAML file"
             )
         try:
-            tasks |= manager.load([read_task(files[name]) if name in files else name])["tasks"]
+            found = manager.load([read_task(files[name]) if name in files else name])["tasks"]
+            if name in files and (twice := found.keys() & tasks.keys()):
+                raise UserError(f"--tasks: {name!r} is a second task {twice.pop()!r}: give it another name")
+            tasks |= found
         except UserError:
             raise
         except Exception as error:  # whatever a task of others' raises
@@ -220,10 +223,7 @@ def _add_measures(summary: dict, samples: list[dict], logged: list[dict], langua
 @contextlib.contextmanager
 def _quiet():
     """In the block, the harness and what it stands on report errors alone."""
-    with (
-        quiet_loggers("lm_eval", "datasets", "root", level=logging.ERROR),
-        no_progress_bars(),
-    ):
+    with quiet_loggers("lm_eval", "datasets", "root", level=logging.ERROR), no_progress_bars():
         yield
 
 
