@@ -62,7 +62,7 @@ def test_tasks_of_a_folder_by_name(folder):
     assert list(tasks) == ["own_loud", "own_es"]
     task = tasks["own_loud"]
     assert task.doc_to_text(task.eval_docs[2]) == "SWALI 2"
-    with pytest.raises(UserError, match="loud.yaml' is a second task 'own_loud': give it another name"):
+    with pytest.raises(UserError, match=r"loud\.yaml' is a second task 'own_loud': give it another name"):
         harness.load_tasks(["own_loud", str(folder / "loud.yaml")], include_path=str(folder))
     with pytest.raises(UserError, match="--include_path=nowhere: there is no such folder"):
         harness.load_tasks(["own_es"], include_path="nowhere")
