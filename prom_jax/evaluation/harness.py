@@ -116,7 +116,7 @@ def read_task(path: Path, including: tuple[Path, ...] = ()) -> dict:
     for name in [included] if isinstance(included, str) else included:
         found = next((f for f in (path.parent / name, TASKS / name) if f.is_file()), None)
         if found is None:
-            shared = ", ".join(sorted(file.name for file in TASKS.glob("_*") if file.is_file()))
+            shared = ", ".join(sorted(file.name for file in TASKS.glob("_[a-z]*")))
             raise UserError(f"{path} includes {name!r}: expected a file next to it, or one of {shared}")
         merged |= read_task(found, (*including, path))
     merged |= content
