@@ -201,8 +201,11 @@ def compile_term_norms(job: Job, params):
     def named(params, batch):
         return {f"grad_norm_{name}": norm for name, norm in term_norms(params, batch).items()}
 
+    def none(params, batch):
+        return {}
+
     if sum(len(term.names) for term in job.method.terms) == 1:
-        return lambda params, batch: {}
+        return none
     batch = sharding.place_rows(job.mesh, job.batches[0], parts)
     return jax.jit(named).lower(params, batch).compile()
 
@@ -255,7 +258,8 @@ def loop(
     with progress(num_steps, start) as show, caught_signals() as stopping:
         for step in range(start + 1, num_steps + 1):
             multihost.progress(f"step {step}")
-            norms = term_norms(params, batch) if step == 1 or is_due(step, config.eval.every) else {}
+            measured = step == 1 or is_due(step, config.eval.every)
+            norms = jax.device_get(term_norms(params, batch)) if measured else {}
             begun = time.perf_counter()
             stops = sharding.by_process(job.mesh, bool(stopping))
             with jax.transfer_guard("disallow"):
@@ -265,7 +269,7 @@ def loop(
             stop = metrics.pop("stop") and step < num_steps
             seconds = time.perf_counter() - begun
             check_finite(job, metrics, step, checkpoints)
-            metrics = present(metrics | jax.device_get(norms))
+            metrics = present(metrics | norms)
             metrics["learning_rate"] = job.schedule(step - 1)
             metrics["tokens_per_second"] = done / seconds
             metrics["model_flops_per_second"] = job.flops / num_steps / seconds
