@@ -106,10 +106,10 @@ def torch_parts(hf, pivot_head, method, **streams):
     return {"target": mean("target", *last)}
 
 
-def torch_gradients(hf, pivot_head, loss, again=False):
-    """By transformers' names, and 'pivot_head'; 0 for what the loss does not reach. `again`: others follow."""
+def torch_gradients(hf, pivot_head, loss):
+    """By transformers' names, and 'pivot_head'; 0 for what the loss does not reach."""
     tensors = dict(hf.named_parameters()) | {"pivot_head": pivot_head.weight}
-    found = torch.autograd.grad(loss, list(tensors.values()), retain_graph=again, allow_unused=True)
+    found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
     return {
         name: torch.zeros_like(tensor) if gradient is None else gradient
         for (name, tensor), gradient in zip(tensors.items(), found)
@@ -141,7 +141,7 @@ def torch_loss(hf, pivot_head, method, **streams):
         metrics |= {f"loss_{stream}": total.item() / count, f"weight_{stream}": count}
     if isinstance(method, PCGrad):
         english, target = (
-            torch_gradients(hf, pivot_head, parts[stream][0], again=True) for stream in ("english", "target")
+            torch_gradients(hf, pivot_head, parts[stream][0]) for stream in ("english", "target")
         )
         sides = projected(english, target), projected(target, english)
         tensors = {name: sides[0][name] + sides[1][name] for name in english}
