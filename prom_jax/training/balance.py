@@ -4,7 +4,7 @@ from prom_jax.data.examples import PRIMARY
 from prom_jax.training.objective import Method, Term
 
 OUTCLIPPED = 2  # how many times smaller clipping makes the primary gradient than it would alone
-REMEDY = "docs/method.md, What pulls on an update, says what that means and what helps"
+REMEDY = "what helps is in docs/method.md, What pulls on an update"
 
 
 def line(metrics: dict) -> str:
@@ -23,9 +23,9 @@ def warnings(method: Method, metrics: dict, clip: float) -> dict[str, str]:
       clip: the largest gradient norm; 0 for no clipping.
     """
     found = {}
-    contributions = {term: _contribution(term, metrics) for term in method.terms}
-    ours = next((part for term, part in contributions.items() if PRIMARY in term.names), 0.0)
-    for term, part in contributions.items():
+    parts = [(term, _part(term, metrics)) for term in method.terms]
+    ours = next((part for term, part in parts if PRIMARY in term.names), 0.0)
+    for term, part in parts:
         if PRIMARY not in term.names and part > ours > 0:
             found["loss"] = (
                 f"{' and '.join(term.names)} outweighs {PRIMARY} in the loss: {term.weight:g} · "
@@ -41,7 +41,7 @@ def warnings(method: Method, metrics: dict, clip: float) -> dict[str, str]:
     return found
 
 
-def _contribution(term: Term, metrics: dict) -> float:
+def _part(term: Term, metrics: dict) -> float:
     """What a term adds to the loss of an update."""
     counts = {name: metrics.get(f"weight_{name}", 0.0) for name in term.names}
     total = sum(metrics[f"loss_{name}"] * count for name, count in counts.items() if count)
