@@ -18,9 +18,9 @@ class DeepSupervision(Method):
     What the paper leaves open, and what is chosen here: the norm before the head in lower blocks is the
     model's final one, which the head reads everywhere else; i and j are where the entropy of the logit lens
     falls, in LLaMA-2-7B first at layer 2 and again from 15 of 32 on, and other models have the same shares of
-    their depth (`pivot.layer` sets j, and i is 2/15 of it); the English prompt is instruction and input without a
-    template, in the place of the response, and without an end-of-sequence token; each loss is a mean over its
-    own tokens; translations have the target's term alone.
+    their depth (`pivot.layer` sets j, and i is 2/15 of it); the English prompt is instruction and input
+    without a template, in the place of the response, and without an end-of-sequence token; each loss is a
+    mean over its own tokens; translations have the target's term alone.
 
     Attributes:
       middle: j.
