@@ -20,8 +20,12 @@ VARIANTS = {
     "": {},
     # Every method, by the name of its file.
     **{name: {"method": name} for name in METHODS},
+    "deep_supervision": {"method": "deep_supervision", "pivot.english_prompt": "target"},
     # PROM without regulation: λ is kept whatever a probe says.
     "unregulated": {"pivot.regulate": "never"},
+    # Controls for the pivot head: one that does not learn, and none besides the main head.
+    "frozen_head": {"pivot.head": "frozen"},
+    "shared_head": {"pivot.head": "shared"},
     # The script that the paper's authors published, where it differs from the paper's text.
     "published": {
         "pivot.layer": 23,
@@ -43,11 +47,14 @@ def default() -> ConfigDict:
     # ISO 639-1 code of the target language; names it in translation prompts.
     c.language = ""
     # One of prom_jax/training/methods: 'prom' (English at the pivot head, target at the main one), 'bactrian'
-    # (target alone), 'xllama2' (both at the main head).
+    # (target alone), 'xllama2' (both at the main head), 'pcgrad' (the same, with projected gradients),
+    # 'deep_supervision' (English in lower blocks, through the main head), and controls for PROM:
+    # 'english_last' (its English at the last layer), 'shuffled' (its pairs broken up).
     c.method = "prom"
 
     c.pivot = ConfigDict()
-    # n: English leaves after this many blocks. 0: three quarters of the model's, rounded.
+    # n: English leaves after this many blocks. 0: three quarters of the model's, rounded (with the method
+    # 'deep_supervision' 15 of 32).
     c.pivot.layer = 0
     # λ, the weight of the pivot loss.
     c.pivot.weight = 0.1
@@ -55,6 +62,9 @@ def default() -> ConfigDict:
     c.pivot.label_smoothing = 0.1
     # Norm before the pivot head: 'none' (the raw residual stream) or 'final' (the model's last norm).
     c.pivot.norm = "none"
+    # The pivot head: 'own' (a copy of the main head, trained), 'frozen' (that copy as it is) or 'shared' (the
+    # main head itself).
+    c.pivot.head = "own"
     # Language of the prompt before an English response: 'english' or 'target'.
     c.pivot.english_prompt = "english"
     # Whether the English sentence of a translation also feeds the pivot head.
@@ -206,9 +216,9 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"optimizer.warmup_ratio={config.optimizer.warmup_ratio}: expected a share, 0 to 1")
 
 
-def pivot_layer(config: ConfigDict, num_layers: int) -> int:
-    """n, the number of blocks that English goes through: as set, or three quarters of the model's."""
-    return config.pivot.layer or round(0.75 * num_layers)
+def pivot_layer(config: ConfigDict, num_layers: int, depth: float = 0.75) -> int:
+    """n, the number of blocks that English goes through: as set, or this share of the model's."""
+    return config.pivot.layer or round(depth * num_layers)
 
 
 def _get(config, dotted):

@@ -54,8 +54,8 @@ def measure(config, workdir: Path, model: str, out: Path, methods: list[str], nu
       UserError: for input that cannot be used.
     """
     configuration.check(config)
-    if not methods or not set(methods) <= known_methods().keys():
-        raise UserError(f"--methods={','.join(methods)}: expected some of {','.join(known_methods())}")
+    if not methods or not set(methods) <= set(compared_methods()):
+        raise UserError(f"--methods={','.join(methods)}: expected some of {','.join(compared_methods())}")
     make_directory(out)
     mesh = sharding.make_mesh(**config.mesh)
     reader, tokenizer = models.open_source(model)
@@ -102,6 +102,11 @@ def measure(config, workdir: Path, model: str, out: Path, methods: list[str], nu
     console.print(table(results))
     console.print(f"wrote {out}/interference.json and {out}/interference.png")
     return results | {"settings": settings}
+
+
+def compared_methods() -> list[str]:
+    """The names of the methods that have texts of their own to compare."""
+    return [name for name, method in known_methods().items() if method.compared]
 
 
 def load(config, reader, mesh, methods) -> decoder.Decoder:
@@ -175,7 +180,7 @@ def parse(argv) -> argparse.Namespace:
     add("--model", help="checkpoint to measure (default: that of the configuration)")
     add("--batches", metavar="N", type=cli.at_least(1), default=8, help="how many batches")
     methods = "which methods, with commas between"
-    add("--methods", metavar="NAMES", type=cli.names, default=list(known_methods()), help=methods)
+    add("--methods", metavar="NAMES", type=cli.names, default=compared_methods(), help=methods)
     return parser.parse_args(argv)
 
 

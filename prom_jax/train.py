@@ -35,11 +35,11 @@ from prom_jax.models.blocks import Compute
 from prom_jax.parallel import flags, multihost, sharding
 from prom_jax.reporting.card import write as write_card
 from prom_jax.reporting.plots import learning_curves
-from prom_jax.training import budget
+from prom_jax.training import balance, budget
 from prom_jax.training.objective import head_chunks
 from prom_jax.training.optimizer import abstract_state, make_optimizer, make_schedule
 from prom_jax.training.setup import Experiment, open_base, resolve
-from prom_jax.training.step import make_update, trained_params
+from prom_jax.training.step import make_term_norms, make_update, trained_params
 from prom_jax.training.trackers import MetricsLog
 from prom_jax.utils import cli, command
 from prom_jax.utils.console import console, progress
@@ -80,6 +80,7 @@ def train(config, workdir, dry_run: bool = False) -> dict:
         with ThreadPoolExecutor(1) as executor:  # weights are read while the update is compiled
             base = None if checkpoints.latest() else executor.submit(load, job)
             update, abstract = compile_update(job)
+            term_norms = compile_term_norms(job, abstract[0])
         start, state = checkpoints.resume(params=abstract[0], opt_state=abstract[1])
         if state is None:
             state = init_state(job, checkpoints, base.result() if base else load(job), abstract)
@@ -89,7 +90,7 @@ def train(config, workdir, dry_run: bool = False) -> dict:
         if not start:
             evaluate(job, params, log, 0)
             write_samples(job, params, "base")
-        params = loop(job, update, params, opt_state, checkpoints, log, start)
+        params = loop(job, update, term_norms, params, opt_state, checkpoints, log, start)
         log.close()
         write_samples(job, params, "adapted")
         export(job, params, log)
@@ -106,6 +107,12 @@ class Job(Experiment):
     held_out: list[HeldOut]
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
+
+    @property
+    def chunks(self) -> dict[str, int]:
+        """Of loss tokens, by stream."""
+        shards = self.config.batch.accumulation * sharding.num_batch_shards(self.mesh)
+        return head_chunks(self.batches, shards)
 
 
 def plan(config, workdir: Path) -> Job:
@@ -168,8 +175,7 @@ def compile_update(job: Job):
     parts = job.config.batch.accumulation
     params = weights.abstract_params(job.model, job.mesh)
     opt_state = abstract_state(job.optimizer, trained_params(params, job.method), job.mesh)
-    chunks = head_chunks(job.batches, parts * sharding.num_batch_shards(job.mesh))
-    step = make_update(job.model, job.method, job.optimizer, parts, job.batches.appended, chunks)
+    step = make_update(job.model, job.method, job.optimizer, parts, job.batches.appended, job.chunks)
 
     def update(params, opt_state, batch, stops):
         params, opt_state, metrics = step(params, opt_state, batch)
@@ -183,6 +189,28 @@ def compile_update(job: Job):
     if sum(needed.values()) > MOST_KEPT * budget.available_bytes():
         command.return_freed_memory()
     return compiled, (params, opt_state)
+
+
+def compile_term_norms(job: Job, params):
+    """The compiled function (params, batch) → {'grad_norm_<name>': the norm of the gradient of a part of the
+    loss}; empty for a loss of one part, whose gradient is the update's.
+
+    Args:
+      params: abstract.
+    """
+    parts = job.config.batch.accumulation
+    term_norms = make_term_norms(job.model, job.method, parts, job.batches.appended, job.chunks)
+
+    def named(params, batch):
+        return {f"grad_norm_{name}": norm for name, norm in term_norms(params, batch).items()}
+
+    def none(params, batch):
+        return {}
+
+    if sum(len(term.names) for term in job.method.terms) == 1:
+        return none
+    batch = sharding.place_rows(job.mesh, job.batches[0], parts)
+    return jax.jit(named).lower(params, batch).compile()
 
 
 def open_checkpoints(job: Job) -> Checkpoints:
@@ -213,7 +241,9 @@ def init_state(job: Job, checkpoints: Checkpoints, params: dict, abstract):
     return params, init(trained_params(params, job.method))
 
 
-def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: MetricsLog, start: int):
+def loop(
+    job: Job, update, term_norms, params, opt_state, checkpoints: Checkpoints, log: MetricsLog, start: int
+):
     """Updates from `start` to the end, with evaluations and checkpoints; returns the parameters.
 
     Raises:
@@ -221,6 +251,7 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
       SystemExit: with REQUEUE, after a save, on SIGTERM, SIGINT or SIGUSR1.
     """
     config, num_steps = job.config, job.batches.num_steps
+    told = set()  # kinds of warnings
 
     def is_due(step, every):
         return step == num_steps or (every and step % every == 0)
@@ -230,6 +261,8 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
     with progress(num_steps, start) as show, caught_signals() as stopping:
         for step in range(start + 1, num_steps + 1):
             multihost.progress(f"step {step}")
+            measured = step == 1 or is_due(step, config.eval.every)
+            norms = jax.device_get(term_norms(params, batch)) if measured else {}
             begun = time.perf_counter()
             stops = sharding.by_process(job.mesh, bool(stopping))
             with jax.transfer_guard("disallow"):
@@ -239,12 +272,16 @@ def loop(job: Job, update, params, opt_state, checkpoints: Checkpoints, log: Met
             stop = metrics.pop("stop") and step < num_steps
             seconds = time.perf_counter() - begun
             check_finite(job, metrics, step, checkpoints)
-            metrics = present(metrics)
+            metrics = present(metrics | norms)
             metrics["learning_rate"] = job.schedule(step - 1)
             metrics["tokens_per_second"] = done / seconds
             metrics["model_flops_per_second"] = job.flops / num_steps / seconds
             log.write(step, metrics)
-            show(step, f"loss {metrics['loss']:.3f}  {done / seconds:,.0f} tokens/s")
+            show(step, f"{balance.line(metrics)}  {done / seconds:,.0f} tokens/s")
+            for kind, sentence in balance.warnings(job.method, metrics, config.optimizer.clip).items():
+                if kind not in told:
+                    console.print(f"WARNING   step {step}: {sentence}")
+                told.add(kind)
             if is_due(step, config.eval.every):
                 evaluate(job, params, log, step)
             if is_due(step, config.checkpoint.every) or stop:
@@ -265,7 +302,7 @@ def present(metrics: dict) -> dict:
         for key, value in metrics.items()
         if key.startswith("weight_") and not value
     ]
-    hidden = {f"{kind}_{name}" for name in absent for kind in ("loss", "weight")}
+    hidden = {f"{kind}_{name}" for name in absent for kind in ("loss", "weight", "grad_norm")}
     return {key: value for key, value in metrics.items() if key not in hidden}
 
 

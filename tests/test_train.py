@@ -52,6 +52,12 @@ def test_a_run_learns_and_reports(finished):
     for row in steps:
         assert row["loss"] == pytest.approx(row["loss_target"] + 0.5 * row["loss_english"], rel=1e-5)
         assert row["weight_target"] > 0 and row["weight_english"] > 0
+    measured = [row for row in steps if "grad_norm_english" in row]
+    assert [row["step"] for row in measured] == [1, 4, 8]
+    for row in measured:
+        parts = row["grad_norm_target"], row["grad_norm_english"]
+        assert abs(parts[0] - parts[1]) <= row["grad_norm"] * (1 + 1e-5) and min(parts) > 0
+        assert row["grad_norm"] <= sum(parts) * (1 + 1e-5)
     assert summary["final"]["eval_target_bits_per_byte"] < 0.9 * summary["base"]["eval_target_bits_per_byte"]
     assert summary["final"]["eval_pivot_nats"] < summary["base"]["eval_pivot_nats"]
     assert json.loads((workdir / "summary.json").read_text()) == summary

@@ -1,7 +1,8 @@
 """From sources to examples: what is asked, what is answered, and in which words.
 
 An example has texts by stream, of which it may lack any: instruction pairs and translations have a *target*
-and perhaps an *english* one, and rows of further streams one of their own (see `Recipe`).
+and perhaps an *english* one, instruction pairs perhaps a *conversion* too, and rows of further streams one of
+their own (see `Recipe`).
 """
 
 import dataclasses
@@ -17,9 +18,9 @@ from prom_jax.data.templates import Span, Wording
 from prom_jax.utils.errors import UserError
 
 LANGUAGES = ("english", "target")  # what a prompt may be worded in
-PRIMARY, ENGLISH = "target", "english"
+PRIMARY, ENGLISH, CONVERSION = "target", "english", "conversion"
 # What a text may be, besides one of a further stream, whose role has the stream's name.
-ROLES = ("target", "english", "translation", "translation_source", "text")
+ROLES = ("target", "english", "conversion", "translation", "translation_source", "text")
 STREAM = re.compile(r"[a-z][a-z0-9_]*")  # a name
 
 
@@ -29,10 +30,12 @@ class Recipe:
 
     `streams` are what the method trains on, the primary one, 'target', first. Instruction pairs: the target
     text is the target-language example, the English one its counterpart, with a prompt in English or, with
-    `english_prompt='target'`, the target's prompt before the English response. Translations: the target text
-    asks for the target sentence; with `translation_source` the English text is the same up to the end of the
-    English sentence, which has the loss. `more` has (stream, sources) of further streams: instruction rows
-    with the English template, each an example of that stream alone. Only what `streams` name is made.
+    `english_prompt='target'`, the target's prompt before the English response. The conversion text is the
+    target's prompt with the English prompt in the place of the response. With `shuffled` the English rows of
+    training pairs are dealt out anew (`shuffle`). Translations: the target text asks for the target sentence;
+    with `translation_source` the English text is the same up to the end of the English sentence, which has
+    the loss. `more` has (stream, sources) of further streams: instruction rows with the English template,
+    each an example of that stream alone. Only what `streams` name is made.
 
     `prompts` is the language of the template and the translation requests in the target texts: 'english', as
     in Alpaca and the published script, or 'target'.
@@ -55,6 +58,7 @@ class Recipe:
     holdout: int = 0
     text: tuple[str, ...] = ()
     seed: int = 0
+    shuffled: bool = False
 
     def __post_init__(self):
         for name in ("prompts", "english_prompt"):
@@ -118,7 +122,7 @@ def role_in(stream: str, role: str) -> str:
     """The role under which a stream's text is counted of an example that is of a `role`."""
     if stream == ENGLISH:
         return "translation_source" if role == "translation" else "english"
-    return role
+    return stream if stream == CONVERSION else role
 
 
 def read_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], int]:
@@ -136,6 +140,8 @@ def read_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], int]:
     held, kept = _split(len(pairs or sentences), recipe)
     if pairs:
         holdout = [_instruction(i, *pairs[i], recipe, held_out=True) for i in held]
+        if recipe.shuffled:
+            pairs = shuffle(pairs, kept, recipe.seed)
         train = [_instruction(i, *pairs[i], recipe) for i in kept]
         train += [_translation(i, s, recipe) for i, s in enumerate(sentences)]
     else:
@@ -157,7 +163,8 @@ def check_streams(recipe: Recipe, found: set[str]) -> None:
     """Raises UserError for a stream that the method trains on and that is not among those found."""
     for stream in recipe.streams:
         if stream not in found:
-            known = {PRIMARY: "data.target", ENGLISH: "data.english, or use the variant :bactrian"}
+            english = "data.english, or use the variant :bactrian"
+            known = {PRIMARY: "data.target", ENGLISH: english, CONVERSION: english}
             remedy = known.get(stream, f"data.streams={stream}=FILE")
             raise UserError(
                 f"The method trains on the stream '{stream}', and the data have none of it: set {remedy}."
@@ -185,29 +192,44 @@ def _split(number: int, recipe: Recipe) -> tuple[list[int], list[int]]:
     return sorted(order[: recipe.holdout]), sorted(order[recipe.holdout :])
 
 
+def shuffle(pairs: list, kept: list[int], seed: int) -> list:
+    """The pairs, in which each of some has the English row of another one of them.
+
+    Args:
+      pairs: (English row, target row).
+      kept: indices of the pairs that change.
+      seed: chooses the order.
+    """
+    order = np.random.default_rng([seed, len(kept), 1]).permutation(kept).tolist()
+    english = {i: pairs[j][0] for i, j in zip(order, order[1:] + order[:1])}  # no row stays with its own
+    return [(english.get(i, pair[0]), pair[1]) for i, pair in enumerate(pairs)]
+
+
 def _instruction(index: int, english: Row | None, target: Row, recipe: Recipe, held_out=False):
     name = target.id or f"instruction-{index}"
     turns, words = (), prompts.wording("en")
     if english and (ENGLISH in recipe.streams or held_out):
         turns = english.turns
         if recipe.english_prompt == "target" and not held_out:
-            turns, words = _asked_in_target(name, turns, target.turns), recipe.words
-    return Example(
-        id=name,
-        role="target",
-        texts=_texts(prompts.conversation(target.turns, recipe.words), prompts.conversation(turns, words)),
-    )
+            answers = [turn.output for turn in turns]
+            turns, words = _asked_in_target(name, target.turns, answers), recipe.words
+    texts = _texts(prompts.conversation(target.turns, recipe.words), prompts.conversation(turns, words))
+    if english and CONVERSION in recipe.streams and not held_out:
+        asked = ["\n\n".join(filter(None, (turn.instruction, turn.input))) for turn in english.turns]
+        converted = _asked_in_target(name, target.turns, asked)
+        texts[CONVERSION] = prompts.conversation(converted, recipe.words, eos=False)
+    return Example(id=name, role="target", texts=texts)
 
 
-def _asked_in_target(name: str, english: tuple[Turn, ...], target: tuple[Turn, ...]):
-    if len(english) != len(target):
+def _asked_in_target(name: str, target: tuple[Turn, ...], answers: list[str]) -> tuple[Turn, ...]:
+    """The target's turns with English answers."""
+    if len(answers) != len(target):
         raise UserError(
-            f"Row '{name}' has {len(english)} English and {len(target)} target turns: "
-            "english_prompt='target' needs as many on both sides."
+            f"Row '{name}' has {len(answers)} English and {len(target)} target turns: English after a target "
+            "prompt (english_prompt='target', method='deep_supervision') needs as many on both sides."
         )
     return tuple(
-        dataclasses.replace(asked, output=answered.output)
-        for asked, answered in zip(target, english, strict=True)
+        dataclasses.replace(asked, output=answer) for asked, answer in zip(target, answers, strict=True)
     )
 
 

@@ -98,13 +98,13 @@ class Span:
     eos: bool = True
 
 
-def conversation(turns: tuple[Turn, ...], words: Wording) -> list[Span]:
-    """A prompt and an answer a turn; only the answers have a loss."""
+def conversation(turns: tuple[Turn, ...], words: Wording, eos: bool = True) -> list[Span]:
+    """A prompt and an answer a turn; only the answers have a loss, and with `eos` the end of each."""
     spans = []
     for number, turn in enumerate(turns):
         asked = words.prompt(turn.instruction, turn.input, first=number == 0)
         text = asked + turn.output
-        spans.append(Span(text, len(asked), len(text)))
+        spans.append(Span(text, len(asked), len(text), eos))
     return spans
 
 

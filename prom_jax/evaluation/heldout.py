@@ -18,7 +18,7 @@ class HeldOut:
 
     Args:
       model: abstract, the structure that parameters fill.
-      method: whose further heads are read, if it has some.
+      method: whose earlier exits and further heads are read, if it has some.
       mesh: of the parameters.
       records: the held-out examples.
       sequences, seq_len: shape of the batches.
@@ -32,9 +32,10 @@ class HeldOut:
         self._main = tuple(self._batches.shapes)  # read at the last layer through the main head
         self._losses = {stream: (stream, L(stream)) for stream in self._main}
         for term in method.terms:
-            if isinstance(term, TokenLoss) and term.head != MAIN_HEAD and term.streams[0] in self._main:
-                unsmoothed = dataclasses.replace(term, label_smoothing=0.0)
-                self._losses[term.head.removesuffix("_head")] = term.streams[0], unsmoothed
+            early = isinstance(term, TokenLoss) and (term.head, term.layer) != (MAIN_HEAD, None)
+            if early and term.streams[0] in self._main:
+                name = "pivot" if term.head == MAIN_HEAD else term.head.removesuffix("_head")
+                self._losses[name] = term.streams[0], dataclasses.replace(term, label_smoothing=0.0)
         self._tokens = {stream: int(texts.weights.sum()) for stream, texts in records.streams.items()}
         self._bytes = {stream: int(texts.bytes.sum()) for stream, texts in records.streams.items()}
 
@@ -51,7 +52,8 @@ class HeldOut:
 
     def __call__(self, params) -> dict[str, float]:
         """`eval_target_nats`, `eval_target_bits_per_byte`, the same for every other stream (all at the last
-        layer through the main head), and `eval_pivot_nats`, English at layer n through the pivot head.
+        layer through the main head), and `eval_pivot_nats`, English at layer n through the pivot head (or
+        the main one, where the method reads it there).
 
         Nats are means over loss tokens, without smoothing; bits count the end-of-sequence token, bytes do
         not.

@@ -80,8 +80,8 @@ class Run:
       folder: of the file; name: its path below the folder that was searched.
       model, settings, tasks: as in the file.
       base: the model that was adapted, or that was evaluated as it is.
-      method: 'base', or how it was trained; language, seed, pivot: None where the method has none. PROM
-        without a pivot was regulated: λ = 0.
+      method: 'base', or how it was trained; language, seed: None where the method has none; pivot: PROM's.
+        PROM without one was regulated: λ = 0.
     """
 
     folder: Path
@@ -229,7 +229,7 @@ def _method(training: dict, pivot: Pivot | None) -> str:
 
 
 def _pivot(training: dict) -> Pivot | None:
-    if not training.get("pivot.weight"):
+    if training["method"] != "prom" or not training.get("pivot.weight"):
         return None
     keys = {key.removeprefix("pivot."): training[key] for key in training if key.startswith("pivot.")}
     known = {name: keys.pop(name) for name in Pivot._fields if name in keys}

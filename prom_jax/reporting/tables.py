@@ -14,6 +14,7 @@ METRICS = {"exact_match": "EM", "f1": "F1", "accuracy": "acc"}
 OF_TABLE = {"qa": ("exact_match", "f1"), "mgsm": ("accuracy",)}
 AVERAGE = "average"
 REFERENCES = ("xllama2", "base")  # the paper's, and the base model
+PAPERS = ("base", "bactrian", "xllama2", "unregulated", "prom")  # rows that are there without runs too
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def score_table(kind: str, runs: Runs, paper: dict) -> Table:
     )
     title = {"qa": "Table 1. Question answering", "mgsm": "Table 2. Mathematics (MGSM)"}[kind]
     rows = []
-    for method in METHODS:
+    for method in (m for m in METHODS if m in PAPERS or any(runs.methods[m].get(task) for task in tasks)):
         cells = [score_cell(runs, method, task, metrics, paper, comparisons) for task in tasks]
         cells.append(average_cell(runs, method, tasks, metrics, paper, cells))
         rows.append(Row(METHODS[method], cells, seeds=describe_seeds(cells)))

@@ -14,8 +14,9 @@ def training_flops(config: DecoderConfig, method: Method, records, examples) -> 
     """Model FLOPs of training on examples.
 
     Two a multiply-add, three passes (forward, and backward in inputs and weights): 6 · parameters · tokens
-    for matrices, causal attention, and a head for loss tokens alone. Padding and recomputation are not
-    counted, as they are not the model's.
+    for matrices, causal attention, and a head for loss tokens alone; two passes for a head that does not
+    learn, and for a method that combines gradients (`Method.combine`) a way back through the blocks for each
+    of them. Padding and recomputation are not counted, as they are not the model's.
 
     Args:
       config: of the model.
@@ -26,26 +27,29 @@ def training_flops(config: DecoderConfig, method: Method, records, examples) -> 
       A number of operations.
     """
     exits = [term for term in method.terms if isinstance(term, TokenLoss)]
-    streams = {stream: term.layer for term in exits for stream in term.streams}
-    return 3 * sum(
-        _flops(config, layer, records.streams[stream], examples)
-        for stream, layer in streams.items()
+    gradients = sum(len(term.names) for term in method.terms) if method.combine else 1
+    return sum(
+        (1 + 2 * gradients) * _of_blocks(config, term.layer, records.streams[stream], examples)
+        + (3 if term.trains_head else 2) * _of_head(config, records.streams[stream], examples)
+        for term in exits
+        for stream in term.streams
         if stream in records.streams
     )
 
 
-def _flops(config: DecoderConfig, layer: int | None, texts, examples) -> float:
-    """Forward FLOPs of one stream of examples through some layers, and a head for its loss tokens."""
+def _of_blocks(config: DecoderConfig, layer: int | None, texts, examples) -> float:
+    """Forward FLOPs of one stream of examples through some layers."""
     hidden, queries, keys = (config.sizes[name] for name in ("hidden", "queries", "keys"))
     matrices = hidden * (2 * queries + 2 * keys + 3 * config.intermediate_size)
     lengths = texts.lengths[examples].astype(np.float64)
     layers = config.layers[:layer]
     pairs = sum(number * _attended(lengths, window) for window, number in _counts(layers).items())
-    return (
-        len(layers) * 2 * matrices * lengths.sum()
-        + 4 * queries * pairs
-        + (2 * hidden * config.vocab_size * float(texts.weights[examples].sum()))
-    )
+    return len(layers) * 2 * matrices * lengths.sum() + 4 * queries * pairs
+
+
+def _of_head(config: DecoderConfig, texts, examples) -> float:
+    """Forward FLOPs of a head on the loss tokens of one stream of examples."""
+    return 2 * config.hidden_size * config.vocab_size * float(texts.weights[examples].sum())
 
 
 def _counts(layers) -> Counter:

@@ -66,6 +66,7 @@ class TokenLoss:
       norm: whether the model's final norm comes before the head.
       label_smoothing: α.
       weight: what the term is multiplied by.
+      trains_head: whether the head learns from the term, or is only read by it.
     """
 
     streams: tuple[str, ...]
@@ -74,6 +75,7 @@ class TokenLoss:
     norm: bool = True
     label_smoothing: float = 0.0
     weight: float = 1.0
+    trains_head: bool = True
 
     def __rmul__(self, weight: float) -> "TokenLoss":
         return dataclasses.replace(self, weight=weight * self.weight)
@@ -88,9 +90,10 @@ class TokenLoss:
 
     def read(self, model, states_BTD, rows: Mapping, chunk: int | None = None):
         """The sum of token losses, float32, of rows whose hidden states are these."""
+        head = model.head(self.head)
         return cross_entropy(
             model.head_input(states_BTD, self.norm),
-            model.head(self.head),
+            head if self.trains_head else jax.lax.stop_gradient(head),
             rows["labels"],
             rows["weights"],
             self.label_smoothing,
@@ -189,16 +192,20 @@ class Method:
     Attributes:
       name: in configurations; that of its file.
       label, colour: in tables and pictures.
-      compared: the texts whose gradients `interference` compares.
+      compared: the texts whose gradients `interference` compares; none where another method's are the same.
       regulated: whether its weight λ is for regulation to decide.
+      depth: where English leaves if `pivot.layer` does not say: after this share of the blocks.
+      shuffles_english: whether the English texts are dealt out anew among the instruction pairs.
       loss: the terms.
     """
 
     regulated: ClassVar[bool] = False
+    depth: ClassVar[float] = 0.75
+    shuffles_english: ClassVar[bool] = False
     name: ClassVar[str]
     label: ClassVar[str]
     colour: ClassVar[str]
-    compared: ClassVar[tuple[Texts, Texts]]
+    compared: ClassVar[tuple[Texts, ...]] = ()
     loss: "Loss | Term"
 
     @classmethod

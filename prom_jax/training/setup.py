@@ -72,7 +72,7 @@ class Experiment:
         config = self.config
         details = {"base_model": config.model, "language": config.language, "method": config.method}
         details |= self.method.details()
-        if self.method.heads:
+        if self.method.exits:
             unusual = {"english_prompt": "target", "translation_source": True}  # as in the published script
             details |= {f"pivot.{key}": value for key, value in unusual.items() if config.pivot[key] == value}
         return details | {
@@ -105,14 +105,14 @@ def open_base(config, workdir: Path, weights: bool = True) -> BaseModel:
         run.
     """
     configuration.check(config)
-    find_method(config.method)
+    depth = find_method(config.method).depth
     check_same_config(workdir, as_dict(config))
     if weights:
         reader, tokenizer = models.open_source(config.model)
         model_config = reader.config
     else:
         reader, (model_config, tokenizer) = None, models.open_config(config.model)
-    layer = configuration.pivot_layer(config, model_config.num_hidden_layers)
+    layer = configuration.pivot_layer(config, model_config.num_hidden_layers, depth)
     check_exit(layer, model_config.num_hidden_layers, "pivot.layer")
     console.print(f"model     {config.model}")
     return BaseModel(model_config, tokenizer, layer, reader)
@@ -182,10 +182,11 @@ def recipe(config, method: Method) -> Recipe:
         seq_len=config.data.seq_len,
         prompts=config.data.prompts,
         english_prompt=config.pivot.english_prompt,
-        translation_source=config.pivot.translation_source and bool(method.heads),
+        translation_source=config.pivot.translation_source and bool(method.exits),
         streams=method.streams,
         more=tuple((stream, names) for stream, names in more if stream in method.streams),
         holdout=config.eval.holdout,
         text=tuple(config.eval.text),
         seed=config.seed,
+        shuffled=method.shuffles_english,
     )

@@ -41,12 +41,7 @@ def make_update(
         divisors = method.divisors(batch)
         scale = method.coefficients(divisors)
         trained = trained_params(params, method)
-
-        def losses(trained, part):
-            whole = decoder.with_params(model, merge_params(trained, params))
-            sums = method.sums(whole, part, appended, chunks)
-            return {name: scale[name] * sums[name] for name in sums}, sums
-
+        losses = _losses(model, method, params, scale, appended, chunks)
         gradients, sums = accumulate(_differentiate(losses, method.combine), trained, batch, accumulation)
         if method.combine is not None:
             gradients = method.combine(gradients)
@@ -62,6 +57,53 @@ def make_update(
         return params, opt_state, metrics
 
     return update
+
+
+def make_term_norms(
+    model: decoder.Decoder,
+    method: Method,
+    accumulation: int,
+    appended: str | None = None,
+    chunks: Mapping[str, int] | None = None,
+):
+    """The function (params, batch) → {name of a sum: the norm of its gradient, float32} of an update.
+
+    Each gradient is multiplied and divided as in the loss, so that their sum, but for a method that combines
+    them otherwise, is the update's. They are made one after the other, so that no more than one is in memory.
+
+    Args:
+      model, method, accumulation, appended, chunks: as in `make_update`.
+    """
+    axes = decoder.param_axes(model.config, model.heads)
+    names = [name for term in method.terms for name in term.names]
+
+    def term_norms(params, batch):
+        scale = method.coefficients(method.divisors(batch))
+        trained = trained_params(params, method)
+        losses = _losses(model, method, params, scale, appended, chunks)
+
+        def norm(chosen):
+            def total(trained, part):
+                each, _ = losses(trained, part)
+                return sum(chosen[number] * each[name] for number, name in enumerate(names))
+
+            gradients = accumulate(jax.grad(total), trained, batch, accumulation)
+            return optax.global_norm(to_float32(constrain_params(gradients, axes)))
+
+        return dict(zip(names, jax.lax.map(norm, jnp.eye(len(names)))))
+
+    return term_norms
+
+
+def _losses(model, method: Method, params, scale: dict, appended, chunks):
+    """The function (trained parameters, part of a batch) → each sum as it is in the loss, and as it is."""
+
+    def losses(trained, part):
+        whole = decoder.with_params(model, merge_params(trained, params))
+        sums = method.sums(whole, part, appended, chunks)
+        return {name: scale[name] * sums[name] for name in sums}, sums
+
+    return losses
 
 
 def _differentiate(losses, combine):

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import time
@@ -79,6 +80,46 @@ def test_variants_of_the_english_text(recipe, byte_level, tmp_path):
     changes = {"streams": ("target",), "translation_source": True}
     assert prepare(recipe(**changes), byte_level, tmp_path / "r").train.names == ("target",)
     assert english(**changes, holdout=1) == [("", ""), ("", "")]  # held-out examples have it
+
+
+def test_conversion_asks_for_the_english_prompt(recipe, byte_level, tmp_path):
+    streams = ("target", "english", "conversion")
+    changes = {"streams": streams, "english_prompt": "target", "holdout": 2}
+    prepared = prepare(recipe(**changes), byte_level, tmp_path / "r")
+    train, counts = prepared.train, prepared.report["train"]
+    assert train.names == streams and not prepared.holdout.streams["conversion"].lengths.any()
+    for record in train.read(range(7)):
+        text, learnt = decoded(byte_level, record, "conversion")
+        number = number_in(learnt)
+        assert learnt == f"Say {number}" + "\n\nnow" * (number % 2)
+        asked, answer = decoded(byte_level, record, "target")
+        assert text == asked.removesuffix(answer) + learnt  # after the same prompt as the target's response
+    assert (counts["conversion"]["examples"], counts["english"]["examples"]) == (7, 7)
+    assert not train.streams["conversion"].lengths[train.roles == "translation"].any()
+
+
+def number_in(text):
+    return int(re.search(r"\d+", text)[0])
+
+
+def test_shuffled_english_is_that_of_other_pairs(recipe, byte_level, tmp_path):
+    def numbers(**changes):
+        prepared = prepare(recipe(shuffled=True, holdout=2, **changes), byte_level, tmp_path / "r")
+        return [
+            [
+                tuple(number_in(decoded(byte_level, record, stream)[1]) for stream in ("target", "english"))
+                for record in records.read(range(len(records)))
+                if len(record["english_tokens"])
+            ]
+            for records in (prepared.train, prepared.holdout)
+        ]
+
+    train, holdout = numbers()
+    assert len(train) == 7 and all(target == english for target, english in holdout)
+    assert all(target != english for target, english in train)
+    target, english = map(sorted, zip(*train))
+    assert target == english
+    assert numbers(seed=1) != numbers() == [train, holdout]
 
 
 @pytest.mark.parametrize("streams", [("target", "english"), ("target",)])

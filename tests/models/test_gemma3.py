@@ -137,7 +137,7 @@ def test_loss_and_gradients_of_an_update(gemma3, norm):
     model = to_model(hf, method.layer, head.weight)
     ours = gradients(model, method, rows, chunk=64)
     del model
-    assert_same(ours, torch_loss(hf, head, method, target, english), tolerance=1e-4)
+    assert_same(ours, torch_loss(hf, head, method, target=target, english=english), tolerance=1e-4)
 
 
 @pytest.mark.slow

@@ -23,7 +23,8 @@ QA = [
     "IndicQA ml",
     "average",
 ]
-BASE, BACTRIAN, XLLAMA2, UNREGULATED, PROM = evaluations.METHODS.values()
+ROWS = ("base", "bactrian", "xllama2", "unregulated", "prom")
+BASE, BACTRIAN, XLLAMA2, UNREGULATED, PROM = (evaluations.METHODS[row] for row in ROWS)
 
 
 @pytest.fixture
@@ -72,6 +73,18 @@ def cells(table):
 def qa(em, f1=None):
     """EM as so many of 10 documents, F1 as that value."""
     return [1] * em + [0] * (10 - em), [em / 10 if f1 is None else f1] * 10
+
+
+def test_rivals_and_controls_have_a_row_where_they_were_evaluated(report):
+    report.add(prom("th"), {"xquad_th": qa(3)})
+    assert [row for row, _ in report.tables()["qa"].rows] == [BASE, BACTRIAN, XLLAMA2, UNREGULATED, PROM]
+    shuffled = prom("th") | {"method": "shuffled"}  # the same pivot as PROM's: it is no other run of that
+    report.add(shuffled, {"xquad_th": qa(2)})
+    report.add(training("pcgrad", "th"), {"xquad_th": qa(1)})
+    tables = report.tables()
+    labels = [evaluations.METHODS[name] for name in ("pcgrad", "shuffled")]
+    assert [cell(tables["qa"], row, "XQuAD th").values[0].ours for row in (PROM, *labels)] == [30, 10, 20]
+    assert not set(labels) & {row for row, _ in tables["mgsm"].rows}
 
 
 def test_cells_by_hand(report):

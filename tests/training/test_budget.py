@@ -13,6 +13,7 @@ from prom_jax.models import decoder
 from prom_jax.models.auto import config_from_hf
 from prom_jax.training import budget
 from prom_jax.training.methods.bactrian import Bactrian
+from prom_jax.training.methods.pcgrad import PCGrad
 from prom_jax.training.methods.prom import PROM
 from prom_jax.training.methods.xllama2 import XLLaMA2
 from prom_jax.training.step import make_update
@@ -65,6 +66,12 @@ def test_flops_are_those_that_xla_counts(unrolled):
     # Norms, softmax and the optimizer come on top; a loop left in place would hide most.
     assert 1 <= prom / our_prom <= 1.05
     assert 1 <= xllama2 / our_xllama2 <= 1.05
+
+
+@pytest.mark.parametrize("method", [PROM(PIVOT, head="frozen"), PCGrad()], ids=["frozen head", "PCGrad"])
+def test_flops_of_heads_that_do_not_learn_and_of_several_gradients(unrolled, method):
+    counted, ours = step_flops(method)
+    assert 1 <= counted / ours <= 1.05
 
 
 @pytest.mark.parametrize("window", [None, 4])

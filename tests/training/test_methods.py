@@ -17,10 +17,13 @@ from prom_jax.models.auto import config_from_hf
 from prom_jax.ops.attention import segment_id
 from prom_jax.training.methods import find_method, known_methods
 from prom_jax.training.methods.bactrian import Bactrian
+from prom_jax.training.methods.deep_supervision import DeepSupervision
+from prom_jax.training.methods.english_last import EnglishLast
+from prom_jax.training.methods.pcgrad import PCGrad
 from prom_jax.training.methods.prom import PROM
 from prom_jax.training.methods.xllama2 import XLLaMA2
 from prom_jax.training.objective import L
-from prom_jax.training.step import make_update, trained_params
+from prom_jax.training.step import make_term_norms, make_update, trained_params
 from prom_jax.utils.errors import UserError
 from tests.reference import (
     gradients,
@@ -36,7 +39,9 @@ from tests.reference import (
 
 PIVOT = 3  # of 4 layers
 TARGET, ENGLISH = random_examples(1, [20, 13, 17, 9, 24]), random_examples(2, [12, 15, 8])
+CONVERSION = random_examples(3, [11, 7])
 PACKED = {"target": pack(TARGET, [[0, 1], [2, 3], [4]], 36), "english": pack(ENGLISH, [[0, 2], [1]], 24)}
+CONVERTED = PACKED | {"conversion": pack(CONVERSION, [[0, 1]], 18)}
 UNPACKED = {
     "target": pack(TARGET, [[i] for i in range(5)], 24),
     "english": pack(ENGLISH, [[0], [1], [2]], 15),
@@ -70,34 +75,81 @@ def torch_sum(hf, examples, head, layer, norm, label_smoothing=0.0):
     return total
 
 
-def torch_loss(hf, pivot_head, method, targets=TARGET, englishes=ENGLISH):
-    """The losses of an update as its metrics name them, and the gradients in our layout."""
-    num_target, num_english = (
-        sum(float(weights.sum()) for _, weights in examples) for examples in (targets, englishes)
-    )
-    last = hf.config.num_hidden_layers
-    metrics = {"weight_target": num_target, "weight_english": num_english}
-    target = torch_sum(hf, targets, hf.lm_head, last, norm=True)
+def fixed(head):
+    """A head that is read and does not learn."""
+    return lambda hidden: functional.linear(hidden, head.weight.detach(), head.bias)
+
+
+def torch_parts(hf, pivot_head, method, **streams):
+    """Of each stream: what it adds to the loss, the sum of its token losses, and their number."""
+    examples = {"target": TARGET, "english": ENGLISH, "conversion": CONVERSION} | streams
+    counts = {stream: sum(float(weights.sum()) for _, weights in examples[stream]) for stream in examples}
+
+    def mean(stream, *where, weight=1.0, of=()):
+        total = torch_sum(hf, examples[stream], *where)
+        return weight * total / sum(counts[s] for s in of or (stream,)), total, counts[stream]
+
+    last = (hf.lm_head, hf.config.num_hidden_layers, True)
+    if isinstance(method, DeepSupervision):
+        return {
+            "target": mean("target", *last),
+            "english": mean("english", hf.lm_head, method.middle, True),
+            "conversion": mean("conversion", fixed(hf.lm_head), 1, True),
+        }
+    if isinstance(method, XLLaMA2):
+        return {stream: mean(stream, *last, of=("target", "english")) for stream in ("target", "english")}
     if isinstance(method, PROM):
-        smoothing = method.label_smoothing
-        english = torch_sum(hf, englishes, pivot_head, method.layer, method.norm == "final", smoothing)
-        loss = target / num_target + method.weight * english / num_english
-    elif isinstance(method, XLLaMA2):
-        english = torch_sum(hf, englishes, hf.lm_head, last, norm=True)
-        loss = (target + english) / (num_target + num_english)
+        head = {"own": pivot_head, "frozen": fixed(pivot_head), "shared": hf.lm_head}[method.head]
+        exit = last if isinstance(method, EnglishLast) else (head, method.layer, method.norm == "final")
+        english = mean("english", *exit, method.label_smoothing, weight=method.weight)
+        return {"target": mean("target", *last), "english": english}
+    return {"target": mean("target", *last)}
+
+
+def torch_gradients(hf, pivot_head, loss):
+    """By transformers' names, and 'pivot_head'; 0 for what the loss does not reach."""
+    tensors = dict(hf.named_parameters()) | {"pivot_head": pivot_head.weight}
+    found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(tensor) if gradient is None else gradient
+        for (name, tensor), gradient in zip(tensors.items(), found)
+    }
+
+
+def projected(one, other):
+    """Gradients without what conflicts with others, block by block, on one flat vector each."""
+    result = dict(one)
+    block_of = lambda name: tuple(name.split(".")[:3]) if ".layers." in name else name
+    for block in {block_of(name) for name in one}:
+        names = [name for name in one if block_of(name) == block]
+        a, b = (torch.cat([side[name].flatten() for name in names]) for side in (one, other))
+        if a @ b < 0:
+            a = a - (a @ b) / (b @ b) * b
+        for name, part in zip(names, a.split([one[name].numel() for name in names])):
+            result[name] = part.view_as(one[name])
+    return result
+
+
+def torch_loss(hf, pivot_head, method, **streams):
+    """The losses of an update as its metrics name them, and the gradients in our layout.
+
+    `streams` are examples in place of those of all tests.
+    """
+    parts = torch_parts(hf, pivot_head, method, **streams)
+    metrics = {"loss": sum(part.item() for part, *_ in parts.values())}
+    for stream, (_, total, count) in parts.items():
+        metrics |= {f"loss_{stream}": total.item() / count, f"weight_{stream}": count}
+    if isinstance(method, PCGrad):
+        english, target = (
+            torch_gradients(hf, pivot_head, parts[stream][0]) for stream in ("english", "target")
+        )
+        sides = projected(english, target), projected(target, english)
+        tensors = {name: sides[0][name] + sides[1][name] for name in english}
     else:
-        loss = target / num_target
-    loss.backward()
-    metrics |= {"loss": loss.item(), "loss_target": target.item() / num_target}
-    if "english" in method.streams:
-        metrics["loss_english"] = english.item() / num_english
-    else:
-        metrics.pop("weight_english")
-    tensors = {name: parameter.grad for name, parameter in hf.named_parameters()}
-    if method.heads:
-        tensors["pivot_head"] = pivot_head.weight.grad
+        tensors = torch_gradients(hf, pivot_head, sum(part for part, *_ in parts.values()))
     config = config_from_hf(hf.config.to_dict())
-    return metrics, to_params(tensors, config, method.exits or [PIVOT], method.heads)
+    heads = [head for head in method.heads if method.trains((head,))]
+    return metrics, to_params(tensors, config, method.exits or [PIVOT], heads)
 
 
 def assert_same(ours, theirs, tolerance):
@@ -110,18 +162,21 @@ def assert_same(ours, theirs, tolerance):
 
 RAW = PROM(PIVOT, weight=0.7, label_smoothing=0.1)
 FINAL = dataclasses.replace(RAW, label_smoothing=0.3, norm="final")
-BACTRIAN, XLLAMA2 = Bactrian(), XLLaMA2()
+FROZEN, SHARED_FINAL = dataclasses.replace(RAW, head="frozen"), dataclasses.replace(FINAL, head="shared")
+LAST = EnglishLast(PIVOT, weight=0.7)
+DEEP = DeepSupervision(PIVOT)
+BACTRIAN, XLLAMA2, PCGRAD = Bactrian(), XLLaMA2(), PCGrad()
 
 
 def id_of(x):
-    return x if isinstance(x, str) else f"{x.name}-{getattr(x, 'norm', '')}"
+    return x if isinstance(x, str) else f"{x.name}-{getattr(x, 'norm', '')}-{getattr(x, 'head', '')}"
 
 
-def models(family, has_pivot=True):
+def models(family, has_pivot=True, more_exits=()):
     """Of transformers, its pivot head, and ours."""
     hf = hf_model(family, **short_window(family))
     head = copied_head(hf)
-    return hf, head, to_model(hf, PIVOT, head.weight if has_pivot else None)
+    return hf, head, to_model(hf, PIVOT, head.weight if has_pivot else None, more_exits=more_exits)
 
 
 @pytest.mark.parametrize(
@@ -142,14 +197,47 @@ def models(family, has_pivot=True):
         (FINAL, "gemma3"),
         (FINAL, "smollm3"),
         (RAW, "granite"),
+        (FROZEN, "smollm2"),
+        (SHARED_FINAL, "gemma3"),
+        (LAST, "llama3"),
+        (DEEP, "smollm2"),
+        (PCGRAD, "smollm2"),
     ],
     ids=id_of,
 )
 def test_losses_and_all_gradients_equal_torch(method, family):
-    hf, head, model = models(family, bool(method.heads))
-    ours, theirs = gradients(model, method, PACKED), torch_loss(hf, head, method)
+    hf, head, model = models(family, bool(method.heads), method.exits)
+    batch = CONVERTED if "conversion" in method.streams else PACKED
+    ours, theirs = gradients(model, method, batch), torch_loss(hf, head, method)
     assert set(ours[0]) == set(theirs[0])
     assert_same(ours, theirs, tolerance=1e-4)
+    assert jax.tree.structure(ours[1]) == jax.tree.structure(trained_params(decoder.to_params(model), method))
+
+
+@pytest.mark.parametrize("method", [RAW, PCGRAD, DEEP], ids=id_of)
+def test_norms_of_the_parts_of_a_gradient(method):
+    hf, head, model = models("llama3", bool(method.heads), method.exits)
+    parts = torch_parts(hf, head, method)
+    batch = jax.tree.map(lambda x: jnp.pad(x, [(0, len(x) % 2), (0, 0)]), CONVERTED)
+    chunks = dict.fromkeys(method.streams, 16)
+    norms = jax.jit(make_term_norms(model, method, 2, chunks=chunks))(decoder.to_params(model), batch)
+    assert set(norms) == set(parts)
+    for stream, (part, *_) in parts.items():
+        of_all = torch.cat([x.flatten() for x in torch_gradients(hf, head, part).values()])
+        assert norms[stream] == pytest.approx(of_all.norm().item(), rel=1e-4), stream
+
+
+def test_gradients_are_projected_in_the_blocks_that_conflict_alone():
+    _, _, model = models("llama3", has_pivot=False)
+    summed, ours = (gradients(model, method, PACKED)[1] for method in (XLLAMA2, PCGRAD))
+    as_summed = {name: error < 1e-5 for name, error in relative_errors(ours, summed).items()}
+    blocks = [
+        {as_summed[f"{stack}.{kind}.{layer}"] for kind in ours[stack]}
+        for stack in ("stack0", "stack1")
+        for layer in range(len(ours[stack]["q_proj"]))
+    ]
+    assert all(len(block) == 1 for block in blocks)  # as a whole
+    assert {True, False} == set(as_summed.values())
 
 
 def test_packed_equals_unpacked():
@@ -240,19 +328,22 @@ def test_zero_weight_is_bactrian_exactly():
 def test_bad_settings_are_refused():
     for settings, error in (
         ({"norm": "layer"}, "pivot.norm='layer'"),
+        ({"head": "lora"}, "pivot.head='lora': expected one of own, frozen, shared"),
         ({"weight": -0.1}, "pivot.weight=-0.1"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
     ):
         with pytest.raises(UserError, match=error):
             PROM(PIVOT, **settings)
-    with pytest.raises(UserError, match="method='sft': expected one of bactrian, prom, xllama2"):
+    with pytest.raises(UserError, match="method='sft': expected one of bactrian, deep_supervision, "):
         find_method("sft")
 
 
 def test_methods_are_known_by_their_files():
     for name, method in known_methods().items():
         assert method.name == name
-        assert method.label and method.colour and len(method.compared) == 2
+        assert method.label and method.colour and len(method.compared) in (0, 2)
+    for one in ("label", "colour"):
+        assert len({getattr(method, one) for method in known_methods().values()}) == len(known_methods())
 
 
 # Methods that are not in the package, as someone may add them.

@@ -5,6 +5,13 @@ With h_i the hidden state after block i:
   prom      λ · smoothed CE(pivot_head(h_n), English) + CE(lm_head(h_N), target)
   xllama2   CE(lm_head(h_N), English and target together)
   bactrian  CE(lm_head(h_N), target)
+
+and its rivals and controls:
+
+  pcgrad            xllama2's, with each language's gradient projected where it conflicts with the other's
+  deep_supervision  CE(lm_head(h_N), target) + CE(lm_head(h_j), English) + CE(lm_head(h_i), English prompt)
+  english_last      λ · smoothed CE(lm_head(h_N), English) + CE(lm_head(h_N), target)
+  shuffled          prom's, with the English texts dealt out anew among the pairs
 """
 
 import functools

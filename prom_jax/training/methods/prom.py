@@ -3,10 +3,12 @@
 import dataclasses
 import math
 
-from prom_jax.training.objective import L, Method, Texts
+from prom_jax.training.objective import MAIN_HEAD, L, Method, Texts
 from prom_jax.utils.errors import UserError
 
 NORMS = ("none", "final")
+HEADS = ("own", "frozen", "shared")
+PIVOT_HEAD = "pivot_head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +20,8 @@ class PROM(Method):
       weight: λ; 0 drops the English stream.
       label_smoothing: α.
       norm: before the pivot head: 'none' (the raw residual stream) or 'final' (the model's last norm).
+      head: the pivot head: 'own' (a copy of the main head, trained), 'frozen' (that copy as it is) or
+        'shared' (the main head itself).
     Raises:
       UserError: for a value that cannot be used.
     """
@@ -26,6 +30,7 @@ class PROM(Method):
     weight: float = 0.1
     label_smoothing: float = 0.1
     norm: str = "none"
+    head: str = "own"
 
     name = "prom"
     label = "PROM"
@@ -37,8 +42,9 @@ class PROM(Method):
     )
 
     def __post_init__(self):
-        if self.norm not in NORMS:
-            raise UserError(f"pivot.norm={self.norm!r}: expected one of {', '.join(NORMS)}")
+        for name, value, allowed in (("norm", self.norm, NORMS), ("head", self.head, HEADS)):
+            if value not in allowed:
+                raise UserError(f"pivot.{name}={value!r}: expected one of {', '.join(allowed)}")
         if not (0 <= self.weight < math.inf and 0 <= self.label_smoothing < 1):
             raise UserError(
                 f"pivot.weight={self.weight}, pivot.label_smoothing={self.label_smoothing}: "
@@ -48,27 +54,42 @@ class PROM(Method):
     @classmethod
     def from_config(cls, config, layer, weight):
         """See `Method`."""
-        return cls(layer, weight, config.pivot.label_smoothing, config.pivot.norm)
+        pivot = config.pivot
+        return cls(layer, weight, pivot.label_smoothing, pivot.norm, pivot.head)
 
     @property
     def loss(self):
         """L = λ · L(n, English) + L(N, target)."""
-        λ, n, α = self.weight, self.layer, self.label_smoothing
+        λ, n = self.weight, self.layer
         if λ == 0:
             return L("target")
-        pivot = {"head": "pivot_head", "norm": self.norm == "final", "label_smoothing": α}
-        return λ * L("english", layer=n, **pivot) + L("target")
+        return λ * L("english", layer=n, **self.pivot) + L("target")
+
+    @property
+    def pivot(self) -> dict:
+        """How English is read after block n: settings of its `TokenLoss`."""
+        return {
+            "head": MAIN_HEAD if self.head == "shared" else PIVOT_HEAD,
+            "norm": self.norm == "final",
+            "label_smoothing": self.label_smoothing,
+            "trains_head": self.head != "frozen",
+        }
+
+    def trains(self, path):
+        """See `Method`."""
+        return self.head != "frozen" or path != (PIVOT_HEAD,)
 
     def details(self):
         """See `Method`."""
         if self.weight == 0:
             return {}
-        return {
+        details = {
             "pivot.layer": self.layer,
             "pivot.weight": self.weight,
             "pivot.label_smoothing": self.label_smoothing,
             "pivot.norm": self.norm,
         }
+        return details | ({"pivot.head": self.head} if self.head != "own" else {})
 
 
 METHOD = PROM
