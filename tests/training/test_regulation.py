@@ -270,12 +270,14 @@ def test_auto_with_no_row_at_all(ask):
         ask(cloze=None, translation=None)
 
 
-def test_auto_on_a_real_probe(tiny, tables, english, tmp_path):
-    config = probed(tiny, tables, english, "auto")
+def test_auto_on_a_real_probe(tiny, tables, swahili, tmp_path):
+    """Seven words cannot tell, though the model knows them and the mean is below 0."""
+    config = probed(tiny, tables, swahili, "auto")
     config.probe.sources = ("el", "th")
     decision = decided(config, tmp_path)
     found = decision.measured
     assert decision.weight == 0.5 and not found["can_do"]
+    assert found["difference"] < 0 and found["last"]["target"] > 0.01
     assert found["task"] == "cloze" and set(found["tasks"]) == {"cloze", "translation"}
     assert set(found["sources"]) == {"el", "th"}
     assert found["rows"] == len(WORDS)  # each word was asked for with some of the demonstrations
@@ -283,7 +285,8 @@ def test_auto_on_a_real_probe(tiny, tables, english, tmp_path):
     config.probe.sources = ("el",)
     assert set(decided(config, tmp_path).measured["sources"]) == {"el"}
     config.pivot.regulate = "mean"
-    assert set(decided(config, tmp_path).measured["tasks"]) == {"cloze"}
+    decision = decided(config, tmp_path)
+    assert decision.weight == 0 and set(decision.measured["tasks"]) == {"cloze"}
 
 
 def test_without_a_pivot_the_run_is_bactrian(tiny, tables, swahili, tmp_path):
