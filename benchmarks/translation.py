@@ -46,7 +46,7 @@ def main(argv=None):
             pair = f"{name}: {origin} → {language}"
             console.print(f"| {' | '.join((pair, *row(result)))} |")
             entries[pair] = {"model": source} | result.summary()
-    write_json(out / "probe.json", entries)
+            write_json(out / "probe.json", entries)
     probe_curves({pair: [entry] for pair, entry in entries.items()}, out / "grid.png")
 
 
