@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import transformers
 
-from prom_jax.analysis.cloze import read_table
 from prom_jax.analysis.probe import probe
+from prom_jax.analysis.tables import read_table
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.utils import cli
 from prom_jax.utils.console import console
@@ -40,7 +40,7 @@ def main(argv=None):
         hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for language in arguments.languages.split(","):
         table = read_table(language, arguments.tables)
-        table = dataclasses.replace(table, rows=table.rows[: arguments.rows])
+        table = dataclasses.replace(table, concepts=table.concepts[: arguments.rows])
         for scoring in arguments.scoring.split(","):
             compare(model, tokenizer, hf, table, scoring, arguments.batch)
 
@@ -50,7 +50,7 @@ def compare(model, tokenizer, hf, table, scoring, batch):
     began = time.perf_counter()
     ours = probe(model, tokenizer, table, scoring=scoring, batch=batch)
     between = time.perf_counter()
-    rows = [(prompt, row.english, row.word) for row, prompt in ours.rows]
+    rows = [(prompt, row.english, row.words) for row, prompt in ours.rows]
     english, target = probabilities(hf, tokenizer, rows, scoring, batch)
     seconds, reference = between - began, time.perf_counter() - between
     error = max(np.abs(ours.english - english).max(), np.abs(ours.target - target).max())

@@ -18,7 +18,7 @@ _EXPORTS = {
     "make_mesh": ("parallel.sharding", "make_mesh"),
     "greedy": ("evaluation.decode", "greedy"),
     "cloze_probe": ("analysis.probe", "probe"),
-    "read_table": ("analysis.cloze", "read_table"),
+    "read_table": ("analysis.tables", "read_table"),
     "Recipe": ("data.examples", "Recipe"),
     "Batches": ("data.loader", "Batches"),
     "prepare_records": ("data.records", "prepare"),

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from prom_jax.utils.errors import UserError
 
-REGULATE = ("auto", "paper", "never")
+REGULATE = ("auto", "mean", "paper", "never")
 METHODS = sorted(path.stem for path in (Path(__file__).parent / "training" / "methods").glob("[!_]*.py"))
 
 # Differences from the default, by name of the variant.
@@ -69,11 +69,11 @@ def default() -> ConfigDict:
     c.pivot.english_prompt = "english"
     # Whether the English sentence of a translation also feeds the pivot head.
     c.pivot.translation_source = False
-    # Who decides whether λ is 0: 'auto' (a probe of the base model), 'paper' (its table for LLaMA-2-7B) or
-    # 'never' (λ as set).
+    # Who decides whether λ is 0: 'auto' (a probe of the base model, where it can tell), 'mean' (a probe, by
+    # its mean alone: the paper's rule), 'paper' (its table for LLaMA-2-7B) or 'never' (λ as set).
     c.pivot.regulate = "auto"
 
-    # The probe that 'auto' asks: see docs/probe.md.
+    # The probe that 'auto' and 'mean' ask: see docs/probe.md.
     c.probe = ConfigDict()
     # What counts as the word: 'word', 'prefix' or 'byte'.
     c.probe.scoring = "word"
@@ -81,6 +81,8 @@ def default() -> ConfigDict:
     c.probe.shots = 5
     # Folder with <language>/clean.csv; '': the project's own tables.
     c.probe.tables = ""
+    # Codes of the languages that its second task, translation, translates from; (): all that have a table.
+    c.probe.sources = ()
 
     c.data = ConfigDict()
     # Sources of each role: a .json .jsonl .csv .tsv .parquet, hub id `owner/name[:config][@split]`, or

@@ -19,9 +19,11 @@ from rich.prompt import Confirm
 from prom_jax import config as configuration
 from prom_jax.analysis import regulation
 from prom_jax.data import card, inspection, sources
+from prom_jax.data.examples import NoStream
 from prom_jax.data.templates import language_name
 from prom_jax.data.translation import engines, translate
 from prom_jax.reporting.card import write as write_card
+from prom_jax.training.regulation import decide
 from prom_jax.training.setup import open_base, resolve
 from prom_jax.utils import cli
 from prom_jax.utils.console import console
@@ -48,12 +50,22 @@ def prepare(config, workdir: Path, inspect: int = 0, run: str = "") -> dict:
       UserError: for input that cannot be used.
     """
     base = open_base(config, workdir, weights=False)
-    experiment = resolve(config, workdir, base, regulation.recorded(config, base, workdir))
-    if experiment.regulation.open:
-        run = run or f"--config=… --workdir={workdir}"
+    measured = regulation.recorded(config, base, workdir)
+    undecided = decide(config, base.config, measured).open
+    decides = f"python -m prom_jax.regulate {run or f'--config=… --workdir={workdir}'}"
+    try:
+        experiment = resolve(config, workdir, base, measured)
+    except NoStream as error:
+        if not undecided:
+            raise
+        raise UserError(
+            f"{error} λ is not decided yet, and no English is needed where a probe finds that it is 0: "
+            f"{decides} asks it."
+        ) from None
+    if undecided:
         console.print(
             "regulate  λ is not decided yet, so both streams are prepared; this decides, or else training "
-            f"does: python -m prom_jax.regulate {run}"
+            f"does: {decides}"
         )
     made = write_card(experiment)
     console.print(card.as_markdown(made))

@@ -1,19 +1,22 @@
-"""python -m prom_jax.probe --model=MODEL --languages=th,el --out=DIR [--scoring=word] [--compare=BEFORE]
+"""python -m prom_jax.probe --model=MODEL --languages=th,el --out=DIR [--task=translation] [--compare=BEFORE]
 
-Measures with cloze prompts how probable the English and the target word are after each block. DIR gets
-probe.json, a picture of each language, and grid.png of all; with --compare also pictures of the change from
-an earlier probe. MODEL is whatever prom_jax loads.
+Measures how probable the English and the target word are after each block, where a cloze sentence, a word
+of another language, or the word itself asks for it. DIR gets probe.json, a picture of each language, and
+grid.png of all; with --compare also pictures of the change from an earlier probe. MODEL is whatever prom_jax
+loads.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from rich import box
-from rich.table import Table
+from rich.table import Table as Columns
 
-from prom_jax.analysis.cloze import DEMONSTRATIONS, prompts, read_table
-from prom_jax.analysis.probe import SCORINGS, NoRows, Probe, probe
+from prom_jax.analysis.probe import FAINT, SCORINGS, Probe, probe
+from prom_jax.analysis.tables import Table, read_sources, read_table
+from prom_jax.analysis.tasks import DEMONSTRATIONS, TASKS, NoRows, ask, prompts
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.parallel import flags
 from prom_jax.parallel.sharding import describe as describe_mesh
@@ -23,15 +26,25 @@ from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.workdir import make_directory, write_json
 
-DRAWN = (
-    "scoring",
-    "english_mean",
-    "target_mean",
-    "intervals",
-    "rows",
-)  # what --compare needs of an earlier probe
-# Two probes can be compared where these are equal.
-SETTINGS = ("scoring", "shots", "demonstrations", "seed", "table")
+# What --compare needs of an earlier probe.
+DRAWN = ("scoring", "english_mean", "target_mean", "intervals", "rows")
+# Two probes can be compared where these are equal; a file without one of them was made with the value here.
+SETTINGS = {
+    "task": "cloze",
+    "sources": [],
+    "scoring": "word",
+    "shots": 5,
+    "demonstrations": "shared",
+    "seed": 0,
+    "table": None,
+}
+
+
+class Asked(NamedTuple):
+    """What a language is probed with: its table, and those that words are translated from."""
+
+    table: Table
+    sources: tuple[Table, ...]
 
 
 def main(argv=None):
@@ -41,10 +54,10 @@ def main(argv=None):
 
 def run(arguments: argparse.Namespace):
     """Probes each language and writes, draws and prints what was found."""
-    settings = {name: getattr(arguments, name) for name in SETTINGS if name != "table"}
-    tables = read_tables(arguments, settings)
+    settings = {name: getattr(arguments, name) for name in SETTINGS if name not in ("table", "sources")}
+    tables = read_tables(arguments)
     shared = settings | {"model": arguments.model, "versions": cli.versions()}
-    headers = {language: shared | {"table": table.fingerprint} for language, table in tables.items()}
+    headers = {language: shared | header(asked, arguments.task) for language, asked in tables.items()}
     before = earlier(arguments.compare, headers) if arguments.compare else {}
     out = Path(arguments.out)
     make_directory(out)
@@ -53,7 +66,7 @@ def run(arguments: argparse.Namespace):
     console.print(
         f"model     {arguments.model}: {model.config.num_hidden_layers} layers, computed in "
         f"{model.compute.dtype}\nmesh      {describe_mesh(mesh)}\n"
-        f"probe     {arguments.scoring} scoring, {arguments.shots} "
+        f"probe     {arguments.task}, {arguments.scoring} scoring, {arguments.shots} "
         f"demonstrations ({arguments.demonstrations}), seed {arguments.seed}"
     )
     probes = measure(model, tokenizer, tables, batch=arguments.batch, **settings)
@@ -74,6 +87,9 @@ def parse(argv) -> argparse.Namespace:
     add("--model", required=True, help="whatever prom_jax loads")
     add("--languages", metavar="CODES", required=True, help="of the tables, such as th,el")
     add("--out", metavar="DIR", required=True, help="a folder for the results")
+    add("--task", choices=tuple(TASKS), default="cloze", help="what is asked: see docs/probe.md")
+    sources = "languages to translate from, such as el,ar, in turn (default: all that have a table)"
+    add("--sources", metavar="CODES", default="", help=sources)
     add("--scoring", choices=SCORINGS, default="word", help="what counts as a word: see docs/probe.md")
     add("--shots", metavar="N", type=cli.at_least(0), default=5, help="demonstrations in each prompt")
     kinds = "the same for all rows, or each row's own"
@@ -83,20 +99,31 @@ def parse(argv) -> argparse.Namespace:
     add("--tables", metavar="DIR", help=tables)
     add("--batch", metavar="N", type=cli.at_least(1), default=16, help="rows at a time")
     add("--compare", metavar="DIR", help="folder of an earlier probe, to draw the change")
-    add("--suggest_layer", action="store_true", help="tell where English leads most")
+    add("--suggest_layer", action="store_true", help="tell where English leads")
     flags.add_compute(parser)
     return parser.parse_args(argv)
 
 
-def read_tables(arguments: argparse.Namespace, settings: dict) -> dict:
+def read_tables(arguments: argparse.Namespace) -> dict[str, Asked]:
     """The languages' tables; what is wrong with them shows before the model is loaded."""
     languages = list(dict.fromkeys(filter(None, arguments.languages.split(","))))
     if not languages:
         raise UserError(f"--languages={arguments.languages}: expected one or more, such as th,el")
-    tables = {language: read_table(language, arguments.tables) for language in languages}
-    for table in tables.values():
-        prompts(table, settings["shots"], settings["seed"])
+    sources = tuple(filter(None, arguments.sources.split(",")))
+    tables = {}
+    for language in languages:
+        table = read_table(language, arguments.tables)
+        needed = sources or TASKS[arguments.task].translates
+        others = read_sources(sources, language, arguments.tables) if needed else ()
+        tables[language] = Asked(table, others)
+        prompts(ask(arguments.task, *tables[language]), arguments.shots, arguments.seed)
     return tables
+
+
+def header(asked: Asked, task: str) -> dict:
+    """What of a language's probe is known before it."""
+    questions = ask(task, *asked)
+    return {"sources": list(questions.sources), "table": questions.fingerprint}
 
 
 def measure(model, tokenizer, tables: dict, **settings) -> dict[str, Probe]:
@@ -106,9 +133,9 @@ def measure(model, tokenizer, tables: dict, **settings) -> dict[str, Probe]:
       NoRows: if that is so of the last one, and there is no other.
     """
     probes = {}
-    for language, table in tables.items():
+    for language, (table, sources) in tables.items():
         try:
-            probes[language] = probe(model, tokenizer, table, **settings)
+            probes[language] = probe(model, tokenizer, table, sources=sources, **settings)
         except NoRows as error:
             if not probes and language == list(tables)[-1]:
                 raise
@@ -148,11 +175,11 @@ def earlier(folder: str, headers: dict[str, dict]) -> dict[str, dict]:
             raise UserError(
                 f"--compare={folder} has no {language!r}, only {', '.join(before)}: probe it first"
             )
-        for name in SETTINGS:
-            if before[language][name] != header[name]:
+        for name, default in SETTINGS.items():
+            if (then := before[language].get(name, default)) != header[name]:
                 raise UserError(
-                    f"--compare={folder} was measured with {name}={before[language][name]!r} for "
-                    f"{language!r}, this is with {header[name]!r}: measure both with one setting"
+                    f"--compare={folder} was measured with {name}={then!r} for {language!r}, this is with "
+                    f"{header[name]!r}: measure both with one setting"
                 )
     return before
 
@@ -181,30 +208,46 @@ def draw(out: Path, entries: dict[str, dict], before: dict[str, dict]):
             probe_curves(panels, out / f"grid{suffix}.png")
 
 
-def summary_table(probes: dict[str, Probe]) -> Table:
-    """Where English leads most, and what the model says in the end."""
-    columns = "", "layer", "English", "target", "difference [95 %]", "English\nat N", "target\nat N"
-    table = Table(*columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
+def summary_table(probes: dict[str, Probe]) -> Columns:
+    """Where English leads in most rows, and what the model says in the end."""
+    table = Columns(
+        "",
+        "layer",
+        "English\nleads",
+        "English",
+        "target",
+        "difference [95 %]",
+        "English\nat N",
+        "target\nat N",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     for language, result in probes.items():
-        layer, _, _ = result.peak()
+        lead = result.strength()
         means = [values.mean(axis=0) for values in (result.english, result.target)]
-        at, last = ([f"{mean[i]:.2g}" for mean in means] for i in (layer - 1, -1))
-        table.add_row(language, str(layer), *at, _with_interval(result, layer), *last)
+        at, last = ([f"{mean[i]:.2g}" for mean in means] for i in (result.column(lead.layer), -1))
+        difference = _with_interval(*result.difference(lead.layer))
+        table.add_row(language, str(lead.layer), f"{lead.share:.0%}", *at, difference, *last)
     return table
 
 
 def suggest(result: Probe):
-    """Prints the layer where English leads most."""
+    """Prints where English leads in most rows, and where it leads most in the mean."""
+    lead = result.strength()
+    where = (
+        f"layer {lead.layer}, where English leads in {lead.share:.0%} [{lead.low:.0%}, {lead.high:.0%}] of"
+    )
+    if not lead.share:
+        where = f"none: English leads nowhere with {FAINT:g} or more in any of"
     layer, low, high = result.peak()
-    leads = result.difference(layer)[0] > 0
+    mean = _with_interval(*result.difference(layer))
     console.print(
-        f"{result.language:<9} layer {layer} (95 %: {low} to {high}), where P_en − P_target is "
-        f"{_with_interval(result, layer)}{'' if leads else ': English leads nowhere'}"
+        f"{result.language:<9} {where} {len(result.rows)} rows; the mean of P_en − P_target is largest after "
+        f"layer {layer} ({low} to {high} with other rows): {mean}"
     )
 
 
-def _with_interval(result: Probe, layer: int) -> str:
-    mean, low, high = result.difference(layer)
+def _with_interval(mean: float, low: float, high: float) -> str:
     return f"{mean:.2g} [{low:.2g}, {high:.2g}]"
 
 

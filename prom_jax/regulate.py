@@ -1,7 +1,8 @@
 """python -m prom_jax.regulate --config=configs/th.py [--workdir=DIR]
 
-Decides λ, the weight of the pivot loss, as pivot.regulate says. With 'auto' the base model is probed, once
-for a work directory: what the probe finds is kept there as regulation.json, which prepare and train read.
+Decides λ, the weight of the pivot loss, as pivot.regulate says. With 'auto' and 'mean' the base model is
+probed, once for a work directory: what the probe finds is kept there as regulation.json, which prepare and
+train read.
 """
 
 import argparse
@@ -20,7 +21,7 @@ def regulate(config, workdir: Path) -> Regulation:
 
     Args:
       config: see `prom_jax.config`.
-      workdir: the work directory; with 'auto' it gets `FILE`, unless it has one that holds.
+      workdir: the work directory; where a probe decides it gets `FILE`, unless it has one that holds.
 
     Returns:
       The decision.

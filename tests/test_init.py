@@ -6,8 +6,8 @@ import sys
 import pytest
 
 import prom_jax
-from prom_jax.analysis.cloze import read_table
 from prom_jax.analysis.probe import probe
+from prom_jax.analysis.tables import read_table
 from prom_jax.checkpoints.pretrained import load, save_hf
 from prom_jax.data.examples import Recipe
 from prom_jax.data.loader import Batches

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from prom_jax import probe
-from prom_jax.analysis.cloze import read_table
 from prom_jax.analysis.probe import probe as measure
+from prom_jax.analysis.tables import read_table
 from prom_jax.utils import cli
 from prom_jax.utils.errors import UserError
 from tests.analysis.reference import write_table
@@ -35,19 +35,24 @@ def test_from_flags_to_files(tmp_path, folder, byte_level, capsys):
     given = [f"model={path}", f"tables={tables}", "languages=sw,th", "shots=2", "seed=1"]
     run(*given, f"out={tmp_path / 'before'}", "suggest-layer")
     output = capsys.readouterr().out
-    assert "word scoring, 2 demonstrations (shared), seed 1" in output
+    assert "cloze, word scoring, 2 demonstrations (shared), seed 1" in output
     assert "sw        7 rows, 1 dropped as its English and target word are equal" in output
-    assert output.count("where P_en − P_target is") == 2
+    assert output.count("the mean of P_en − P_target is largest") == 2
 
     entries = json.loads((tmp_path / "before" / "probe.json").read_text(encoding="utf-8"))
     assert list(entries) == ["sw", "th"]
     entry = entries["sw"]
     assert entry["model"] == str(path)
     assert (entry["scoring"], entry["shots"], entry["seed"]) == ("word", 2, 1)
+    assert (entry["task"], entry["sources"]) == ("cloze", [])
     expected = measure(model, byte_level, read_table("sw", tables), shots=2, seed=1)
     np.testing.assert_allclose(entry["target_mean"], expected.target.mean(axis=0), rtol=1e-4)
     for row, (asked, prompt), english in zip(entry["rows"], expected.rows, expected.english, strict=True):
-        assert (row["prompt"], row["english_word"], row["target_word"]) == (prompt, asked.english, asked.word)
+        assert (row["prompt"], row["english_word"], row["target_word"]) == (
+            prompt,
+            *asked.english,
+            *asked.words,
+        )
         np.testing.assert_allclose(row["english"], english, rtol=1e-4)
     for name, values in (("english", entry["english_mean"]), ("target", entry["target_mean"])):
         assert all(low <= mean <= high for (low, high), mean in zip(entry["intervals"][name], values))
@@ -61,6 +66,39 @@ def test_from_flags_to_files(tmp_path, folder, byte_level, capsys):
         f"{name}{end}.png" for name in ("sw", "th", "grid") for end in ("", ".compare")
     }
     assert pictures["grid.png"][0] > pictures["sw.png"][0]
+
+
+def test_translation_and_repetition(tmp_path, folder, capsys):
+    tables = write_table(tmp_path / "tables")
+    given = [f"model={folder[0]}", f"tables={tables}", "languages=sw", "shots=2"]
+    for task, sources in (("translation", ["sources=el,th"]), ("translation", []), ("repetition", [])):
+        out = tmp_path / f"{task}{len(sources)}"
+        run(*given, f"task={task}", *sources, f"out={out}")
+        assert f"{task}, word scoring" in capsys.readouterr().out
+        (entry,) = json.loads((out / "probe.json").read_text(encoding="utf-8")).values()
+        others = [
+            other for other in ("ar", "bn", "el", "ml", "mr", "ta", "te", "th") if task == "translation"
+        ]
+        assert entry["sources"] == (["el", "th"] if sources else others)
+        assert {row["source"] for row in entry["rows"]} <= {*entry["sources"]} or task == "repetition"
+        assert Image.open(out / "grid.png").size[0] > 100
+    with pytest.raises(UserError, match="task='cloze' translates nothing"):
+        run(*given, "sources=el", f"out={tmp_path / 'out'}")
+    with pytest.raises(
+        UserError, match="measured with task='translation' for 'sw', this is with 'repetition'"
+    ):
+        run(*given, "task=repetition", f"out={tmp_path / 'out'}", f"compare={tmp_path / 'translation0'}")
+
+
+def test_an_earlier_file_without_a_task_is_of_cloze(tmp_path, folder):
+    given = [f"model={folder[0]}", f"tables={write_table(tmp_path)}", "languages=sw", "shots=2"]
+    run(*given, f"out={tmp_path / 'before'}")
+    path = tmp_path / "before" / "probe.json"
+    before = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in before["sw"].items() if key not in ("task", "sources")}
+    path.write_text(json.dumps({"sw": kept}))
+    run(*given, f"out={tmp_path / 'after'}", f"compare={tmp_path / 'before'}")
+    assert (tmp_path / "after" / "grid.compare.png").is_file()
 
 
 def test_a_language_without_rows_is_left_out(tmp_path, folder, capsys):
@@ -121,6 +159,7 @@ def test_a_checkpoint_without_a_file_it_needs(tmp_path, folder, capsys, file):
     [
         ({"sw": {"scoring": "byte"}}, "measured with scoring='byte' for 'sw', this is with 'word'"),
         ({"th": {}}, "has no 'sw', only th: probe it first"),
+        ({"sw": {"table": None}}, "measured with table=None for 'sw'"),
     ],
 )
 def test_only_like_is_compared_with_like(tmp_path, folder, change, message):

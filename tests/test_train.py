@@ -18,7 +18,7 @@ import transformers
 
 import prom_jax
 from prom_jax import train as door
-from prom_jax.analysis.cloze import TABLES
+from prom_jax.analysis.tables import TABLES
 from prom_jax.config import VARIANTS, apply_variant
 from prom_jax.data.records import prepare
 from prom_jax.training.methods.prom import PROM

@@ -159,14 +159,18 @@ def read_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], int]:
     return {name: examples for name, examples in splits.items() if examples}, unmatched
 
 
+class NoStream(UserError):
+    """The data have nothing of a stream that the method trains on."""
+
+
 def check_streams(recipe: Recipe, found: set[str]) -> None:
-    """Raises UserError for a stream that the method trains on and that is not among those found."""
+    """Raises NoStream for a stream that the method trains on and that is not among those found."""
     for stream in recipe.streams:
         if stream not in found:
             english = "data.english, or use the variant :bactrian"
             known = {PRIMARY: "data.target", ENGLISH: english, CONVERSION: english}
             remedy = known.get(stream, f"data.streams={stream}=FILE")
-            raise UserError(
+            raise NoStream(
                 f"The method trains on the stream '{stream}', and the data have none of it: set {remedy}."
             )
 

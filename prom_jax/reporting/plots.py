@@ -91,7 +91,7 @@ def probe_curves(panels: dict[str, list[dict]], path: Path):
     """
     columns = min(len(panels), 3)
     figure = Figure(figsize=(3.6 * columns + 1.4, 2.6 * -(-len(panels) // columns) + 1), layout="constrained")
-    grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False, sharey=True)
     entries = [entry for pair in panels.values() for entry in pair]
     means = [mean for entry in entries for role in ROLES for mean in entry[f"{role}_mean"]]
     for axes, (language, pair) in zip(grid.ravel(), panels.items()):
@@ -100,15 +100,15 @@ def probe_curves(panels: dict[str, list[dict]], path: Path):
                 _band(axes, entry, role, style, f"{LABELS[role]}{f' {when}' * (len(pair) > 1)}")
         axes.set_title(f"{language}, {len(pair[-1]['rows'])} words", fontsize="medium")
         axes.grid(alpha=0.3)
-        axes.tick_params(labelbottom=True)
         if max(means) < FAINT:
-            axes.set(yscale="log", ylim=(max(FLOOR, min(means) / 2), 2 * max(means)))
+            axes.set(yscale="log", ylim=(max(FLOOR, min(means) / 2), FAINT))
         else:
             axes.set_ylim(bottom=0)
     for axes in grid.ravel()[len(panels) :]:
         axes.set_axis_off()
     figure.supxlabel("layer")
-    figure.supylabel(f"mean probability ({entries[0]['scoring']} scoring)")
+    asked = ", ".join(dict.fromkeys(entry.get("task", "cloze") for entry in entries))
+    figure.supylabel(f"mean probability ({asked}, {entries[0]['scoring']} scoring)")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)

@@ -1,8 +1,9 @@
 """Regulation: λ, the weight of the pivot loss, is 0 where the base model does not pivot through English.
 
-It does where the cloze probe finds the English word at least as probable as the target-language one after
-block n (paper, section on regulation). What a probe found is kept in a work directory as `FILE`; whoever
-probes is `prom_jax.analysis.regulation`.
+With 'mean' it does where the cloze probe finds the English word at least as probable as the target-language
+one after block n (paper, section on regulation). Where a model knows neither word that obeys noise, so 'auto'
+asks for more: λ is 0 only where the model can do the task, and the whole interval of the difference is below
+0. What a probe found is kept in a work directory as `FILE`; whoever probes is `prom_jax.analysis.regulation`.
 """
 
 import dataclasses
@@ -17,7 +18,12 @@ PIVOTS_THROUGH_ENGLISH = {
 }  # fmt: skip
 
 FILE = "regulation.json"
-FAINT = 0.01  # mean probability below which a word is as good as unknown
+# A model can do a task where P(target word) after the last block has this mean, and it rests on so many rows.
+KNOWN, ENOUGH_ROWS = 0.01, 20
+BY_HAND = (
+    ": to decide by hand set pivot.regulate=never, which keeps λ, or pivot.weight=0, which drops English, or "
+    "pivot.regulate=mean, which goes by the mean all the same"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Regulation:
       weight: λ.
       decision: the sentence that says why.
       warnings: what to be wary of.
-      measured: with 'auto' what was measured, as in `FILE`.
+      measured: where a probe decides, what it found, as in `FILE`.
       open: whether a probe is still to decide.
     """
 
@@ -47,7 +53,17 @@ class Regulation:
 def is_probed(config) -> bool:
     """Whether a probe of the base model decides λ."""
     regulated = find_method(config.method).regulated
-    return regulated and config.pivot.regulate == "auto" and config.pivot.weight != 0
+    return regulated and config.pivot.regulate in ("auto", "mean") and config.pivot.weight != 0
+
+
+def can_do(target: float, effective: float) -> bool:
+    """Whether a model can do a task well enough for it to tell anything.
+
+    Args:
+      target: mean of P(target word) after the last block.
+      effective: the number of rows that this mean rests on.
+    """
+    return target >= KNOWN and effective >= ENOUGH_ROWS
 
 
 def decide(config, model, measured: dict | None = None) -> Regulation:
@@ -74,7 +90,7 @@ def decide(config, model, measured: dict | None = None) -> Regulation:
         return _as_in_the_paper(weight, language, model)
     if measured is None:
         return Regulation(weight, f"λ = {weight:g} until a probe decides", open=True)
-    return _as_measured(weight, measured)
+    return _as_measured(weight, config.pivot.regulate, measured)
 
 
 def _as_in_the_paper(weight: float, language: str, model) -> Regulation:
@@ -100,21 +116,35 @@ def _is_llama2_7b(model) -> bool:
     return shape == (4096, 32, 32, 32000)
 
 
-def _as_measured(weight: float, measured: dict) -> Regulation:
+def _as_measured(weight: float, rule: str, measured: dict) -> Regulation:
+    """By the mean alone, or where the whole interval says so of a model that can do the task."""
     low, high = measured["interval"]
-    weight = weight if measured["difference"] >= 0 else 0.0
+    by_mean, knows = rule == "mean", measured["can_do"]
+    drops = measured["difference"] < 0 if by_mean else knows and high < 0
+    weight = 0.0 if drops else weight
     decision = (
-        f"λ = {weight:g}: after block {measured['layer']} P(English word) is {measured['english']:.3g} and "
-        f"P(target word) {measured['target']:.3g}, difference {measured['difference']:.3g} [{low:.3g}, "
-        f"{high:.3g}] ({measured['scoring']} scoring, {measured['rows']} rows)"
+        f"λ = {weight:g}{'' if knows or by_mean else ' as configured'}: after block {measured['layer']} "
+        f"P(English word) is {measured['english']:.3g} and P(target word) {measured['target']:.3g}, "
+        f"difference {measured['difference']:.3g} [{low:.3g}, {high:.3g}] ({measured['task']}, "
+        f"{measured['scoring']} scoring, {measured['rows']} rows)"
     )
     doubts = {
-        "both are close to 0: it knows neither word there, and the probe says little": max(
-            measured["english"], measured["target"]
-        )
-        < FAINT,
-        "the interval holds 0, so that other rows might decide otherwise": low <= 0 <= high,
+        _cannot_do(measured["tasks"]) + BY_HAND * (not by_mean): not knows,
+        "the interval holds 0, so that other rows might decide otherwise": by_mean and low <= 0 <= high,
         "P(target word) is mostly that of tokens which most words of the script begin with: set "
         "probe.scoring=word": measured["unreliable"],
     }
     return Regulation(weight, decision, tuple(doubt for doubt, holds in doubts.items() if holds), measured)
+
+
+def _cannot_do(tasks: dict) -> str:
+    """How little a model knows in each task."""
+    found = " nor ".join(
+        f"{task} (P(target word) after the last block is {numbers['last']['target']:.2g}, of "
+        f"{numbers['last']['effective_rows']:.1f} effective rows)"
+        for task, numbers in tasks.items()
+    )
+    return (
+        f"the model can do no task that would tell, not {found}; it takes {KNOWN:g} and {ENOUGH_ROWS} "
+        "effective rows"
+    )

@@ -1,4 +1,4 @@
-"""The cloze probe in plain torch: whole prompts, one word after each, nothing shared; and small tables."""
+"""The probe in plain torch: whole prompts, one word after each, nothing shared; and small tables."""
 
 import csv
 import re
@@ -85,31 +85,36 @@ def token_sets(tokenizer, words, scoring):
 
 
 def probabilities(hf, tokenizer, rows, scoring, batch=1):
-    """Probability of both words, [rows, layers] each. rows: (prompt, English word, target word)."""
+    """Probability of both sides' words, [rows, layers] each. rows: (prompt, English words, target words).
+
+    With 'word' that of a row is the sum over its words, each after a prompt of its own; words of which one
+    begins another's text are not for this reference.
+    """
     results = []
     for column in (1, 2):
-        words = [row[column] for row in rows]
+        asked = [(row[0], word, number) for number, row in enumerate(rows) for word in row[column]]
         if scoring == "word":
-            texts = [row[0] + row[column] for row in rows]
-            encoded = [tokenizer(text, return_offsets_mapping=True) for text in texts]
+            encoded = [tokenizer(prompt + word, return_offsets_mapping=True) for prompt, word, _ in asked]
             sequences = [e["input_ids"] for e in encoded]
             starts = [
-                next(i for i, (_, end) in enumerate(e["offset_mapping"]) if end > len(row[0]))
-                for e, row in zip(encoded, rows)
+                next(i for i, (_, end) in enumerate(e["offset_mapping"]) if end > len(prompt))
+                for e, (prompt, _, _) in zip(encoded, asked)
             ]
             places = [list(range(start - 1, len(s) - 1)) for start, s in zip(starts, sequences)]
+            owners = [number for _, _, number in asked]
         else:
             sequences = [tokenizer(row[0])["input_ids"] for row in rows]
             places = [[len(sequence) - 1] for sequence in sequences]
-            sets = token_sets(tokenizer, words, scoring)
-        values = []
-        for start in range(0, len(rows), batch):
+            sets = [set().union(*token_sets(tokenizer, row[column], scoring)) for row in rows]
+            owners = range(len(rows))
+        values = np.zeros((len(rows), hf.config.num_hidden_layers))
+        for start in range(0, len(sequences), batch):
             part = slice(start, start + batch)
             for i, logs in enumerate(layer_log_probabilities(hf, sequences[part], places[part]), start):
                 if scoring == "word":
-                    asked = [sequences[i][place + 1] for place in places[i]]
-                    values.append(np.exp(logs[:, range(len(asked)), asked].sum(axis=1)))
+                    tokens = [sequences[i][place + 1] for place in places[i]]
+                    values[owners[i]] += np.exp(logs[:, range(len(tokens)), tokens].sum(axis=1))
                 else:
-                    values.append(np.exp(logs[:, 0, sets[i]]).sum(axis=1))
-        results.append(np.stack(values))
+                    values[owners[i]] += np.exp(logs[:, 0, sorted(sets[i])]).sum(axis=1)
+        results.append(values)
     return results

@@ -4,9 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from prom_jax.analysis.cloze import Row, Table, read_table
-from prom_jax.analysis.probe import SCORINGS, Probe, probe, word_starts
+from prom_jax.analysis.probe import SCORINGS, Probe, averaged, probe, word_starts
+from prom_jax.analysis.tables import read_sources, read_table
+from prom_jax.analysis.tasks import TASKS, Row
 from prom_jax.models import decoder
 from prom_jax.parallel import sharding
 from prom_jax.utils.errors import UserError
@@ -23,7 +26,7 @@ def models_for(tokenizer, family="llama3", pivot_layer=0, **settings):
 
 
 def assert_parity(result: Probe, hf, tokenizer, batch=1):
-    rows = [(prompt, row.english, row.word) for row, prompt in result.rows]
+    rows = [(prompt, row.english, row.words) for row, prompt in result.rows]
     english, target = reference.probabilities(hf, tokenizer, rows, result.scoring, batch)
     for ours, theirs in ((result.english, english), (result.target, target)):
         assert ours.shape == theirs.shape == (len(rows), hf.config.num_hidden_layers)
@@ -39,6 +42,51 @@ def test_parity_with_torch(request, tables, name, scoring):
     model, hf = models_for(tokenizer)
     result = probe(model, tokenizer, read_table("sw", tables()), scoring=scoring, shots=2, batch=3)
     assert_parity(result, hf, tokenizer)
+
+
+@pytest.mark.parametrize("scoring", ["word", "prefix"])
+def test_parity_of_several_right_words(byte_level, tables, scoring):
+    model, hf = models_for(byte_level)
+    rows = [
+        ("water", "maji, tone, ภาษา", 'Kunywa "___".'),
+        ("tree, wood; log", "mti", 'Kata "___".'),
+        ("big, large", "kubwa, kuu", 'Si ndogo, ni "___".'),
+        ("sun", "jua", 'Kali "___".'),
+    ]
+    result = probe(model, byte_level, read_table("sw", tables(rows)), scoring=scoring, shots=1)
+    assert len(result.rows) == 3 and sum(len(row.english + row.words) > 2 for row, _ in result.rows) >= 2
+    assert_parity(result, hf, byte_level)
+
+
+def test_a_word_that_begins_with_another_is_there_with_it(byte_level, tables):
+    model, _ = models_for(byte_level)
+    one, two = (
+        probe(model, byte_level, read_table("sw", tables([("sun", words, 'Kali "___".')])), shots=0)
+        for words in ("vuq", "vuqza, vuq")
+    )
+    assert byte_level("vuqza")["input_ids"][:3] == byte_level("vuq")["input_ids"]
+    np.testing.assert_allclose(one.target, two.target, rtol=1e-5)
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "cloze"])
+def test_parity_of_the_other_tasks(byte_level, tables, task):
+    model, hf = models_for(byte_level)
+    tables([(english, word[::-1]) for english, word, _ in ROWS], ("english", "word"), "th")
+    folder = tables()
+    sources = read_sources(("th",), "sw", folder) if task == "translation" else ()
+    result = probe(model, byte_level, read_table("sw", folder), task=task, sources=sources, shots=2)
+    assert (result.task, result.sources) == (task, ("th",) * len(sources))
+    assert len(result.rows) >= 6
+    assert_parity(result, hf, byte_level)
+
+
+def test_some_layers_are_those_of_all(byte_level, tables):
+    model, _ = models_for(byte_level, pivot_layer=3)
+    table = read_table("sw", tables())
+    whole, some = (probe(model, byte_level, table, shots=2, layers=layers) for layers in ((), (2, 4)))
+    assert some.layers == (2, 4) and whole.layers == (1, 2, 3, 4)
+    np.testing.assert_allclose(some.english, whole.english[:, [1, 3]], rtol=1e-6)
+    assert some.difference(4) == pytest.approx(whole.difference(4), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +170,10 @@ def test_settings_that_cannot_be(byte_level, tables, setting):
 
 def a_probe(english, target, shared=0.0):
     english, target = np.array(english), np.array(target)
-    rows = [(Row(str(i), "", "", ""), "") for i in range(len(english))]
-    return Probe("sw", "byte", rows, english, target, np.broadcast_to(shared, english.shape), {}, seed=0)
+    rows = [(Row((str(i),), ("",), "", ""), "") for i in range(len(english))]
+    shared = np.broadcast_to(shared, english.shape)
+    layers = tuple(range(1, 1 + english.shape[1]))
+    return Probe("sw", "cloze", (), "byte", layers, rows, english, target, shared, {}, seed=0)
 
 
 def test_the_difference_and_its_peak():
@@ -132,14 +182,40 @@ def test_the_difference_and_its_peak():
     result = a_probe(english, target)
     mean, low, high = result.difference(1)
     assert mean == pytest.approx(noise[:, 0].mean() + 0.3)
-    assert mean - low == pytest.approx(1.96 * 0.1 / np.sqrt(200), rel=0.15)
-    assert high - mean == pytest.approx(1.96 * 0.1 / np.sqrt(200), rel=0.15)
+    # A normal mean, and with an exponential weight of a 201st one row that is as low as -1, or as high as 1.
+    random = np.random.default_rng(1)
+    normal, weight = random.normal(0, 0.1 / np.sqrt(200), 10**6), random.exponential(1 / 201, 10**6)
+    assert mean - low == pytest.approx(-np.quantile(normal - 1.3 * weight, 0.025), rel=0.1)
+    assert high - mean == pytest.approx(np.quantile(normal + 0.7 * weight, 0.975), rel=0.1)
     assert result.peak() == (1, 1, 1)
     assert a_probe(target, english).peak() == (2, 2, 2)
     assert a_probe(noise, np.zeros_like(noise)).peak()[1:] == (1, 2)
+    assert result.strength().layer == 1 and result.strength().share > 0.99
     summary = result.summary()
     assert summary["intervals"]["difference"][0] == pytest.approx([low, high], rel=1e-5)
     assert summary["english_mean"] == pytest.approx(english.mean(axis=0), rel=1e-5)
+
+
+def test_a_lead_does_not_hang_on_one_row_or_on_next_to_nothing():
+    english = [[0.9, 0.02, 1e-5], [1e-7, 0.03, 1e-6], [1e-7, 0.02, 1e-6], [1e-7, 1e-7, 1e-6]]
+    result = a_probe(english, np.full((4, 3), 1e-9))
+    assert [result.lead(layer).share for layer in (1, 2, 3)] == [0.25, 0.75, 0.0]
+    assert result.strength() == result.lead(2)
+    assert result.lead(2).low < 0.75 < result.lead(2).high
+    assert result.peak()[0] == 1
+    effective = result.summary()["effective_rows"]["english"]
+    assert effective[0] == pytest.approx(1, rel=1e-5) and 2.5 < effective[1] < 3
+    nothing = a_probe(np.full((4, 2), [1e-9, 1e-8]), np.zeros((4, 2)))
+    assert nothing.strength()[:2] == (2, 0.0)  # of equals, where the mean leads most
+
+
+def test_the_average_counts_each_word_once():
+    first, second = a_probe([[0.1], [0.2]], [[0.0], [0.4]]), a_probe([[0.5], [0.4]], [[0.2], [0.0]])
+    rows = [(Row((name,), ("",), "", ""), "") for name in ("1", "2")]
+    both = averaged([first, dataclasses.replace(second, rows=rows)])
+    assert [row.english for row, _ in both.rows] == [("0",), ("1",), ("2",)]
+    np.testing.assert_allclose(both.english[:, 0], [0.1, (0.2 + 0.5) / 2, 0.4])
+    np.testing.assert_allclose(both.target[:, 0], [0.0, (0.4 + 0.2) / 2, 0.0])
 
 
 def test_a_target_of_shared_tokens_is_not_reliable(byte_fallback, tables):
@@ -160,10 +236,25 @@ def test_a_target_of_shared_tokens_is_not_reliable(byte_fallback, tables):
     assert not probe(model, byte_fallback, table, shots=0).unreliable(1)
 
 
+def few(table, number=10):
+    return dataclasses.replace(table, concepts=table.concepts[:number])
+
+
 @pytest.mark.slow
-def test_smollm2(smollm2):
+@pytest.mark.parametrize("task", TASKS)
+def test_smollm2(smollm2, task):
     model, tokenizer, _, hf = smollm2
-    table = read_table("sw")
-    table = Table("sw", table.rows[:10], {})
+    sources = read_sources(("el", "th"), "sw") if task == "translation" else ()
     for scoring in SCORINGS:
-        assert_parity(probe(model, tokenizer, table, scoring=scoring), hf, tokenizer, batch=8)
+        result = probe(model, tokenizer, few(read_table("sw")), task=task, sources=sources, scoring=scoring)
+        assert_parity(result, hf, tokenizer, batch=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "language"), [("cloze", "el"), ("translation", "th"), ("repetition", "ar")])
+def test_gemma3(gemma3, task, language):
+    model, tokenizer, path = gemma3
+    hf = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    sources = read_sources(("el", "ar"), language) if task == "translation" else ()
+    result = probe(model, tokenizer, few(read_table(language)), task=task, sources=sources)
+    assert_parity(result, hf, tokenizer, batch=4)

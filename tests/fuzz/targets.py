@@ -17,7 +17,7 @@ import pyarrow.parquet
 from safetensors.numpy import save
 from sentencepiece import sentencepiece_model_pb2
 
-from prom_jax.analysis import cloze
+from prom_jax.analysis import tables, tasks
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.data import sources, tokens
@@ -365,8 +365,10 @@ ANSWERS = {"model": "0123", "bos": False}
 
 
 def read_cloze(folder: Path):
-    """A cloze table and its prompts."""
-    cloze.prompts(cloze.read_table("sw", folder), 1, seed=0)
+    """A table and its prompts."""
+    table = tables.read_table("sw", folder)
+    for task in ("cloze", "repetition"):
+        tasks.prompts(tasks.ask(task, table), 1, seed=0)
 
 
 def read_answers(folder: Path):

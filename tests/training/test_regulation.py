@@ -15,6 +15,8 @@ import transformers
 from prom_jax import prepare, regulate
 from prom_jax import train as door
 from prom_jax.analysis import regulation
+from prom_jax.analysis.probe import Probe
+from prom_jax.analysis.tasks import NoRows, Row
 from prom_jax.checkpoints.pretrained import open_source
 from prom_jax.config import default
 from prom_jax.models.config import DecoderConfig, LayerKind
@@ -96,9 +98,9 @@ def swahili(speaks):
     return speaks(WORDS.values())
 
 
-def auto(tiny, tables, model):
+def probed(tiny, tables, model, rule="mean"):
     config = tiny_config(tiny)
-    config.model, config.pivot.regulate = model, "auto"
+    config.model, config.pivot.regulate = model, rule
     config.probe.tables, config.probe.shots = str(tables), 2
     return config
 
@@ -108,23 +110,24 @@ def decided(config, workdir):
     return decide(config, base.config, regulation.measured(config, base, workdir, mesh))
 
 
-def test_auto_goes_opposite_ways(tiny, tables, english, swahili, tmp_path):
-    kept = decided(auto(tiny, tables, english), tmp_path / "english")
-    dropped = decided(auto(tiny, tables, swahili), tmp_path / "swahili")
+def test_the_mean_goes_opposite_ways(tiny, tables, english, swahili, tmp_path):
+    kept = decided(probed(tiny, tables, english), tmp_path / "english")
+    dropped = decided(probed(tiny, tables, swahili), tmp_path / "swahili")
     assert (kept.weight, dropped.weight) == (0.5, 0.0)
     for decision, side, other in ((kept, "english", "target"), (dropped, "target", "english")):
         measured = decision.measured
         assert measured[side] > 0.01 > 10 * measured[other]
         assert measured["difference"] == pytest.approx(measured["english"] - measured["target"])
         low, high = measured["interval"]
-        assert low <= measured["difference"] <= high and low * high > 0
-        assert f"{measured[side]:.3g}" in decision.reason and "word scoring" in decision.reason
+        assert low <= measured["difference"] <= high
+        assert f"{measured[side]:.3g}" in decision.reason and "cloze, word scoring" in decision.reason
         assert measured["rows"] == 5 and measured["layer"] == 3
-    assert "WARNING" not in kept.reason + dropped.reason
+        # Five rows cannot tell, whatever they say.
+        assert "WARNING: the model can do no task" in decision.reason and "by hand" not in decision.reason
 
 
 def test_a_decision_is_kept_until_something_changes(tiny, tables, english, tmp_path, monkeypatch):
-    config = auto(tiny, tables, english)
+    config = probed(tiny, tables, english)
     first = decided(config, tmp_path)
     assert json.loads((tmp_path / FILE).read_text()) == first.measured
     with monkeypatch.context() as patch:
@@ -155,20 +158,139 @@ def change_row(folder, name, row):
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
 
 
-def test_words_that_the_model_does_not_know_are_told(tiny, tables, tmp_path):
-    config = auto(tiny, tables, str(tiny / "model"))
-    assert "WARNING: both are close to 0" in decided(config, tmp_path).reason
-
-
 def test_doubt_is_told(tiny, tables, speaks, tmp_path):
     either = [pair[n % 2] for n, pair in enumerate(WORDS.items())]  # English in every second row
-    decision = decided(auto(tiny, tables, speaks(either)), tmp_path)
+    decision = decided(probed(tiny, tables, speaks(either)), tmp_path)
     low, high = decision.measured["interval"]
     assert low <= 0 <= high and "WARNING: the interval holds 0" in decision.reason
 
 
+# What 'auto' asks, and what it takes from it.
+
+
+class Asked:
+    """In place of the probe: means of P_en and P_target after block n and of P_target after N, by task, of so
+    many rows; None where no row of the task can be measured. Remembers what it was asked."""
+
+    def __init__(self, monkeypatch, rows=60, spread=0.3, **means):
+        self.means, self.rows, self.spread, self.asked = means, rows, spread, []
+        monkeypatch.setattr(regulation, "probe", self)
+
+    def __call__(self, model, tokenizer, table, *, task, sources, scoring, shots, seed, layers):
+        self.asked.append((task, seed, len(sources)))
+        if self.means[task] is None:
+            raise NoRows("none")
+        rows = [(Row((str(n),), (f"w{n}",), "", ""), "") for n in range(seed % 3, self.rows)]
+        random = np.random.default_rng(seed)
+        values = [
+            np.minimum(1, mean * random.lognormal(-(self.spread**2) / 2, self.spread, len(rows)))
+            for mean in self.means[task]
+        ]
+        english = np.stack([values[0], values[0]], axis=1)
+        target = np.stack(values[1:], axis=1)
+        return Probe(
+            "sw", task, (), scoring, layers, rows, english, target, np.zeros_like(target), {}, seed=seed
+        )
+
+
+@pytest.fixture
+def ask(tiny, tables, english, tmp_path, monkeypatch):
+    """Decides by 'auto' what `Asked` answers; returns the decision and what was asked."""
+
+    def decide_by(seed=0, **answers):
+        config = probed(tiny, tables, english, "auto")
+        config.seed = seed
+        asked = Asked(monkeypatch, **answers)
+        return decided(config, tmp_path), asked.asked
+
+    return decide_by
+
+
+def test_auto_drops_english_where_all_of_the_interval_says_so(ask):
+    decision, asked = ask(cloze=(0.01, 0.3, 0.5))
+    assert decision.weight == 0 and "WARNING" not in decision.reason
+    assert asked == [("cloze", seed, 0) for seed in (0, 1, 2)]
+    found = decision.measured
+    assert found["task"] == "cloze" and found["can_do"] and found["interval"][1] < 0
+    assert found["rows"] == 60 and [s["rows"] for s in found["sets"]] == [60, 59, 58]
+    assert [s["seed"] for s in found["sets"]] == [0, 1, 2]
+    assert found["last"]["target"] == pytest.approx(0.5, rel=0.1)
+    assert found["last"]["effective_rows"] > 50
+
+
+def test_auto_asks_for_translations_where_cloze_is_too_hard(ask):
+    decision, asked = ask(cloze=(1e-5, 3e-4, 5e-3), translation=(0.04, 1e-6, 0.3), seed=2)
+    assert decision.weight == 0.5 and "(translation, word scoring, 60 rows)" in decision.reason
+    assert asked == [("cloze", s, 0) for s in (6, 7, 8)] + [("translation", s, 8) for s in (6, 7, 8)]
+    found = decision.measured
+    assert found["task"] == "translation" and found["english"] == found["tasks"]["translation"]["english"]
+    assert not found["tasks"]["cloze"]["can_do"] and len(found["tasks"]["cloze"]["sets"]) == 3
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"cloze": (0.2, 0.21, 0.5), "spread": 0.8},  # the interval holds 0
+        {"cloze": (1e-4, 0.02, 0.3), "spread": 0.1},  # as few words might lead as cannot be ruled out
+    ],
+)
+def test_auto_does_not_obey_noise(ask, answers):
+    decision, asked = ask(**answers)
+    assert decision.measured["difference"] < 0 < decision.measured["interval"][1]
+    assert decision.weight == 0.5 and len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"cloze": (1e-18, 1e-15, 2e-3), "translation": (1e-9, 1e-6, 2e-3)},
+        {"cloze": (0.0, 0.02, 0.02), "translation": (0.0, 0.02, 0.02), "spread": 3},  # of a few rows
+        {"cloze": (0.01, 0.3, 0.5), "translation": (0.01, 0.3, 0.5), "rows": 12},
+        {"cloze": None, "translation": (0.0, 0.005, 0.005)},
+    ],
+)
+def test_auto_keeps_lambda_where_the_model_can_do_neither(ask, answers):
+    decision, asked = ask(**answers)
+    assert decision.weight == 0.5 and decision.decision.startswith("λ = 0.5 as configured: after block 3")
+    (warning,) = decision.warnings
+    assert "the model can do no task that would tell" in warning and "it takes 0.01 and 20" in warning
+    assert "translation (P(target word) after the last block is" in warning
+    assert "pivot.regulate=never, which keeps λ, or pivot.weight=0" in warning
+    assert {task for task, _, _ in asked} == {"cloze", "translation"}
+
+
+def test_what_is_far_out_of_reach_is_asked_once(ask):
+    decision, asked = ask(cloze=(1e-18, 1e-15, 1e-5), translation=(1e-9, 1e-6, 5e-4))
+    assert decision.weight == 0.5 and not decision.measured["can_do"]
+    assert asked == [("cloze", 0, 0), ("translation", 0, 8)]
+
+
+def test_auto_with_no_row_at_all(ask):
+    with pytest.raises(UserError, match="none"):
+        ask(cloze=None, translation=None)
+
+
+def test_auto_on_a_real_probe(tiny, tables, swahili, tmp_path):
+    """Seven words cannot tell, though the model knows them and the mean is below 0."""
+    config = probed(tiny, tables, swahili, "auto")
+    config.probe.sources = ("el", "th")
+    decision = decided(config, tmp_path)
+    found = decision.measured
+    assert decision.weight == 0.5 and not found["can_do"]
+    assert found["difference"] < 0 and found["last"]["target"] > 0.01
+    assert found["task"] == "cloze" and set(found["tasks"]) == {"cloze", "translation"}
+    assert set(found["sources"]) == {"el", "th"}
+    assert found["rows"] == len(WORDS)  # each word was asked for with some of the demonstrations
+    assert json.loads((tmp_path / FILE).read_text()) == found
+    config.probe.sources = ("el",)
+    assert set(decided(config, tmp_path).measured["sources"]) == {"el"}
+    config.pivot.regulate = "mean"
+    decision = decided(config, tmp_path)
+    assert decision.weight == 0 and set(decision.measured["tasks"]) == {"cloze"}
+
+
 def test_without_a_pivot_the_run_is_bactrian(tiny, tables, swahili, tmp_path):
-    config = auto(tiny, tables, swahili)
+    config = probed(tiny, tables, swahili)
     config.steps, config.eval.samples = 4, 0
     summary = door.train(config, tmp_path / "prom")
     assert summary["regulation_probe"]["difference"] < 0 and "pivot.layer" not in summary
@@ -208,7 +330,7 @@ def test_as_in_the_paper():
 
 
 def test_a_language_without_a_table(tiny, tables, english, tmp_path):
-    config = auto(tiny, tables, english)
+    config = probed(tiny, tables, english)
     config.language = "fi"
     with pytest.raises(UserError, match=r"no cloze table .*fi.*clean.csv"):
         decided(config, tmp_path)
@@ -234,7 +356,7 @@ def english_rows(card):
 
 def test_preparing_reads_no_weights(tiny, tables, bare, tmp_path, capsys):
     model, weights = bare(WORDS.values())
-    config = auto(tiny, tables, model)
+    config = probed(tiny, tables, model)
     card = prepare.prepare(config, tmp_path / "run", run="--config=c.py")
     assert english_rows(card)  # it does not know yet that λ will be 0
     printed = capsys.readouterr().out
@@ -250,9 +372,26 @@ def test_preparing_reads_no_weights(tiny, tables, bare, tmp_path, capsys):
     assert not english_rows(card) and "not decided" not in capsys.readouterr().out
 
 
+def test_preparing_without_english_names_what_decides(tiny, tables, bare, tmp_path):
+    model, weights = bare(WORDS.values())
+    config = probed(tiny, tables, model)
+    config.data.english = ()
+    message = (
+        r"have none of it: set data.english.* λ is not decided yet, .* prom_jax.regulate --config=c.py asks"
+    )
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(config, tmp_path / "run", run="--config=c.py")
+    weights()
+    regulate.regulate(config, tmp_path / "run")
+    assert not english_rows(prepare.prepare(config, tmp_path / "run"))
+    config.pivot.regulate = "never"
+    with pytest.raises(UserError, match=r"none of it: set data.english, or use the variant :bactrian\.$"):
+        prepare.prepare(config, tmp_path / "never")
+
+
 def test_a_decision_made_elsewhere(tiny, tables, bare, tmp_path, monkeypatch):
     model, weights = bare(WORDS.values())
-    config = auto(tiny, tables, model)
+    config = probed(tiny, tables, model)
     config.steps, config.eval.samples, config.compute_dtype = 1, 0, ""
     weights()
     regulate.regulate(config, tmp_path / "elsewhere")
