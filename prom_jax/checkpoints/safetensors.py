@@ -23,6 +23,7 @@ from prom_jax.checkpoints.reader import Reader
 from prom_jax.models.auto import config_from_hf, config_to_hf, multimodal_of
 from prom_jax.models.config import DecoderConfig
 from prom_jax.tokenization import PreTrainedTokenizerFast, folder
+from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
 
@@ -334,6 +335,11 @@ def _write_small_files(
     _write_json(directory / "config.json", {**config_to_hf(config), "torch_dtype": dtype.name})
     _write_json(directory / generation.FILE, generation.keys(config, model_tokenizer))
     folder.save(model_tokenizer, directory, chat_template, config.max_position_embeddings)
+    if not (directory / "tokenizer.json").exists():
+        console.print(
+            "WARNING   the vocabulary has pieces of one score, which a tokenizer.json cannot rank: llama.cpp "
+            "cuts text as in training, transformers 4 does with use_fast=False, transformers 5 does not"
+        )
 
 
 def _write_card(directory: Path, name: str, card: Mapping[str, object]):

@@ -30,10 +30,14 @@ import prom_jax
 from prom_jax.checkpoints.params import ParamsReader, load_params
 from prom_jax.checkpoints.pretrained import open_reader
 from prom_jax.checkpoints.safetensors import save_hf
+from prom_jax.data.templates import wording
 from prom_jax.models import decoder
 from prom_jax.models.auto import config_from_hf
 from prom_jax.models.settings import REQUIRED
+from prom_jax.tokenization import folder
 from prom_jax.utils.errors import UserError
+from tests.tokenization.made_up import TEXTS
+from tests.tokenization.test_sentencepiece import VARIANTS, write_model
 
 SIZES = {
     "vocab_size": 64,
@@ -156,6 +160,22 @@ def test_values_beyond_float16_are_refused(tmp_path):
         save(load_params(reader), reader, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
     save(load_params(reader), reader, tmp_path / "out", dtype="bfloat16")
+
+
+def test_an_extended_vocabulary_is_exported_with_a_warning(tmp_path, capsys):
+    (tmp_path / "tokenizer").mkdir()
+    extended = folder.load(write_model(tmp_path / "tokenizer", VARIANTS["extended"][0]()))
+    hf_model(vocab_size=len(extended)).save_pretrained(tmp_path / "base")
+    reader = open_reader(tmp_path / "base")
+    model = decoder.with_params(decoder.abstract(reader.config), load_params(reader))
+    prom_jax.save_hf(model, extended, tmp_path / "out")
+    assert "transformers 4 with use_fast=False" in " ".join(capsys.readouterr().out.split())
+    _, again = prom_jax.load(tmp_path / "out")
+    for text in TEXTS:
+        assert again(text).input_ids == extended(text).input_ids
+    messages = [{"role": "user", "content": "hi there"}]
+    ids = again.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == again(wording("en").prompt("hi there")).input_ids
 
 
 def test_export_replaces_an_export_and_nothing_else(tmp_path):

@@ -271,12 +271,12 @@ UNIGRAM = {
 }  # fmt: skip
 
 
-def sentencepiece_model() -> bytes:
-    """A small SentencePiece BPE."""
+def sentencepiece_model(kind: int = 2, slope: float = -1.0) -> bytes:
+    """A small SentencePiece model: 2 for BPE, 1 for unigram; without a slope all its scores are one."""
     proto = sentencepiece_model_pb2.ModelProto()
     for i, piece in enumerate(PIECES):
-        proto.pieces.add(piece=piece, score=-float(i), type=SENTENCEPIECE["token_type"][i])
-    proto.trainer_spec.model_type = 2
+        proto.pieces.add(piece=piece, score=slope * i, type=SENTENCEPIECE["token_type"][i])
+    proto.trainer_spec.model_type = kind
     proto.trainer_spec.byte_fallback = True
     proto.normalizer_spec.name = "identity"
     return proto.SerializeToString()
@@ -420,7 +420,10 @@ TARGETS = {
         ),
         mutation.tree,
     ),
-    "sentencepiece": Target("tokenizer.model", read_tokenizer, (sentencepiece_model(),)),
+    "sentencepiece": Target(
+        "tokenizer.model", read_tokenizer,
+        (sentencepiece_model(), sentencepiece_model(slope=0.0), sentencepiece_model(kind=1)),
+    ),
     "json": data(
         "a.json", json.dumps(ROWS).encode(), json.dumps(CHAT + PARALLEL).encode(), mutate=mutation.tree
     ),
