@@ -169,10 +169,9 @@ class Stream(Silent):
 
 def side_by_side(talkers: list[Talker], texts: list[str]) -> Table:
     """Answers in columns."""
-    table = Table(*(Text(printable(talker.source)) for talker in talkers), box=box.SIMPLE, expand=True)
-    for column in table.columns:
-        column.ratio = 1
-        column.overflow = "fold"
+    table = Table(box=box.SIMPLE, expand=True)
+    for talker in talkers:
+        table.add_column(Text(printable(talker.source)), ratio=1, overflow="fold")
     table.add_row(*map(Text, texts))
     return table
 
