@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 from google.protobuf.json_format import MessageToDict
 
 from prom_jax.data import sources
@@ -34,7 +32,13 @@ from prom_jax.data.tokens import EncodedText, encode
 from prom_jax.tokenization import folder as tokenizers
 from prom_jax.utils.console import track
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.extras import needs
+from prom_jax.utils.process import num_cpus
 from prom_jax.utils.workdir import make_directory
+
+with needs("data"):
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
 
 VERSION = 4  # part of the fingerprint: raise it whenever the same recipe gives other records
 CHUNK = 512  # examples tokenised at once
@@ -232,7 +236,7 @@ STATISTICS = ("lengths", "weights", "bytes", "prefix_ids", "common_prompts")
 def _workers(examples: int, tokenizer, seq_len: int, names: tuple[str, ...]) -> Iterator[Callable]:
     """Gives a map of `_write_shard` over tasks: in processes, or here when there is little to do."""
     shared = tokenizer, seq_len, names, _features(names)
-    number = min(len(os.sched_getaffinity(0)), -(-examples // SHARD))
+    number = min(num_cpus(), -(-examples // SHARD))
     if examples < PARALLEL or number == 1:
         yield lambda tasks: map(functools.partial(_write_shard, shared), tasks)
         return

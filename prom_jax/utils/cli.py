@@ -59,7 +59,8 @@ class Parser(argparse.ArgumentParser):
         group.add_argument(
             "--config",
             metavar="FILE[:variant]",
-            help="configuration file, and a variant of it: configs/th.py:bactrian (required)",
+            help="configuration file, or the name of one that comes with the package, and a variant of it: "
+            "configs/th.py:bactrian or th:bactrian (required)",
         )
         group.add_argument(
             "--config.KEY",
