@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from google.protobuf.json_format import MessageToDict
@@ -168,11 +168,8 @@ def prepare(recipe: Recipe, tokenizer, directory) -> Prepared:
             shutil.rmtree(partial, ignore_errors=True)
     with _naming_damage(final):
         report = json.loads((final / "report.json").read_text())
-    splits = {
-        name: Records(final, name) if (final / f"{name}.npz").is_file() else None
-        for name in ("train", "holdout", "text")
-    }
-    return Prepared(final.name, **splits, report=report)
+    more = {name: Records(final, name) for name in ("holdout", "text") if (final / f"{name}.npz").is_file()}
+    return Prepared(final.name, Records(final, "train"), more.get("holdout"), more.get("text"), report)
 
 
 def fingerprint(recipe: Recipe, tokenizer) -> str:
@@ -193,7 +190,8 @@ def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
     splits, unmatched = read_examples(recipe)
     found = {stream for examples in splits.values() for example in examples for stream in example.texts}
     names = recipe.streams + tuple(sorted(found - set(recipe.streams)))
-    report, infos = {"unmatched": unmatched}, []
+    report: dict[str, Any] = {"unmatched": unmatched}
+    infos = []
     with _workers(sum(map(len, splits.values())), tokenizer, recipe.seq_len, names) as each:
         for split, examples in splits.items():
             parts = [examples[first : first + SHARD] for first in range(0, len(examples), SHARD)]

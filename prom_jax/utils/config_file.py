@@ -2,7 +2,7 @@
 
 import difflib
 import importlib.machinery
-import importlib.util
+import types
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -45,7 +45,8 @@ def load(name: str) -> ConfigDict:
             f"of {', '.join(own)}"
         )
     loader = importlib.machinery.SourceFileLoader("configuration_file", path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    module = types.ModuleType(loader.name)
+    module.__file__ = path
     try:
         loader.exec_module(module)
         config = module.get_config(variant) if variant else module.get_config()
@@ -105,7 +106,7 @@ def _value(config: ConfigDict, key: str, flag: str):
         if not isinstance(node, ConfigDict) or part not in node:
             keys = _keys(config)
             leaves = {known.rpartition(".")[2]: known for known in keys}
-            meant = nearest(key, keys) or leaves.get(nearest(key.rpartition(".")[2], leaves))
+            meant = nearest(key, keys) or leaves.get(nearest(key.rpartition(".")[2], leaves) or "")
             hint = f"did you mean --config.{meant}? " * bool(meant)
             raise UserError(
                 f"unknown configuration key {part!r} in {flag}: {hint}prom_jax/config.py lists them all"

@@ -221,7 +221,7 @@ def _remedy(error: Exception) -> str:
         403: "enable the Cloud Translation API and billing in this project, and give the account the role "
         "'Cloud Translation API User'.",
         404: "check --project.",
-    }.get(getattr(error, "code", None), "run the same command again, what is translated is kept.")
+    }.get(getattr(error, "code", 0), "run the same command again, what is translated is kept.")
 
 
 # NLLB -----------------------------------------------------------------------------------------
