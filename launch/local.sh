@@ -14,6 +14,11 @@ port=${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); p
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 share=$((gpus / number))
 
+# Each line as soon as it is there.
+prefixed() {
+  while IFS= read -r line || [ -n "$line" ]; do printf '%s: %s\n' "$1" "$line"; done
+}
+
 processes=()
 trap 'kill "${processes[@]}" 2>/dev/null || true' TERM INT # they save, and end
 for ((id = 0; id < number; id++)); do
@@ -22,7 +27,7 @@ for ((id = 0; id < number; id++)); do
     export JAX_LOCAL_DEVICE_IDS
   fi
   python -u -m "prom_jax.${COMMAND:-train}" --coordinator="localhost:$port" --num_processes="$number" --process_id="$id" \
-    "$@" > >(sed -u "s/^/$id: /") 2> >(sed -u "s/^/$id: /" >&2) &
+    "$@" > >(prefixed "$id") 2> >(prefixed "$id" >&2) &
   processes+=($!)
 done
 

@@ -10,7 +10,9 @@ _terms="the Gemma Terms of Use (https://ai.google.dev/gemma/terms)"
 
 # Whether a file ($1) has a checksum ($2); says so on stderr where it has not.
 _checked() {
-  echo "$2  $1" | sha256sum --check --status && return
+  # not with sha256sum, which a Mac has not
+  python -c 'import hashlib, sys; sys.exit(hashlib.file_digest(open(sys.argv[1], "rb"), "sha256").hexdigest() != sys.argv[2])' \
+    "$1" "$2" && return
   echo "error: $1 is not the file expected (sha256 $2): remove ${1%/*} and try again" >&2
   return 1
 }

@@ -7,6 +7,10 @@ prom_jax.save_hf(model, tokenizer, "directory")
 """
 
 import importlib
+import sys
+
+if sys.platform == "win32":  # with this name, `python -m` tells the sentence without a traceback
+    raise ImportError("prom_jax runs on Linux and macOS: on Windows, install it within WSL", name=__name__)
 
 # What others import: its module, and its name there. (`probe` and `prepare` are commands of this package.)
 _EXPORTS = {

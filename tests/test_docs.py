@@ -26,7 +26,7 @@ from prom_jax.utils import cli
 from tests.utils.test_cli import COMMANDS, WITH_CONFIG
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {f"prom_jax.{name}" for name in COMMANDS}
 
 
@@ -166,6 +166,18 @@ def test_keys_are_those_of_the_configuration(page):
     files = {"py", "json", "md"}  # config.py is a file
     unknown = {key for key in named if key not in keys() and key.rpartition(".")[2] not in files}
     assert not unknown - {"KEY", "prom_jax", "get_config"}  # a flag's pattern, model.config, a function
+
+
+def test_workflows_run_scripts_that_are_there():
+    """GitHub runs what `.ci/run` and a developer run, and the Pythons are those that the package allows."""
+    scripts, pythons = set(), set()
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        text = path.read_text(encoding="utf-8")
+        scripts |= set(re.findall(r"(?<![\w/])(?:tests/\w+\.sh|\.ci/run)", text))
+        pythons |= set(re.findall(r'"(3\.\d+)"', text))
+    assert {".ci/run", "tests/wheel.sh", "tests/versions.sh"} <= scripts
+    assert all((ROOT / script).is_file() for script in scripts)
+    assert pythons == {"3.11", "3.12", "3.13", "3.14"}
 
 
 # Commands.

@@ -54,3 +54,13 @@ def test_no_export_has_a_modules_name():
 def test_importing_the_package_starts_nothing():
     program = "import sys, prom_jax; assert not {'jax', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_windows_is_refused_in_one_sentence():
+    sentence = "prom_jax runs on Linux and macOS: on Windows, install it within WSL"
+    program = "import sys; sys.platform = 'win32'; "
+    done = subprocess.run([sys.executable, "-c", program + "import prom_jax"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"ImportError: {sentence}"
+    program += "import runpy; runpy._run_module_as_main('prom_jax.train')"  # what `python -m` calls
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and sentence in done.stderr

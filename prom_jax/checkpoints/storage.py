@@ -1,13 +1,13 @@
 """Places on this machine and in an object store, and what goes wrong there."""
 
 import contextlib
-import importlib.util
 import os
 import re
 
 from etils import epath
 
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.extras import require
 
 # What Orbax, TensorStore and the system raise where files cannot be read or written. What an object store's
 # clients raise has no kind in common, so that they are caught as `Exception`.
@@ -26,8 +26,7 @@ def resolve_path(path) -> epath.Path:
         return epath.Path(os.path.abspath(path))
     if scheme[0] != REMOTE:
         raise UserError(f"{path} is in no place that is supported: expected a path or gs://bucket/…")
-    if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{path} needs the package gcsfs: pip install -e '.[gcs]'")
+    require("gcs")
     return epath.Path(path)
 
 

@@ -17,13 +17,16 @@ continue the prompts of the primary texts there.
 import math
 from collections.abc import Iterator
 
-import grain
 import numpy as np
 
 from prom_jax.data import packing
 from prom_jax.data.records import Records, Stream
 from prom_jax.ops.attention import segment_id
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.extras import needs
+
+with needs("data"):
+    import grain
 
 
 class Batches:

@@ -19,11 +19,9 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 from google.protobuf.json_format import MessageToDict
 
 from prom_jax.data import sources
@@ -34,7 +32,13 @@ from prom_jax.data.tokens import EncodedText, encode
 from prom_jax.tokenization import folder as tokenizers
 from prom_jax.utils.console import track
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.extras import needs
+from prom_jax.utils.process import num_cpus
 from prom_jax.utils.workdir import make_directory
+
+with needs("data"):
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
 
 VERSION = 4  # part of the fingerprint: raise it whenever the same recipe gives other records
 CHUNK = 512  # examples tokenised at once
@@ -164,11 +168,8 @@ def prepare(recipe: Recipe, tokenizer, directory) -> Prepared:
             shutil.rmtree(partial, ignore_errors=True)
     with _naming_damage(final):
         report = json.loads((final / "report.json").read_text())
-    splits = {
-        name: Records(final, name) if (final / f"{name}.npz").is_file() else None
-        for name in ("train", "holdout", "text")
-    }
-    return Prepared(final.name, **splits, report=report)
+    more = {name: Records(final, name) for name in ("holdout", "text") if (final / f"{name}.npz").is_file()}
+    return Prepared(final.name, Records(final, "train"), more.get("holdout"), more.get("text"), report)
 
 
 def fingerprint(recipe: Recipe, tokenizer) -> str:
@@ -189,7 +190,8 @@ def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
     splits, unmatched = read_examples(recipe)
     found = {stream for examples in splits.values() for example in examples for stream in example.texts}
     names = recipe.streams + tuple(sorted(found - set(recipe.streams)))
-    report, infos = {"unmatched": unmatched}, []
+    report: dict[str, Any] = {"unmatched": unmatched}
+    infos = []
     with _workers(sum(map(len, splits.values())), tokenizer, recipe.seq_len, names) as each:
         for split, examples in splits.items():
             parts = [examples[first : first + SHARD] for first in range(0, len(examples), SHARD)]
@@ -232,7 +234,7 @@ STATISTICS = ("lengths", "weights", "bytes", "prefix_ids", "common_prompts")
 def _workers(examples: int, tokenizer, seq_len: int, names: tuple[str, ...]) -> Iterator[Callable]:
     """Gives a map of `_write_shard` over tasks: in processes, or here when there is little to do."""
     shared = tokenizer, seq_len, names, _features(names)
-    number = min(len(os.sched_getaffinity(0)), -(-examples // SHARD))
+    number = min(num_cpus(), -(-examples // SHARD))
     if examples < PARALLEL or number == 1:
         yield lambda tasks: map(functools.partial(_write_shard, shared), tasks)
         return

@@ -23,6 +23,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.extras import needs
 from prom_jax.utils.temporary import quiet_loggers
 
 csv.field_size_limit(1 << 27)
@@ -262,7 +263,8 @@ def _read_tsv(path: Path) -> Iterator[dict]:
 
 def _read_parquet(path: Path) -> Iterator[dict]:
     # Not through datasets, which keeps a copy of all that a few bytes may unpack to.
-    from pyarrow import parquet
+    with needs("data"):
+        from pyarrow import parquet
 
     left = PARQUET_FACTOR * max(path.stat().st_size, 1 << 16)
     try:
@@ -363,7 +365,8 @@ def _load_hub(name: str):
 
 
 def _load(what: str, remedy: str, *args, split: str = "train", **kwargs):
-    import datasets
+    with needs("data"):
+        import datasets
 
     try:
         with quiet_loggers("datasets"):  # what it logs, it raises too

@@ -7,15 +7,18 @@ import types
 from pathlib import Path
 
 import yaml
-from lm_eval import evaluator
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from prom_jax.evaluation import replies, squad_metrics
 from prom_jax.evaluation.lm import HarnessModel
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.extras import needs
 from prom_jax.utils.temporary import environment, modules, no_progress_bars, quiet_loggers
+
+with needs("eval"):
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
 
 TASKS = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234  # the harness's own

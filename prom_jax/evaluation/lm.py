@@ -4,9 +4,6 @@ import json
 from collections import defaultdict
 
 import jinja2
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from prom_jax.checkpoints.generation import stop_tokens
 from prom_jax.evaluation.answers import Answers
@@ -14,7 +11,13 @@ from prom_jax.evaluation.decode import SLOTS, decode
 from prom_jax.evaluation.score import score
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.extras import needs
 from prom_jax.utils.temporary import quiet_loggers
+
+with needs("eval"):
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 MAX_NEW_TOKENS = 256  # where a task does not say
 NO_MATTER_IF_GREEDY = {"temperature", "top_p", "top_k", "min_p", "num_beams", "num_return_sequences"}

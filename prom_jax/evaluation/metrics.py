@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 
+from prom_jax.utils.extras import needs
 from prom_jax.utils.temporary import environment
 
 Tokens = Callable[[str], list[str]]
@@ -110,7 +111,7 @@ def thai_tokens(text: str) -> list[str]:
 @functools.cache
 def _thai_words() -> Tokens:
     # It would make a directory for downloads in the user's home, and its dictionary needs none.
-    with environment(PYTHAINLP_READ_ONLY="1"):
+    with needs("eval"), environment(PYTHAINLP_READ_ONLY="1"):
         from pythainlp.tokenize import word_tokenize
 
         words = functools.partial(word_tokenize, engine="newmm", keep_whitespace=False)

@@ -153,7 +153,7 @@ def _print_error(message: str):
 
 def _leave(joined: bool):
     """Waits for the others, so that none mistakes the end for a loss."""
-    if joined:
+    if joined and _watch:
         barrier("end")
         _watch.stop()
         jax.distributed.shutdown()
@@ -184,7 +184,8 @@ class _Watch(threading.Thread):
     def __init__(self, hang_timeout: float):
         super().__init__(name="watch", daemon=True)
         self._client, self._process = runtime.global_state.client, runtime.global_state.process_id
-        self._limit, self._where, self._since = hang_timeout, None, 0.0
+        self._limit, self._since = hang_timeout, 0.0
+        self._where: str | None = None
         self._stopped = threading.Event()
         self._ending = threading.Lock()
         self._beats = 0

@@ -4,9 +4,12 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from prom_jax.training.methods import find_method
+from prom_jax.utils.extras import needs
+
+with needs("report"):
+    from matplotlib.figure import Figure
 
 LABELS = {
     "target": "target",

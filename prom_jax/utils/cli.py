@@ -59,7 +59,8 @@ class Parser(argparse.ArgumentParser):
         group.add_argument(
             "--config",
             metavar="FILE[:variant]",
-            help="configuration file, and a variant of it: configs/th.py:bactrian (required)",
+            help="configuration file, or the name of one that comes with the package, and a variant of it: "
+            "configs/th.py:bactrian or th:bactrian (required)",
         )
         group.add_argument(
             "--config.KEY",
@@ -70,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         workdir = "where the run goes (default: runs/<config>[-variant])"
         group.add_argument("--workdir", metavar="DIR", help=workdir)
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:  # type: ignore[override]
         """As argparse's, with what `add_run` promises.
 
         Raises:
@@ -234,7 +235,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _names(action: argparse.Action) -> tuple[str, ...]:
-    return tuple(action.option_strings) or (action.metavar or action.dest,)
+    return tuple(action.option_strings) or (str(action.metavar or action.dest),)
 
 
 def _default_workdir(config: str) -> Path:

@@ -2,7 +2,7 @@
 
 import difflib
 import importlib.machinery
-import importlib.util
+import types
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from ml_collections import ConfigDict, config_flags
 
 from prom_jax.utils.errors import UserError
 
+# The configurations that come with the package: a link to configs/ in the repository.
+OWN = Path(__file__).parents[1] / "resources" / "configs"
 # What a value of each type is called where another one was given.
 EXPECTED = {
     bool: "true or false",
@@ -25,7 +27,8 @@ def load(name: str) -> ConfigDict:
     """The configuration that a file's `get_config` makes.
 
     Args:
-      name: the path of a Python file, with an optional variant after a colon.
+      name: the path of a Python file, or the name of a configuration that comes with the package ('th'),
+        with an optional variant after a colon.
 
     Returns:
       The configuration, locked: no key can be added.
@@ -34,12 +37,16 @@ def load(name: str) -> ConfigDict:
       UserError: if there is no such file, it makes no configuration, or has no such variant.
     """
     path, _, variant = name.partition(":")
+    if path in (own := {file.stem: str(file) for file in sorted(OWN.glob("*.py"))}):
+        path = own[path]
     if not Path(path).is_file():
         raise UserError(
-            f"{path} does not exist: --config expects a configuration file, such as configs/demo.py"
+            f"{path} does not exist: --config expects a configuration file, such as configs/demo.py, or one "
+            f"of {', '.join(own)}"
         )
     loader = importlib.machinery.SourceFileLoader("configuration_file", path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    module = types.ModuleType(loader.name)
+    module.__file__ = path
     try:
         loader.exec_module(module)
         config = module.get_config(variant) if variant else module.get_config()
@@ -99,7 +106,7 @@ def _value(config: ConfigDict, key: str, flag: str):
         if not isinstance(node, ConfigDict) or part not in node:
             keys = _keys(config)
             leaves = {known.rpartition(".")[2]: known for known in keys}
-            meant = nearest(key, keys) or leaves.get(nearest(key.rpartition(".")[2], leaves))
+            meant = nearest(key, keys) or leaves.get(nearest(key.rpartition(".")[2], leaves) or "")
             hint = f"did you mean --config.{meant}? " * bool(meant)
             raise UserError(
                 f"unknown configuration key {part!r} in {flag}: {hint}prom_jax/config.py lists them all"

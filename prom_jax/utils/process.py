@@ -1,5 +1,7 @@
 """This process among others: which one it is, and with what status it ends."""
 
+import os
+
 import jax
 
 MISTAKE = 2  # exit status: input that cannot be used, or a loss that is not finite
@@ -10,3 +12,9 @@ REQUEUE = 75  # EX_TEMPFAIL: saved on SIGTERM or SIGINT; run the same command ag
 def is_main_process() -> bool:
     """Whether this is process 0, which alone writes and prints."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def num_cpus() -> int:
+    """The cores that this process may use; where the system does not tell which (macOS), all of them."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -174,5 +174,5 @@ def test_what_is_missing_or_not_supported(monkeypatch):
     with pytest.raises(UserError, match="s3://bucket/run is in no place that is supported"):
         resolve_path("s3://bucket/run")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package gcsfs: pip install -e '\.\[gcs\]'"):
+    with pytest.raises(UserError, match=r"not installed: gcsfs\. Install it with: pip install .*\[gcs\]'"):
         Checkpoints("gs://runs/x")

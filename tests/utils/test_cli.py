@@ -1,6 +1,7 @@
 """The command line that all commands share."""
 
 import importlib
+import re
 import shlex
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from prom_jax.utils import cli, config_file
+from prom_jax import __main__
+from prom_jax.utils import cli, config_file, extras
 from prom_jax.utils.errors import UserError
 
 WITH_CONFIG = ("train", "prepare", "regulate", "interference")
@@ -44,7 +46,7 @@ def mistake(command, *given):
 
 def test_all_commands_are_here():
     modules = {path.stem for path in Path(cli.__file__).parents[1].glob("*.py")}
-    assert modules - {"__init__", "config"} == set(COMMANDS)
+    assert modules - {"__init__", "__main__", "config"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -196,7 +198,10 @@ def test_overrides_keep_the_type(given, key, value, last):
             "--config=configs/th.py:bactrain",
             "unknown variant 'bactrain': expected one of bactrian, prom, xllama2",
         ),
-        ("--config=configs/xx.py", "configs/xx.py does not exist: --config expects a configuration file"),
+        (
+            "--config=configs/xx.py",
+            "configs/xx.py does not exist: --config expects a configuration file, such as",
+        ),
     ],
 )
 def test_configurations_that_cannot_be(given, message):
@@ -248,3 +253,28 @@ def test_switches_take_a_truth_value_too(given, value):
     assert parse("train", given).dry_run is value
     with pytest.raises(UserError, match="--dry_run=maybe: expected true or false, or --dry_run alone"):
         parse("train", "--dry_run=maybe")
+
+
+def test_the_console_script_runs_the_commands(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(module("convert"), "main", seen.append)
+    __main__.main(["convert", "to_hf", "a", "b"])
+    assert seen == [["to_hf", "a", "b"]]
+    __main__.main(["--help"])
+    told = capsys.readouterr().out
+    assert all(re.search(rf"^  {command} +[A-Za-z]", told, re.M) for command in COMMANDS)
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main(["trian"])
+    assert capsys.readouterr().err.startswith("error: unknown command 'trian': did you mean train? expected ")
+    assert set(COMMANDS) == set(extras.COMMANDS)
+
+
+def test_configurations_of_the_package_by_name(tmp_path, monkeypatch):
+    here = Path("configs").resolve()
+    assert {path.name for path in config_file.OWN.glob("*.py")} == {path.name for path in here.glob("*.py")}
+    monkeypatch.chdir(tmp_path)
+    arguments = module("train").parse(["--config=th:smoothing_0.3"])
+    assert (arguments.config.language, arguments.config.pivot.label_smoothing) == ("th", 0.3)
+    assert arguments.workdir == Path("runs/th-smoothing_0.3")
+    message = mistake("train", "--config=xx")
+    assert message.startswith("xx does not exist: --config expects ") and "or one of ar, bn, demo" in message

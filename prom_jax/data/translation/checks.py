@@ -14,6 +14,7 @@ import langcodes
 import regex
 
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.extras import needs
 
 # Human translations have 0.38 to 3.3 times the characters of the English, and Chinese has fewer.
 LENGTH_RATIO, LENGTH_SLACK = 6, 20
@@ -150,7 +151,8 @@ def _related(one: str, other: str) -> bool:
 
 @functools.cache
 def _identifier():
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    with needs("translate"):
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 

@@ -1,11 +1,10 @@
 """Machine translation engines: Google Cloud Translation, which the paper used, and NLLB-200 on this machine.
 
 Both turn a list of one-line texts into the list of their translations, and know neither instructions nor the
-cache (`prom_jax.data.translation.translate` does). Their packages are extras: ``.[google]`` and ``.[nllb]``.
+cache (`prom_jax.data.translation.translate` does). Their packages come with the extra `translate`.
 """
 
 import hashlib
-import importlib
 import re
 import shlex
 import threading
@@ -17,6 +16,7 @@ import langcodes
 
 from prom_jax.data.translation import checks
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.extras import needs
 
 
 class Engine(Protocol):
@@ -88,9 +88,10 @@ class Google:
         characters_per_minute: int = CHARACTERS_PER_MINUTE,
         credentials=None,
     ):
-        translate = _import("google.cloud.translate_v3", "google")
-        from google.auth.credentials import AnonymousCredentials
-        from google.cloud.translate_v3.services.translation_service import transports
+        with needs("translate"):
+            import google.cloud.translate_v3 as translate
+            from google.auth.credentials import AnonymousCredentials
+            from google.cloud.translate_v3.services.translation_service import transports
 
         self.name = "google"
         self.rate = characters_per_minute / 60
@@ -220,7 +221,7 @@ def _remedy(error: Exception) -> str:
         403: "enable the Cloud Translation API and billing in this project, and give the account the role "
         "'Cloud Translation API User'.",
         404: "check --project.",
-    }.get(getattr(error, "code", None), "run the same command again, what is translated is kept.")
+    }.get(getattr(error, "code", 0), "run the same command again, what is translated is kept.")
 
 
 # NLLB -----------------------------------------------------------------------------------------
@@ -253,8 +254,11 @@ class NLLB:
     max_characters = 5000
 
     def __init__(self, language: str, model: str, source: str = "en", device: str = "auto"):
-        ctranslate2 = _import("ctranslate2", "nllb")
-        self._segment = _import("sentencex", "nllb").segment
+        with needs("translate"):
+            import ctranslate2
+            import sentencex
+
+        self._segment = sentencex.segment
         folder = Path(model)
         _require_converted(folder)
         self._language = source
@@ -355,10 +359,3 @@ def _require_converted(folder: Path) -> None:
         f"--output_dir {shlex.quote(folder.name + '-ct2')} --quantization int8 "
         f"--copy_files {' '.join(present)}` and give that folder."
     )
-
-
-def _import(module: str, extra: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"There is no package '{module}' here: pip install -e '.[{extra}]'.") from None

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The tests against the lowest or the newest versions that pyproject.toml allows, in an environment of their own.
+#   bash tests/versions.sh lowest|newest python3.11 [arguments of pytest]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case ${1:-} in
+  lowest) resolution=lowest-direct ;;
+  newest) resolution=highest ;;
+  *) echo "error: tests/versions.sh ${1:-}: expected lowest or newest, and a Python" >&2 && exit 2 ;;
+esac
+python=${2:?"which Python? bash tests/versions.sh lowest python3.11"}
+shift 2
+
+environment=$(mktemp -d)
+trap 'rm -rf "$environment"' EXIT
+"$python" -m venv "$environment"
+source "$environment/bin/activate"
+pip install --quiet --disable-pip-version-check uv
+uv pip compile --quiet --no-annotate --resolution="$resolution" --extra=all \
+  --output-file="$environment/versions.txt" pyproject.toml > /dev/null
+# What the tests need besides.
+grep --extended-regexp "^(torch|accelerate|tokamax|gcp-storage-emulator|pytest|pytest-xdist|hypothesis|build|twine)==" \
+  requirements-dev.txt > "$environment/tools.txt"
+pip install --quiet --disable-pip-version-check --no-compile -r "$environment/versions.txt" -r "$environment/tools.txt"
+source launch/model.sh smollm2
+export SMOLLM2
+python -m pytest "$@"
