@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
+from prom_jax.train import MOST_KEPT
+from prom_jax.training import budget
 from prom_jax.training.methods.prom import PROM
 from prom_jax.utils import command
 
@@ -119,6 +121,9 @@ class Peer:
         self.layout, self.method, self.config = LAYOUTS[layout], method, config
         self.model = load(source, config.remat).to(self.device)
         self.parameters = list(self.model.parameters())
+        state = 16 * sum(parameter.numel() for parameter in self.parameters)  # with gradients and two moments
+        if state > MOST_KEPT * budget.available_bytes():
+            command.return_freed_memory()
         self.optimizer = torch.optim.AdamW(
             self.parameters, betas=(0.9, 0.999), weight_decay=config.optimizer.weight_decay, fused=True
         )
