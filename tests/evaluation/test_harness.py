@@ -166,7 +166,7 @@ def test_flags_equal_the_harness_own_model(folder, models, flags):
     _, samples = harness.evaluate(ours, harness.load_tasks(names, num_fewshot=num_fewshot), **flags)
     expected = lm_eval.simple_evaluate(
         model=theirs,
-        tasks=list(harness.load_tasks(names).values()),
+        tasks=list(harness.load_tasks(names, num_fewshot=num_fewshot).values()),
         num_fewshot=num_fewshot,
         apply_chat_template=flags.get("chat", False),
         fewshot_as_multiturn=flags.get("multiturn", flags.get("chat", False)),
