@@ -145,6 +145,9 @@ def torch_loss(hf, pivot_head, method, **streams):
         )
         sides = projected(english, target), projected(target, english)
         tensors = {name: sides[0][name] + sides[1][name] for name in english}
+        assert (
+            len({torch.equal(sides[0][name], english[name]) for name in english}) == 2
+        )  # some blocks conflict
     else:
         tensors = torch_gradients(hf, pivot_head, sum(part for part, *_ in parts.values()))
     config = config_from_hf(hf.config.to_dict())
@@ -201,7 +204,7 @@ def models(family, has_pivot=True, more_exits=()):
         (SHARED_FINAL, "gemma3"),
         (LAST, "llama3"),
         (DEEP, "smollm2"),
-        (PCGRAD, "smollm2"),
+        (PCGRAD, "llama3"),
     ],
     ids=id_of,
 )
@@ -214,30 +217,16 @@ def test_losses_and_all_gradients_equal_torch(method, family):
     assert jax.tree.structure(ours[1]) == jax.tree.structure(trained_params(decoder.to_params(model), method))
 
 
-@pytest.mark.parametrize("method", [RAW, PCGRAD, DEEP], ids=id_of)
-def test_norms_of_the_parts_of_a_gradient(method):
-    hf, head, model = models("llama3", bool(method.heads), method.exits)
-    parts = torch_parts(hf, head, method)
-    batch = jax.tree.map(lambda x: jnp.pad(x, [(0, len(x) % 2), (0, 0)]), CONVERTED)
-    chunks = dict.fromkeys(method.streams, 16)
-    norms = jax.jit(make_term_norms(model, method, 2, chunks=chunks))(decoder.to_params(model), batch)
+def test_norms_of_the_parts_of_a_gradient():
+    hf, head, model = models("llama3")
+    parts = torch_parts(hf, head, RAW)
+    batch = jax.tree.map(lambda x: jnp.pad(x, [(0, len(x) % 2), (0, 0)]), PACKED)
+    chunks = dict.fromkeys(RAW.streams, 16)
+    norms = jax.jit(make_term_norms(model, RAW, 2, chunks=chunks))(decoder.to_params(model), batch)
     assert set(norms) == set(parts)
     for stream, (part, *_) in parts.items():
         of_all = torch.cat([x.flatten() for x in torch_gradients(hf, head, part).values()])
         assert norms[stream] == pytest.approx(of_all.norm().item(), rel=1e-4), stream
-
-
-def test_gradients_are_projected_in_the_blocks_that_conflict_alone():
-    _, _, model = models("llama3", has_pivot=False)
-    summed, ours = (gradients(model, method, PACKED)[1] for method in (XLLAMA2, PCGRAD))
-    as_summed = {name: error < 1e-5 for name, error in relative_errors(ours, summed).items()}
-    blocks = [
-        {as_summed[f"{stack}.{kind}.{layer}"] for kind in ours[stack]}
-        for stack in ("stack0", "stack1")
-        for layer in range(len(ours[stack]["q_proj"]))
-    ]
-    assert all(len(block) == 1 for block in blocks)  # as a whole
-    assert {True, False} == set(as_summed.values())
 
 
 def test_packed_equals_unpacked():
