@@ -240,8 +240,12 @@ def config_of(path, metadata: dict, tensors: Collection[str], vocab_size: int, r
 
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path} lacks the tensor token_embd.weight: expected a whole model; fetch it again")
+    sizes = ("attention.head_count", "embedding_length", "attention.key_length", "rope.dimension_count")
+    for key in sizes:
+        if type(value := settings.get(key, 1)) is not int or not 0 < value < 2**31:
+            raise UserError(f"{path} sets {prefix}{key}={value!r:.100}: expected a whole number above 0")
     heads = need("attention.head_count")
-    head_dim = settings.get("attention.key_length") or need("embedding_length") // max(heads, 1)
+    head_dim = settings.get("attention.key_length") or need("embedding_length") // heads
     rotated = settings.get("rope.dimension_count", head_dim)
     config = config_from_hf(
         {

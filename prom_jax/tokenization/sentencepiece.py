@@ -43,6 +43,20 @@ class SentencePieceTokenizer(PreTrainedTokenizerFast):
     model_file: bytes
     splitter: pre_tokenizers.PreTokenizer | None = None
 
+    def __getstate__(self) -> dict:
+        """What a process that shares the work is sent: the library's part is made there again."""
+        with serializable(self) as by_library:
+            if not by_library:
+                return self.__dict__
+            backend = Tokenizer.from_str(self.backend_tokenizer.to_str())
+        return self.__dict__ | {"_tokenizer": backend, "splitter": True}
+
+    def __setstate__(self, state: dict):
+        self.__dict__.update(state)
+        if self.splitter:
+            self.splitter = _splitter(_proto(self.model_file))
+            self.backend_tokenizer.pre_tokenizer = self.splitter
+
 
 @contextlib.contextmanager
 def serializable(tokenizer: PreTrainedTokenizerFast):

@@ -241,7 +241,8 @@ def test_gguf_numbers_of_an_array_take_little_memory(tmp_path):
     [
         ({"block_count": 10**6}, "num_hidden_layers=1000000"),
         ({"block_count": "1"}, "num_hidden_layers='1'"),
-        ({"attention.head_count": 0}, "num_attention_heads=0"),
+        ({"attention.head_count": 0}, "head_count=0: expected a whole number above 0"),
+        ({"rope.dimension_count": "x"}, r"rope\.dimension_count='x': expected a whole number above 0"),
         ({"attention.layer_norm_rms_epsilon": "x"}, "rms_norm_eps='x'"),
         ({"attention.key_length": 7}, "head_dim=7"),
     ],

@@ -1,6 +1,7 @@
 """SentencePiece models of all kinds against the sentencepiece library itself."""
 
 import json
+import pickle
 
 import pytest
 import sentencepiece
@@ -115,6 +116,9 @@ def test_every_model_equals_the_library(tmp_path, name):
         for text in texts:
             assert again(text).input_ids == loaded(text).input_ids
     assert folder.fingerprint(others[0]) == folder.fingerprint(loaded)
+    sent = pickle.loads(pickle.dumps(loaded))  # to processes that tokenise with it
+    for text in texts:
+        assert sent(text).input_ids == loaded(text).input_ids
 
 
 def test_fingerprints_tell_extended_models_apart(tmp_path):
