@@ -110,7 +110,12 @@ class MetricsLog:
         self._file.flush()
         again = _key(row) in self._reported
         numbers = {key: value for key, value in row.items() if key != "step"}
-        self._each(lambda tracker: (again and not tracker.repeats) or tracker.scalars(step, numbers))
+
+        def pass_on(tracker: Tracker):
+            if tracker.repeats or not again:
+                tracker.scalars(step, numbers)
+
+        self._each(pass_on)
 
     def text(self, name: str, markdown: str):
         """Passes a text to the trackers."""
