@@ -19,7 +19,9 @@ class TensorBoard:
     repeats = True
 
     def __init__(self, run: Run):
-        self._writer = SummaryWriter(str(run.workdir / "tensorboard"), purge_step=run.step + 1)
+        # A killed run loses what is not flushed; two minutes of it by default.
+        folder = str(run.workdir / "tensorboard")
+        self._writer = SummaryWriter(folder, purge_step=run.step + 1, flush_secs=1)
         self.text("settings", f"```\n{json.dumps(run.settings, indent=2, ensure_ascii=False)}\n```")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
