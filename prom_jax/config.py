@@ -161,6 +161,9 @@ def default() -> ConfigDict:
     # Where they go: a path or gs://bucket/…; '': into the work directory.
     c.checkpoint.directory = ""
 
+    # Where a run can be watched besides metrics.jsonl: some of prom_jax/training/trackers.
+    c.trackers = ("tensorboard",)
+
     c.export = ConfigDict()
     # Of the exported weights: 'float32', 'bfloat16', 'float16'; '': as the source has them.
     c.export.dtype = ""

@@ -40,7 +40,7 @@ from prom_jax.training.objective import head_chunks
 from prom_jax.training.optimizer import abstract_state, make_optimizer, make_schedule
 from prom_jax.training.setup import Experiment, open_base, resolve
 from prom_jax.training.step import make_term_norms, make_update, trained_params
-from prom_jax.training.trackers import MetricsLog
+from prom_jax.training.trackers import MetricsLog, find_trackers
 from prom_jax.utils import cli, command
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
@@ -70,6 +70,7 @@ def train(config, workdir, dry_run: bool = False) -> dict:
     started = time.time()
     if config.export.hub:
         hub.check_can_push(config.export.hub)  # before the time is spent
+    trackers = find_trackers(config.trackers)
     job = plan(config, Path(workdir))
     workdir = job.workdir
     with jax.set_mesh(job.mesh):
@@ -85,17 +86,18 @@ def train(config, workdir, dry_run: bool = False) -> dict:
         if state is None:
             state = init_state(job, checkpoints, base.result() if base else load(job), abstract)
         params, opt_state = state
-        log = MetricsLog(workdir, start or BEFORE_BASE)
-        write_config(workdir, job.identity)
-        if not start:
-            evaluate(job, params, log, 0)
-            write_samples(job, params, "base")
-        params = loop(job, update, term_norms, params, opt_state, checkpoints, log, start)
-        log.close()
-        write_samples(job, params, "adapted")
-        export(job, params, log)
-        checkpoints.close()  # only now: a last save that failed must not keep the result back
-        return report(job, log, time.time() - started)
+        log = MetricsLog(workdir, start or BEFORE_BASE, trackers, job.identity)
+        with contextlib.closing(log):
+            write_config(workdir, job.identity)
+            if not start:
+                show_data(job, log)
+                evaluate(job, params, log, 0)
+                write_samples(job, params, "base")
+            params = loop(job, update, term_norms, params, opt_state, checkpoints, log, start)
+            write_samples(job, params, "adapted")
+            export(job, params, log)
+            checkpoints.close()  # only now: a last save that failed must not keep the result back
+            return report(job, log, time.time() - started)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,6 +358,13 @@ def caught_signals():
             signal.signal(number, handler)
 
 
+def show_data(job: Job, log: MetricsLog):
+    """The card of the data, to the trackers."""
+    if is_main_process():
+        log.text("data card", (job.workdir / "data_card.md").read_text(encoding="utf-8"))
+        log.image("lengths", job.workdir / "lengths.png")
+
+
 def evaluate(job: Job, params, log: MetricsLog, step: int):
     """Held-out losses, on record and in a line."""
     results = {key: value for held_out in job.held_out for key, value in held_out(params).items()}
@@ -415,16 +424,27 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
         return summary
     write_json(job.workdir / "summary.json", summary)
     learning_curves(log.rows, job.workdir / "curves.png")
+    log.image("curves", job.workdir / "curves.png")
     if base and final:
-        table = Table("held out", "before", "after", "change")
-        for key in (key for key in final if key != "step" and key in base):
-            change = f"{final[key] / base[key] - 1:+.1%}"
-            table.add_row(
-                key.removeprefix("eval_").replace("_", " "), f"{base[key]:.3f}", f"{final[key]:.3f}", change
-            )
+        rows = [
+            {
+                "held out": key.removeprefix("eval_").replace("_", " "),
+                "before": f"{base[key]:.3f}",
+                "after": f"{final[key]:.3f}",
+                "change": f"{final[key] / base[key] - 1:+.1%}",
+            }
+            for key in final
+            if key != "step" and key in base
+        ]
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*row.values())
         console.print(table)
+        log.table("held out", rows)
     if job.config.eval.samples and job.data.holdout is not None:
-        samples.show(job.workdir / "samples_base.json", job.workdir / "samples_adapted.json")
+        pairs = samples.pairs(job.workdir / "samples_base.json", job.workdir / "samples_adapted.json")
+        samples.show(pairs)
+        log.table("samples", pairs)
     console.print(
         f"\n{summary['tokens_per_second']:,.0f} tokens/s, {summary['model_flops_per_second'] / 1e9:,.0f} "
         f"model GFLOP/s, {seconds:,.0f} s in all\ncurves: {job.workdir}/curves.png\n"

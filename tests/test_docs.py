@@ -18,6 +18,7 @@ import datasets
 import pytest
 
 import prom_jax.training.methods
+import prom_jax.training.trackers
 from prom_jax.config import default
 from prom_jax.evaluation import harness
 from prom_jax.models import auto, families
@@ -296,7 +297,8 @@ def extended(small, tmp_path, monkeypatch):
     (tmp_path / "capitals_sw.jsonl").write_text(lines.text, encoding="utf-8")
     loaded = set(sys.modules)
     caches = (known_methods, auto.known_families)
-    for package in (prom_jax.training.methods, families):
+    packages = (prom_jax.training.methods, prom_jax.training.trackers, families)
+    for package in packages:
         folder = tmp_path / Path(package.__file__).parent.relative_to(ROOT)
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
     monkeypatch.setattr(harness, "TASKS", tmp_path / "prom_jax/evaluation/tasks")
@@ -306,7 +308,7 @@ def extended(small, tmp_path, monkeypatch):
     yield page
     for cache in caches:
         cache.cache_clear()
-    for package in (prom_jax.training.methods, families):
+    for package in packages:
         for name in {name for name in sys.modules if name.startswith(f"{package.__name__}.")} - loaded:
             del sys.modules[name]
             delattr(package, name.rpartition(".")[2])

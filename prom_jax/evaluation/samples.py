@@ -36,15 +36,20 @@ def answer(model, tokenizer, records, number: int) -> list[dict]:
     ]
 
 
-def show(base: Path, adapted: Path):
-    """Prints the answers in two files side by side, prompt by prompt."""
-    pairs = zip(*(json.loads(path.read_text(encoding="utf-8")) for path in (base, adapted)))
-    for before, after in pairs:
-        question = before["prompt"].split("### Instruction:")[-1].split("### Response:")[0].strip()
+def pairs(base: Path, adapted: Path) -> list[dict]:
+    """The answers in two files: for each prompt {'prompt', 'before', 'after', 'reference'}."""
+    files = (json.loads(path.read_text(encoding="utf-8")) for path in (base, adapted))
+    return [
+        {key: before[key] for key in ("prompt", "reference")}
+        | {"before": before["answer"], "after": after["answer"]}
+        for before, after in zip(*files)
+    ]
+
+
+def show(rows: list[dict]):
+    """Prints what `pairs` gives, prompt by prompt."""
+    for row in rows:
+        question = row["prompt"].split("### Instruction:")[-1].split("### Response:")[0].strip()
         console.print(f"\n[bold]{escape(question)}[/bold]", markup=True)
-        for name, text in (
-            ("before", before["answer"]),
-            ("after", after["answer"]),
-            ("reference", after["reference"]),
-        ):
-            console.print(f"  [cyan]{name:<9}[/cyan] {escape(' '.join(text.split()))}", markup=True)
+        for name in ("before", "after", "reference"):
+            console.print(f"  [cyan]{name:<9}[/cyan] {escape(' '.join(row[name].split()))}", markup=True)

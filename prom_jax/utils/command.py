@@ -28,7 +28,7 @@ def import_tensorboard():
 
     Only before the process has threads.
     """
-    if "torch" in sys.modules:
+    if "torch" in sys.modules or not importlib.util.find_spec("tensorboardX"):
         return
     sys.modules["torch"] = None
     try:

@@ -12,7 +12,9 @@ from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
 
 # What may change between a run and its resumption, as it does not change the result.
-MAY_CHANGE = ("mesh", "checkpoint", "export", "remat", "attention", "batch.accumulation", "eval.every")
+MAY_CHANGE = (
+    "mesh", "checkpoint", "export", "remat", "attention", "batch.accumulation", "eval.every", "trackers",
+)  # fmt: skip
 
 CONFIG_FILE = "config.json"
 # Of what a run keeps: the trees of parameters and optimizer state, and the records. 1, which no file says: up
