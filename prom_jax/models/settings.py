@@ -368,7 +368,7 @@ _METADATA = {
     "max_sequence_length", "name_or_path", "original_max_position_embeddings", "output_attentions",
     "output_hidden_states", "prefix", "pretraining_tp", "problem_type", "return_dict", "sep_token_id",
     "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config",
-    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+    "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
 # Keys that ask for something, but not of the forward pass: of generation, a trainer, a program's kernels.
 _WITHOUT_EFFECT = {
