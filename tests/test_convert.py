@@ -89,9 +89,10 @@ def test_details_travel_with_an_export(tmp_path, byte_level):
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").prom_jax == card
     convert.from_hf(tmp_path / "hf", tmp_path / "orbax")
     assert CheckpointReader(tmp_path / "orbax").details == card
-    convert.to_hf(tmp_path / "orbax", tmp_path / "back")
+    (tmp_path / "back").mkdir()
+    convert.to_hf(tmp_path / "orbax", tmp_path / "back" / "hf")  # a card has the folder's name for a title
     for path in (tmp_path / "hf").iterdir():
-        assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes(), path.name
+        assert path.read_bytes() == (tmp_path / "back" / "hf" / path.name).read_bytes(), path.name
 
 
 def test_a_checkpoint_is_read_in_parts(tmp_path, byte_level):

@@ -135,7 +135,7 @@ def crash(monkeypatch):
     return train_until
 
 
-@pytest.mark.parametrize("at", [2, 7])
+@pytest.mark.parametrize("at", [2, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_crashed_run_goes_on_as_if_it_had_not(finished, config, tmp_path, crash, at):
     crash(at, config, tmp_path)
     door.train(config, tmp_path)
@@ -375,6 +375,7 @@ def test_the_main_job_on_real_weights(tmp_path):
         "--config=configs/demo.py",
         f"--config.model={os.environ['SMOLLM2']}",
         f"--config.probe.tables={tmp_path}",
+        "--config.pivot.regulate=mean",  # by a task and a set of demonstrations alone
         f"--workdir={tmp_path / 'run'}",
     ]
     arguments += ["--config.steps=5", "--config.eval.every=0", "--config.eval.holdout=8"]

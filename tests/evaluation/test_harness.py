@@ -148,13 +148,18 @@ def models(tiny):
 @pytest.mark.parametrize(
     "flags",
     [
-        {},
-        {"num_fewshot": 2},
-        {"num_fewshot": 2, "system": "Jibu kwa Kiswahili."},
-        {"chat": True},
         {"num_fewshot": 2, "chat": True, "system": "Jibu."},
-        {"num_fewshot": 1, "chat": True, "multiturn": False},
-        {"chat": True, "system": "plain"},
+        {"num_fewshot": 2},
+        *(
+            pytest.param(flags, marks=pytest.mark.slow)  # seconds each
+            for flags in (
+                {},
+                {"num_fewshot": 2, "system": "Jibu kwa Kiswahili."},
+                {"chat": True},
+                {"num_fewshot": 1, "chat": True, "multiturn": False},
+                {"chat": True, "system": "plain"},
+            )
+        ),
     ],
     ids=str,
 )

@@ -156,9 +156,6 @@ def test_answers_are_asked_once(tmp_path, ours, monkeypatch, capsys):
         {"max_completion_tokens": 6},
         {"max_new_tokens": 7, "max_tokens": 3},
         {"do_sample": False, "temperature": 1, "top_p": 0.5, "max_gen_toks": 9},
-        {"until": ["", "mto"], "max_gen_toks": 9},
-        {"until": "", "max_gen_toks": 9},
-        {"until": None, "max_gen_toks": 9},
     ],
     ids=str,
 )
@@ -166,6 +163,16 @@ def test_settings_of_generation_are_read_as_by_the_harness(ours, theirs, setting
     requests = asked("generate_until", *((prompt, settings) for prompt in ("ng'ombe", "maziwa kila")))
     answers = ours.generate_until(requests)
     assert answers == theirs.generate_until(requests) and all(answers)
+
+
+@pytest.mark.parametrize(("until", "same"), [(["", "mto"], ["mto"]), ("", []), (None, [])], ids=str)
+def test_an_empty_stop_string_stops_nothing(ours, until, same):
+    """(The harness's own model ends every answer after a token.)"""
+    answers = [
+        ours.generate_until(asked("generate_until", ("maziwa kila", {"until": stops, "max_gen_toks": 9})))
+        for stops in (until, same)
+    ]
+    assert answers[0] == answers[1] and all(answers[0])
 
 
 @pytest.mark.parametrize(
