@@ -1,4 +1,4 @@
-"""Gemma-3-270M to Greek on half of XQuAD's articles, about ten minutes on two CPU cores; needs 11 GiB.
+"""Gemma-3-270M to Greek on half of XQuAD's articles, on two CPU cores; needs 11 GiB of memory.
 
 GEMMA3=$(bash launch/model.sh gemma)
 git clone https://github.com/google-deepmind/xquad

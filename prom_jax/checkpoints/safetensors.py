@@ -176,12 +176,12 @@ def _config(directory: Path, content: dict) -> DecoderConfig:
 def _read_config(directory: Path) -> tuple[dict, dict]:
     """The content of a `config.json`, and what it says of how the model was made."""
     if (directory / ADAPTER).exists():
-        beside = (directory / "config.json").exists()
+        has_model = (directory / "config.json").exists()
         raise UserError(
             f"{directory} holds an adapter ({ADAPTER}) "
-            + ("beside its model, which transformers loads with it" if beside else "and no whole model")
+            + ("beside its model, which transformers loads with it" if has_model else "and no whole model")
             + ": expected a model alone; load both with peft, call `merge_and_unload`, and save the result"
-            + (f"; or remove {ADAPTER} to do without" if beside else "")
+            + (f"; or remove {ADAPTER} to do without" if has_model else "")
         )
     content = _read_json(directory / "config.json")
     details = content.pop(DETAILS_KEY, {})

@@ -28,20 +28,14 @@ WORDS = Path(__file__).with_name("words.json")
 def xquad(language: str, data_dir: str | None = None, file: str | None = None, **given) -> dict:
     """XQuAD (Artetxe et al. 2020): 1190 questions about 240 paragraphs in each language."""
     name = f"xquad.{language}.json"
-    if file or data_dir:
-        found = _squad_file(data_dir, name, file)
-    else:
-        found = _hub_data_set(name, "google/xquad", f"xquad.{language}", "validation")
+    found = _squad_data(data_dir, name, file, "google/xquad", f"xquad.{language}", "validation")
     return _questions(*found, language, **given)
 
 
 def mlqa(language: str, data_dir: str | None = None, file: str | None = None, **given) -> dict:
     """MLQA (Lewis et al. 2020), the test part whose contexts and questions are both in `language`."""
     name = f"test-context-{language}-question-{language}.json"
-    if file or data_dir:
-        found = _squad_file(data_dir, name, file)
-    else:
-        found = _hub_data_set(name, "facebook/mlqa", f"mlqa.{language}.{language}", "test")
+    found = _squad_data(data_dir, name, file, "facebook/mlqa", f"mlqa.{language}.{language}", "test")
     return _questions(*found, language, **given)
 
 
@@ -151,6 +145,11 @@ def _text(value) -> str:
 
 
 # Official files --------------------------------------------------------------------------------
+
+
+def _squad_data(data_dir: str | None, name: str, file: str | None, *on_hub: str):
+    """As `_squad_file` where there is a folder or a file, else of a data set on the hub."""
+    return _squad_file(data_dir, name, file) if file or data_dir else _hub_data_set(name, *on_hub)
 
 
 def _squad_file(directory: str | None, name: str, file: str | None) -> tuple[str, Iterator[dict]]:
