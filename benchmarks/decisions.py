@@ -59,7 +59,7 @@ def lines(config):
     with tempfile.TemporaryDirectory() as folder:
         base = open_base(config, Path(folder))
         mesh = make_mesh(**config.mesh)
-        found = regulation.measured(config, base, Path(folder), mesh)
+        found = regulation.measured(config, base, Path(folder), mesh)[config.language]
     weight = decide(config, base.config, found).weight
     for task, numbers in found["tasks"].items():
         low, high = numbers["interval"]

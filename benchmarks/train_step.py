@@ -133,7 +133,7 @@ def run(jobs: dict, sides: dict, arguments: argparse.Namespace) -> tuple[dict, d
 
 def texts(job: train.Job, step: int) -> dict[str, list]:
     """Token ids of an update's examples and whether each bears loss, by stream."""
-    records = job.data.train.read(job.batches.examples_of(step))
+    records = job.records.read(job.batches.examples_of(step))
 
     def of_stream(stream):
         return [(record[f"{stream}_tokens"], record[f"{stream}_loss"]) for record in records]
@@ -143,7 +143,7 @@ def texts(job: train.Job, step: int) -> dict[str, list]:
 
 def work(job: train.Job, step: int) -> dict[str, float]:
     """What an update trains on, whoever computes it."""
-    records, examples = job.data.train, job.batches.examples_of(step)
+    records, examples = job.records, job.batches.examples_of(step)
     flops = budget.training_flops(job.base.config, job.method, records, examples)
     loss_tokens = sum(records.streams[stream].weights[examples].sum() for stream in job.batches.shapes)
     return {

@@ -6,12 +6,22 @@ type, so that each can be overridden on the command line: `--config.pivot.weight
 
 import functools
 import math
+import re
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from prom_jax.utils.errors import UserError
 
+# What stands for a language's code in the names of sources, and the keys that have them.
+PLACEHOLDER = "{language}"
+SOURCES = (
+    ("data", "english"),
+    ("data", "target"),
+    ("data", "translation"),
+    ("data", "streams"),
+    ("eval", "text"),
+)
 REGULATE = ("auto", "mean", "paper", "never")
 METHODS = sorted(path.stem for path in (Path(__file__).parent / "training" / "methods").glob("[!_]*.py"))
 
@@ -44,7 +54,8 @@ def default() -> ConfigDict:
     c = ConfigDict()
     # Hugging Face directory or hub id, .gguf file, or Orbax checkpoint directory.
     c.model = "meta-llama/Llama-2-7b-hf"
-    # ISO 639-1 code of the target language; names it in translation prompts.
+    # ISO 639-1 code of the target language, or several of them, 'sw,th', which then are learnt together. In
+    # data.english, .target, .translation, .streams and eval.text `{language}` stands for each one's code.
     c.language = ""
     # One of prom_jax/training/methods: 'prom' (English at the pivot head, target at the main one), 'bactrian'
     # (target alone), 'xllama2' (both at the main head), 'pcgrad' (the same, with projected gradients),
@@ -98,6 +109,9 @@ def default() -> ConfigDict:
     c.data.streams = ()
     # Language of the template and the translation requests around target text: 'english' or 'target'.
     c.data.prompts = "english"
+    # Of several languages: how many examples of an epoch each has, 'sw=1','th=3'. They are repeated where a
+    # language has too few, and none is left out; (): as they are, once each.
+    c.data.share = ()
     # Tokens a row; examples are packed into rows, and cut at this length.
     c.data.seq_len = 1024
 
@@ -210,8 +224,7 @@ def check(config: ConfigDict) -> None:
     for key, allowed in one_of.items():
         if _get(config, key) not in allowed:
             raise UserError(f"{key}={_get(config, key)!r}: expected one of {', '.join(map(repr, allowed))}")
-    if not config.language:
-        raise UserError("language is not set: give its code, such as --config.language=sw")
+    _check_languages(config)
     if config.batch.sequences % config.batch.accumulation:
         raise UserError(
             f"batch.sequences={config.batch.sequences} does not split into "
@@ -219,6 +232,54 @@ def check(config: ConfigDict) -> None:
         )
     if config.optimizer.warmup_ratio > 1:
         raise UserError(f"optimizer.warmup_ratio={config.optimizer.warmup_ratio}: expected a share, 0 to 1")
+
+
+def _check_languages(config) -> None:
+    codes = languages(config)
+    if not codes:
+        raise UserError("language is not set: give its code, such as --config.language=sw")
+    if len(set(codes)) < len(codes):
+        raise UserError(f"language={config.language!r} names one twice: give each code once")
+    own = (*config.data.target, *config.data.translation)
+    if len(codes) > 1 and own and not any(PLACEHOLDER in source for source in own):
+        raise UserError(
+            f"language={config.language!r} has several, and data.target and data.translation have no "
+            f"{PLACEHOLDER}: write it where the code stands in their names, such as "
+            f"data/alpaca.{PLACEHOLDER}.jsonl"
+        )
+
+
+def languages(config) -> tuple[str, ...]:
+    """The codes of the target languages."""
+    return tuple(re.findall(r"[\w-]+", config.language))
+
+
+def of_language(config: ConfigDict, language: str) -> ConfigDict:
+    """The configuration of one of its languages alone: a copy whose sources have its code in their names."""
+    part = config.copy_and_resolve_references()
+    part.language = language
+    for group, key in SOURCES:
+        part[group][key] = tuple(source.replace(PLACEHOLDER, language) for source in part[group][key])
+    return part
+
+
+def only_language(config: ConfigDict, command: str) -> ConfigDict:
+    """As `of_language`, for what works on one language at a time.
+
+    Args:
+      config: the configuration.
+      command: what needs one language, for the message.
+
+    Raises:
+      UserError: it has several.
+    """
+    first, *others = languages(config)
+    if others:
+        raise UserError(
+            f"language={config.language!r}: {command} works on one language at a time: add "
+            f"--config.language={first}"
+        )
+    return of_language(config, first)
 
 
 def pivot_layer(config: ConfigDict, num_layers: int, depth: float = 0.75) -> int:

@@ -54,6 +54,7 @@ def measure(config, workdir: Path, model: str, out: Path, methods: list[str], nu
       UserError: for input that cannot be used.
     """
     configuration.check(config)
+    config = configuration.only_language(config, "interference")
     if not methods or not set(methods) <= set(compared_methods()):
         raise UserError(f"--methods={','.join(methods)}: expected some of {','.join(compared_methods())}")
     make_directory(out)

@@ -51,7 +51,10 @@ def prepare(config, workdir: Path, inspect: int = 0, run: str = "") -> dict:
     """
     base = open_base(config, workdir, weights=False)
     measured = regulation.recorded(config, base, workdir)
-    undecided = decide(config, base.config, measured).open
+    undecided = any(
+        decide(configuration.of_language(config, code), base.config, found).open
+        for code, found in measured.items()
+    )
     decides = f"python -m prom_jax.regulate {run or f'--config=… --workdir={workdir}'}"
     try:
         experiment = resolve(config, workdir, base, measured)
@@ -70,7 +73,7 @@ def prepare(config, workdir: Path, inspect: int = 0, run: str = "") -> dict:
     made = write_card(experiment)
     console.print(card.as_markdown(made))
     if inspect:
-        inspection.show(experiment.batches, experiment.data.train, experiment.base.tokenizer, inspect)
+        inspection.show(experiment.batches, experiment.records, experiment.base.tokenizer, inspect)
     console.print(f"card: {workdir}/data_card.md")
     return made
 
@@ -79,7 +82,7 @@ def translate_sources(config, engine: engines.Engine, cache: translate.Cache, ag
     """Writes data.target from data.english; what cannot be used goes into a second file.
 
     Args:
-      config: see `prom_jax.config`.
+      config: see `prom_jax.config`, of one language.
       engine: what translates.
       cache: the translations made so far.
       agreed: a function that is asked before anything that costs money.
@@ -152,9 +155,8 @@ def _line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _engine(arguments: argparse.Namespace) -> engines.Engine:
-    """The translator that the command line asks for."""
-    language = arguments.config.language
+def _engine(arguments: argparse.Namespace, language: str) -> engines.Engine:
+    """The translator into a language that the command line asks for."""
     if arguments.translate == "nllb":
         if not arguments.nllb:
             raise UserError("--nllb is missing: the folder of an NLLB-200 model converted by CTranslate2.")
@@ -181,10 +183,15 @@ def main(argv=None):
     arguments = parse(argv)
     config, dry_run = arguments.config, arguments.dry_run
     if arguments.translate:
+        configuration.check(config)
         agreed = functools.partial(_agrees, arguments.yes)
         with contextlib.closing(translate.Cache(arguments.cache)) as cache:
-            if not translate_sources(config, _engine(arguments), cache, agreed, dry_run):
-                return
+            for language in configuration.languages(config):
+                part, engine = configuration.of_language(config, language), _engine(arguments, language)
+                if not translate_sources(part, engine, cache, agreed, dry_run) and not dry_run:
+                    return
+        if dry_run:
+            return
     elif dry_run:
         raise UserError("--dry_run tells the cost of a translation: add --translate, or use train --dry_run.")
     prepare(config, arguments.workdir, arguments.inspect, arguments.run)

@@ -8,6 +8,7 @@ to go on after a stop.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import signal
 import statistics
 import threading
@@ -122,7 +123,7 @@ def plan(config, workdir: Path) -> Job:
     mesh = sharding.make_mesh(**config.mesh)
     base = open_base(config, workdir)
     experiment = resolve(config, workdir, base, regulation.measured(config, base, workdir, mesh))
-    method, data, batches = experiment.method, experiment.data, experiment.batches
+    method, batches = experiment.method, experiment.batches
     compute = Compute(config.compute_dtype or models.default_compute_dtype(), config.remat, config.attention)
     compute.check_platform()
     model = decoder.abstract(
@@ -146,7 +147,11 @@ def plan(config, workdir: Path) -> Job:
     rows = config.batch.sequences // config.batch.accumulation  # what fits in training fits in evaluation
     held_out = [
         HeldOut(model, method, mesh, records, sequences=rows, seq_len=config.data.seq_len, prefix=prefix)
-        for prefix, records in (("", data.holdout), ("text_", data.text))
+        for part in experiment.parts
+        for prefix, records in (
+            (part.prefix, part.data.holdout),
+            (f"{part.prefix}text_", part.data.text),
+        )
         if records is not None
     ]
     schedule = make_schedule(
@@ -287,8 +292,9 @@ def loop(
             if is_due(step, config.eval.every):
                 evaluate(job, params, log, step)
             if is_due(step, config.checkpoint.every) or stop:
-                loss = (log.evaluation(step) or {}).get("eval_target_nats")
-                checkpoints.save(step, loss, params=params, opt_state=opt_state)
+                checkpoints.save(
+                    step, held_out_loss(job, log.evaluation(step)), params=params, opt_state=opt_state
+                )
             if stop:
                 checkpoints.close()
                 console.print(f"stopped after step {step}, which is saved; run the same command to go on")
@@ -376,11 +382,21 @@ def evaluate(job: Job, params, log: MetricsLog, step: int):
         console.print(f"step {step:>5}  held out: {', '.join(numbers)}")
 
 
+def held_out_loss(job: Job, results: dict | None) -> float | None:
+    """What checkpoints are compared by: the held-out loss of the target text, the mean of all languages'."""
+    keys = [f"eval_{part.prefix}target_nats" for part in job.parts]
+    return statistics.fmean(results[key] for key in keys) if results and set(keys) <= set(results) else None
+
+
 def write_samples(job: Job, params, name: str):
-    """Sample answers of the base or adapted model, into a file."""
-    if job.config.eval.samples and job.data.holdout is not None:
-        model = decoder.with_params(job.model, params)
-        answers = samples.answer(model, job.base.tokenizer, job.data.holdout, job.config.eval.samples)
+    """Sample answers of the base or adapted model in each language, into a file."""
+    answers = []
+    for part in job.parts:
+        if job.config.eval.samples and part.data.holdout is not None:
+            model, number = decoder.with_params(job.model, params), job.config.eval.samples
+            given = samples.answer(model, job.base.tokenizer, part.data.holdout, number)
+            answers += [{"language": part.language} | answer for answer in given]
+    if answers:
         write_json(job.workdir / f"samples_{name}.json", answers)
 
 
@@ -389,8 +405,10 @@ def export(job: Job, params, log: MetricsLog):
     base, final = log.evaluation(0) or {}, log.evaluation(job.batches.num_steps) or {}
     names = [key for key in final if key != "step" and key in base]
     results = {key.removeprefix("eval_"): (base[key], final[key]) for key in names}
-    data, license = job.config.data, models.license_of(job.config.model)
-    card = job.details | {"data": [*data.english, *data.target, *data.translation, *data.streams]}
+    license = models.license_of(job.config.model)
+    sources = (part.config.data for part in job.parts)
+    used = [[*data.english, *data.target, *data.translation, *data.streams] for data in sources]
+    card = job.details | {"data": list(dict.fromkeys(itertools.chain(*used)))}
     card |= {key: value for key, value in (("results", results), ("license", license)) if value}
     models.save_hf(
         decoder.with_params(job.model, params),
@@ -411,8 +429,9 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
     steps = [row for row in log.rows if "loss" in row]
     speeds = {key: statistics.median(row[key] for row in steps) for key in SPEEDS}
     base, final = log.evaluation(0), log.evaluation(num_steps)
+    probes = {part.prefix.rstrip("_"): part.regulation.measured for part in job.parts}
     summary = job.details | {
-        "regulation_probe": job.regulation.measured,
+        "regulation_probe": probes.get("", probes),
         "base": base,
         "final": final,
         "loss": steps[-1]["loss"],
@@ -441,7 +460,7 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
             table.add_row(*row.values())
         console.print(table)
         log.table("held out", rows)
-    if job.config.eval.samples and job.data.holdout is not None:
+    if (job.workdir / "samples_base.json").exists():
         pairs = samples.pairs(job.workdir / "samples_base.json", job.workdir / "samples_adapted.json")
         samples.show(pairs)
         log.table("samples", pairs)

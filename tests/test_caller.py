@@ -120,14 +120,10 @@ def changed(program, folder):
     return "\n".join(json.loads(ran.stdout.rpartition("RESULT ")[2]))
 
 
-def test_importing_loading_and_evaluating(tiny, tmp_path):
+def test_a_process_is_left_as_it_was(config, tiny, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "mgsm_sw.tsv").write_text("Je, 1 na 1?\t2\n")
     (tmp_path / "model").symlink_to(tiny / "model")
-    assert changed(EVERYTHING_BUT_TRAINING, tmp_path) == ""
-
-
-def test_training(config, tmp_path):
     config.steps = 2
     (tmp_path / "config").write_bytes(pickle.dumps(config))
-    assert changed(TRAINING, tmp_path) == ""
+    assert changed(EVERYTHING_BUT_TRAINING + TRAINING, tmp_path) == ""

@@ -152,7 +152,15 @@ def test_a_conversation(chatty, monkeypatch, capsys):
     assert printed.endswith("/new begins another one\n\n")
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_conversation(chatty, capsys):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, which it does not where a shell began the tests in its background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(chatty, capsys, interruptible):
     talker = generate.Talker(chatty, template="auto", max_new_tokens=600, sampling={})
     generate.load([talker], generate.parse([f"--model={chatty}", "--interactive"]))
     prompt = talker.conversation([{"role": "user", "content": "maziwa"}])

@@ -1,8 +1,6 @@
 """The command: its cosines against whole gradients from one device, its files, and what it refuses."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -123,6 +121,5 @@ def test_bad_input_is_refused(tiny, adapted, measured, changes, methods, number,
 
 
 def test_the_command_needs_a_place_for_its_results():
-    command = [sys.executable, "-m", "prom_jax.interference", "--config=configs/demo.py"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: --out is missing: a folder for the results\n"
+    with pytest.raises(UserError, match="--out is missing: a folder for the results"):
+        door.parse(["--config=configs/demo.py"])

@@ -86,7 +86,7 @@ def test_inspection_shows_rows_as_they_are_trained_on(prepared, tiny, monkeypatc
     experiment = resolve(config, workdir, open_base(config, workdir, weights=False))
     printed = io.StringIO()
     monkeypatch.setattr(inspection, "console", Console(file=printed, markup=False, soft_wrap=True, width=200))
-    inspection.show(experiment.batches, experiment.data.train, experiment.base.tokenizer, 3)
+    inspection.show(experiment.batches, experiment.records, experiment.base.tokenizer, 3)
     text = printed.getvalue()
     assert text.count(" row ") == 3 and "target row 1 of 8" in text and "english row 1 of" in text
     batch = experiment.batches[0]

@@ -12,8 +12,9 @@ from prom_jax.analysis.tables import Table, read_sources, read_table
 from prom_jax.analysis.tasks import TASKS, NoRows
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
+from prom_jax.config import languages, of_language
 from prom_jax.tokenization.folder import fingerprint
-from prom_jax.training.regulation import FILE, KNOWN, can_do, is_probed
+from prom_jax.training.regulation import KNOWN, can_do, file_name, is_probed
 from prom_jax.training.setup import BaseModel
 from prom_jax.utils.console import console
 from prom_jax.utils.workdir import write_json
@@ -34,8 +35,8 @@ class Rule(NamedTuple):
 RULES = {"auto": Rule(("cloze", "translation"), 3), "mean": Rule(("cloze",), 1)}
 
 
-def recorded(config, base: BaseModel, workdir: Path) -> dict | None:
-    """What a probe found for this configuration, as kept in a work directory.
+def recorded(config, base: BaseModel, workdir: Path) -> dict[str, dict | None]:
+    """What probes found for this configuration, as kept in a work directory.
 
     Args:
       config: see `prom_jax.config`.
@@ -44,42 +45,55 @@ def recorded(config, base: BaseModel, workdir: Path) -> dict | None:
       workdir: the work directory.
 
     Returns:
-      The content of `FILE`; None where λ is not for a probe to decide, or none that holds is there.
+      By language the content of its file; None where λ is not for a probe to decide, or none that holds is
+      there.
 
     Raises:
       UserError: as `tables.read_table`.
     """
-    if not is_probed(config):
-        return None
-    settings = _settings(config, base, *_tables(config))
-    if base.reader is None and not config.compute_dtype:
-        del settings["compute_dtype"]
-    return _read(workdir / FILE, settings)
+
+    def find(part, path):
+        settings = _settings(part, base, *_tables(part))
+        if base.reader is None and not config.compute_dtype:
+            del settings["compute_dtype"]
+        return _read(path, settings)
+
+    return _by_language(find, config, workdir)
 
 
-def measured(config, base: BaseModel, workdir: Path, mesh) -> dict | None:
-    """As `recorded`, but where nothing that holds is there, the base model is probed and `FILE` written.
+def measured(config, base: BaseModel, workdir: Path, mesh) -> dict[str, dict | None]:
+    """As `recorded`, but where nothing that holds is there, the base model is probed and the file written.
 
     Args:
       config, base, workdir: as for `recorded`; `base` with its weights.
       mesh: to probe on.
 
     Returns:
-      What the probe found; None where λ is not for it to decide.
+      By language what the probe found; None where λ is not for it to decide.
 
     Raises:
       UserError: as `tables.read_table` and `probe.probe`.
     """
-    if not is_probed(config):
-        return None
-    table, sources = _tables(config)
-    settings = _settings(config, base, table, sources)
-    found = _read(workdir / FILE, settings)
-    if not found:
-        console.print(f"probe     {config.model} in {config.language!r}, once for {workdir}")
-        found = settings | _measure(base, mesh, table, sources, settings)
-        write_json(workdir / FILE, found)
-    return found
+
+    def find(part, path):
+        table, sources = _tables(part)
+        settings = _settings(part, base, table, sources)
+        found = _read(path, settings)
+        if not found:
+            console.print(f"probe     {part.model} in {part.language!r}, once for {workdir}")
+            found = settings | _measure(base, mesh, table, sources, settings)
+            write_json(path, found)
+        return found
+
+    return _by_language(find, config, workdir)
+
+
+def _by_language(find, config, workdir: Path) -> dict[str, dict | None]:
+    """What `find` gives of each language's configuration and file; None where no probe decides."""
+    codes = languages(config)
+    paths = {code: workdir / file_name(code, codes) for code in codes}
+    probed = is_probed(config)
+    return {code: find(of_language(config, code), path) if probed else None for code, path in paths.items()}
 
 
 def _tables(config) -> tuple[Table, tuple[Table, ...]]:

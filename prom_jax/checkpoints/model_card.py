@@ -60,7 +60,7 @@ def model_card(card: Mapping[str, object], name: str) -> str:
         pipeline_tag="text-generation",
         tags=[TAG],
         base_model=base if "/" in base else None,
-        language=str(card.get("language", "")) or None,
+        language=_one_or_list(str(card.get("language", "")).split(",")),
         license=str(card.get(_LICENSE, "")) or None,
         datasets=[source for source in data if re.fullmatch(r"[\w.-]+/[\w.-]+", source)] or None,
     )
@@ -75,6 +75,11 @@ def model_card(card: Mapping[str, object], name: str) -> str:
     ]
     body = "\n\n".join(filter(None, parts))
     return str(ModelCard(f"---\n{metadata}\n---\n\n# {name}\n\n{body}\n"))
+
+
+def _one_or_list(codes: list[str]) -> str | list[str] | None:
+    """As metadata has languages: one as a text, several as a list."""
+    return codes if len(codes) > 1 else codes[0] or None
 
 
 def _results(results: Mapping[str, tuple[float, float]]) -> str:

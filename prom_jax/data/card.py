@@ -3,6 +3,11 @@
 It is written by `reporting.card`.
 """
 
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
 from prom_jax.data.examples import ENGLISH
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import COUNTS, Prepared, Records
@@ -11,42 +16,85 @@ from prom_jax.data.translation.checks import script
 # Scripts that put no space between words, so that "words" are not counted.
 SPACELESS = ("Thai", "Laoo", "Khmr", "Mymr", "Tibt", "Hans", "Hant", "Jpan")
 IN_LANGUAGE = ("target", "translation", "text")  # roles of texts in the target language
+SPLITS = ("roles", "holdout", "text")  # of a card; the first is what is trained on
 NONE = dict.fromkeys(COUNTS, 0) | {"reasons": {}}
 
 
-def make(config, data: Prepared, batches: Batches, flops: float) -> dict:
+def make(config, data: Mapping[str, Prepared], records, batches: Batches, flops: float) -> dict:
     """The card of a run.
 
     Args:
       config: see `prom_jax.config`.
-      data, batches: the records, and the batches of the whole run.
+      data: what was prepared, by language.
+      records, batches: of all languages, and the batches of the whole run.
       flops: of the whole run.
     Returns:
       {"model", "language", "method", "records" (fingerprint), "sources", "unmatched" (instruction rows
       without a partner), "roles": {role: counts}, "holdout" and "text": the same of these splits,
       "packing", "steps", "steps_per_epoch", "epochs", "training_flops"}. `roles` always has english, target
       and translation. Counts are those of `records.Prepared` with "tokens_per_byte" and "tokens_per_word"
-      (of the text that has a loss, EOS apart; None where words have no spaces), and
-      "tokens_per_english_token" where examples have English too.
+      (of the text that has a loss, EOS apart; None where words have no spaces, and of several languages
+      together), and "tokens_per_english_token" where examples have English too. With several languages also
+      "languages": {code: {"examples" of an epoch, "records", "unmatched", "roles", "holdout", "text"}}.
     """
-    roles = dict.fromkeys(("english", "target", "translation"), NONE) | data.report["train"]
+    parts = {code: _of_language(code, prepared) for code, prepared in data.items()}
+    first, *others = parts.values()
+    examples = np.bincount(records.groups, minlength=len(parts)).tolist()
+    by_language = {code: {"examples": number} | part for (code, part), number in zip(parts.items(), examples)}
     sources = ("english", "target", "translation", "streams")
     return {
         "model": config.model,
-        "language": config.language,
+        "language": ",".join(parts),
         "method": config.method,
-        "records": data.fingerprint,
         "sources": {key: list(config.data[key]) for key in sources} | {"text": list(config.eval.text)},
-        "unmatched": data.report["unmatched"],
-        "roles": _with_ratios(roles, config.language, data.train),
-        "holdout": _with_ratios(data.report.get("holdout", {}), config.language, data.holdout),
-        "text": _with_ratios(data.report.get("text", {}), config.language, data.text),
+        **(_together(list(parts.values())) if others else first),
+        **({"languages": by_language} if others else {}),
         "packing": _packing(config, batches),
         "steps": batches.num_steps,
         "steps_per_epoch": batches.steps_per_epoch,
-        "epochs": len(batches.examples) / len(data.train),
+        "epochs": len(batches.examples) / len(records),
         "training_flops": flops,
     }
+
+
+def _of_language(language: str, data: Prepared) -> dict:
+    """The part of a card that is of one language."""
+    roles = dict.fromkeys(("english", "target", "translation"), NONE) | data.report["train"]
+    return {
+        "records": data.fingerprint,
+        "unmatched": data.report["unmatched"],
+        "roles": _with_ratios(roles, language, data.train),
+        "holdout": _with_ratios(data.report.get("holdout", {}), language, data.holdout),
+        "text": _with_ratios(data.report.get("text", {}), language, data.text),
+    }
+
+
+def _together(parts: list[dict]) -> dict:
+    """The same of several languages."""
+    whole = {
+        "records": "+".join(part["records"] for part in parts),
+        "unmatched": sum(part["unmatched"] for part in parts),
+    }
+    for split in SPLITS:
+        roles = dict.fromkeys(role for part in parts for role in part[split])
+        whole[split] = {role: _summed([part[split].get(role, NONE) for part in parts]) for role in roles}
+    return whole
+
+
+def _summed(counts: list[dict]) -> dict:
+    """Counts of one role, added."""
+    reasons = sum((Counter(each["reasons"]) for each in counts), Counter())
+    total = {name: sum(each[name] for each in counts) for name in COUNTS}
+    per_byte = _ratio(total["text_tokens"], total["bytes"])
+    return total | {"reasons": dict(reasons), "tokens_per_byte": per_byte, "tokens_per_word": None}
+
+
+def _entries(card: dict):
+    """Each split and role of a card with its counts: of each language where there are several."""
+    for language, part in card.get("languages", {"": card}).items():
+        for split in SPLITS:
+            for role, counts in part[split].items():
+                yield language, split, role, counts
 
 
 def _packing(config, batches: Batches) -> dict:
@@ -98,17 +146,18 @@ def _ratio(number: int, of: int) -> float | None:
 
 def lines(card: dict):
     """The card in a few lines of text."""
-    for split in ("roles", "holdout", "text"):
+    for language, split, role, counts in _entries(card):
+        if not (counts["examples"] or counts["dropped"]):
+            continue
         name = "train" if split == "roles" else split
-        for role, counts in card[split].items():
-            if not (counts["examples"] or counts["dropped"]):
-                continue
-            dropped = f", {counts['dropped']:,} dropped" * bool(counts["dropped"])
-            cut = f", {counts['truncated']:,} cut" * bool(counts["truncated"])
-            yield (
-                f"{name}, {role}: {counts['examples']:,} examples, {counts['tokens']:,} tokens, "
-                f"{counts['loss_tokens']:,} loss tokens{cut}{dropped}"
-            )
+        dropped = f", {counts['dropped']:,} dropped" * bool(counts["dropped"])
+        cut = f", {counts['truncated']:,} cut" * bool(counts["truncated"])
+        yield (
+            f"{language}{' ' * bool(language)}{name}, {role}: {counts['examples']:,} examples, "
+            f"{counts['tokens']:,} tokens, {counts['loss_tokens']:,} loss tokens{cut}{dropped}"
+        )
+    if "languages" in card:
+        yield f"an epoch: {_shares(card)}"
     if card["unmatched"]:
         yield f"{card['unmatched']:,} instruction rows without a partner of the same id are left out"
     packing = card["packing"]
@@ -139,6 +188,7 @@ def as_markdown(card: dict) -> str:
         "Tokens per word and per byte are of the text that has a loss; *× English* is how many tokens it has "
         "for one of its English counterpart.",
         _table(card),
+        *([f"An epoch takes {_shares(card)}."] if "languages" in card else []),
         *_left_out(card),
         "## Packing",
         _rows(packing),
@@ -147,6 +197,15 @@ def as_markdown(card: dict) -> str:
         f"Records `{card['records']}`.",
     ]
     return "\n\n".join(text).replace("\n\n- ", "\n- ") + "\n"
+
+
+def _shares(card: dict) -> str:
+    """How many examples an epoch has of each language."""
+    numbers = {code: part["examples"] for code, part in card["languages"].items()}
+    return ", ".join(
+        f"{number:,} examples of {code} ({number / sum(numbers.values()):.0%})"
+        for code, number in numbers.items()
+    )
 
 
 def _rows(packing: dict) -> str:
@@ -186,13 +245,14 @@ def _table(card: dict) -> str:
         "× English",
     )
     rows = [list(head)]
-    for split in ("roles", "holdout", "text"):
-        for role, counts in card[split].items():
-            numbers = [counts[key] for key in ("examples", "tokens", "loss_tokens", "truncated", "dropped")]
-            ratios = ("tokens_per_word", "tokens_per_byte", "tokens_per_english_token")
-            of_text = [f"{counts[key]:.2f}" if counts.get(key) else "–" for key in ratios]
-            name = role if split == "roles" else f"{split}, {role}" if role != split else role
-            rows.append([name, *(f"{number:,}" for number in numbers), *of_text])
+    for language, split, role, counts in _entries(card):
+        numbers = [counts[key] for key in ("examples", "tokens", "loss_tokens", "truncated", "dropped")]
+        ratios = ("tokens_per_word", "tokens_per_byte", "tokens_per_english_token")
+        of_text = [f"{counts[key]:.2f}" if counts.get(key) else "–" for key in ratios]
+        name = role if split == "roles" else f"{split}, {role}" if role != split else role
+        rows.append(
+            [" ".join(filter(None, (language, name))), *(f"{number:,}" for number in numbers), *of_text]
+        )
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
 
@@ -204,9 +264,8 @@ def _table(card: dict) -> str:
 
 def _left_out(card: dict):
     reasons = [
-        f"- {role}: {number:,} dropped, {reason}"
-        for split in ("roles", "holdout", "text")
-        for role, counts in card[split].items()
+        f"- {' '.join(filter(None, (language, role)))}: {number:,} dropped, {reason}"
+        for language, _, role, counts in _entries(card)
         for reason, number in counts["reasons"].items()
     ]
     if card["unmatched"]:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from prom_jax.data import packing
+from prom_jax.data.mixture import Mixture
 from prom_jax.data.records import Records, Stream
 from prom_jax.ops.attention import segment_id
 from prom_jax.utils.errors import UserError
@@ -54,7 +55,7 @@ class Batches:
 
     def __init__(
         self,
-        records: Records,
+        records: Records | Mixture,
         *,
         sequences: int,
         seq_len: int,
@@ -86,7 +87,7 @@ class Batches:
         plans: list[packing.Plan] = []
         planned = 0
         while planned < steps if steps else len(plans) < epochs:
-            plan = packing.plan_epoch(texts, layout, seed=seed, epoch=len(plans))
+            plan = packing.plan_epoch(texts, layout, seed=seed, epoch=len(plans), groups=records.groups)
             plans.append(plan)
             planned += plan.updates
         last = plans[-1].updates

@@ -94,17 +94,20 @@ class Plan:
         return len(self.ends) - 1
 
 
-def plan_epoch(texts: dict[str, Texts], layout: Layout, *, seed: int | None, epoch: int) -> Plan:
+def plan_epoch(
+    texts: dict[str, Texts], layout: Layout, *, seed: int | None, epoch: int, groups: np.ndarray | int = 0
+) -> Plan:
     """Packs every example once into updates with rows of the layout.
 
-    The examples are shuffled (`seed` None: left in order), those with the same streams spread evenly among
-    the others. An update takes the next ones, and fills the gaps in its primary rows from the LOOKAHEAD that
-    follow. Each group is placed longest-first; each text goes to the fullest row that has capacity, of those
-    with its prefix if it can, and an example waits where one of its streams has no such row. Those that wait
-    are first in the next update. The last one may be partly filled.
+    The examples are shuffled (`seed` None: left in order), those of one group with the same streams spread
+    evenly among the others. An update takes the next ones, and fills the gaps in its primary rows from the
+    LOOKAHEAD that follow. Each group is placed longest-first; each text goes to the fullest row that has
+    capacity, of those with its prefix if it can, and an example waits where one of its streams has no such
+    row. Those that wait are first in the next update. The last one may be partly filled.
 
     Args:
       texts: by stream, of the same examples.
+      groups: a number for each example, such as that of its language.
     Raises:
       ValueError: a text longer than a row.
     """
@@ -116,7 +119,9 @@ def plan_epoch(texts: dict[str, Texts], layout: Layout, *, seed: int | None, epo
     order = np.arange(len(texts[0].lengths))
     if seed is not None:
         order = np.random.default_rng([seed, epoch]).permutation(len(order))
-        order = _spread(order, np.stack([of_stream.lengths[order] > 0 for of_stream in texts]))
+        present = np.stack([of_stream.lengths > 0 for of_stream in texts])
+        kinds = 2 ** np.arange(len(texts)) @ present + 2 ** len(texts) * groups
+        order = _spread(order, kinds[order])
     ordered = [of_stream.take(order) for of_stream in texts]
     columns = (map(Text, *(column.tolist() for column in (*each, each.own))) for each in ordered)
     coming = map(Candidate, order.tolist(), zip(*columns), _sizes(ordered).tolist())
@@ -132,14 +137,13 @@ def plan_epoch(texts: dict[str, Texts], layout: Layout, *, seed: int | None, epo
     return Plan(examples, slots, np.array(ends))
 
 
-def _spread(order: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Interleaves the examples with different streams evenly, each kind in its own order, so that updates
-    need about as much capacity in each stream as each other.
+def _spread(order: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Interleaves the examples of different kinds evenly, each kind in its own order, so that updates need
+    about as much capacity in each stream as each other.
 
     Args:
-      present: bool [streams, examples].
+      order, kinds: int [examples].
     """
-    kinds = 2 ** np.arange(len(present)) @ present
     when = np.empty(len(order))
     for kind in np.unique(kinds):
         of_kind = kinds == kind

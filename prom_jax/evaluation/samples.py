@@ -37,10 +37,10 @@ def answer(model, tokenizer, records, number: int) -> list[dict]:
 
 
 def pairs(base: Path, adapted: Path) -> list[dict]:
-    """The answers in two files: for each prompt {'prompt', 'before', 'after', 'reference'}."""
+    """The answers in two files: for each prompt {'language', 'prompt', 'before', 'after', 'reference'}."""
     files = (json.loads(path.read_text(encoding="utf-8")) for path in (base, adapted))
     return [
-        {key: before[key] for key in ("prompt", "reference")}
+        {key: before[key] for key in ("language", "prompt", "reference") if key in before}
         | {"before": before["answer"], "after": after["answer"]}
         for before, after in zip(*files)
     ]

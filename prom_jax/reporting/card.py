@@ -9,8 +9,9 @@ from prom_jax.utils.workdir import write_json, write_text
 def write(experiment) -> dict:
     """Writes `data_card.json`, `data_card.md` and `lengths.png` into the work directory of a
     `setup.Experiment`, in process 0; returns the card (see `data.card.make`)."""
-    workdir, records = experiment.workdir, experiment.data.train
-    card = data_card.make(experiment.config, experiment.data, experiment.batches, experiment.flops)
+    workdir, records = experiment.workdir, experiment.records
+    prepared = {part.language: part.data for part in experiment.parts}
+    card = data_card.make(experiment.config, prepared, records, experiment.batches, experiment.flops)
     if not is_main_process():
         return card
     write_json(workdir / "data_card.json", card)

@@ -43,10 +43,10 @@ def arrange(base: str, runs: list[Run], paper: dict, notes: list[str]) -> Runs:
             notes.append(f"{run.name} is in none of the paper's tables: {run.method!r} is no method of it.")
             continue
         for task in tasks:
-            if run.language not in (None, paper["tasks"][task]["language"]):
+            if run.languages and paper["tasks"][task]["language"] not in run.languages:
                 notes.append(
                     f"{run.name}: {task} is in none of the paper's tables, as the model is adapted to "
-                    f"{run.language!r}."
+                    f"{','.join(run.languages)!r}."
                 )
                 continue
             if run.pivot in (None, arranged.main):

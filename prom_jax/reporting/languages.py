@@ -91,11 +91,11 @@ def language_tables(runs: list[Run], reference: str, notes: list[str]) -> list[T
       reference: a method or the name of a run.
       notes: gets a sentence on each evaluation that is left out, and on each table without a reference.
     """
-    adapted = [run for run in runs if run.language is not None]
-    base = settings([run for run in runs if run.language is None], notes)
+    adapted = [run for run in runs if run.languages]
+    base = settings([run for run in runs if not run.languages], notes)
     found = []
-    for language in sorted({run.language for run in adapted}):
-        others = settings([run for run in adapted if run.language == language], notes)
+    for language in sorted({language for run in adapted for language in run.languages}):
+        others = settings([run for run in adapted if language in run.languages], notes)
         tasks = sorted({task for setting in others for task in setting.runs})
         columns = [each for each in base if each.runs.keys() & set(tasks)] + others
         found.append(language_table(language, tasks, columns, reference, notes))

@@ -207,7 +207,7 @@ def measurements(runs: list[Run]) -> list[dict]:
             "folder": run.name,
             "base_model": run.base,
             "method": run.method,
-            "language": run.language,
+            "language": ",".join(run.languages) or None,
             "seed": run.seed,
             "pivot": str(run.pivot or ""),
             "task": task,

@@ -1,6 +1,7 @@
 """Figures, drawn with matplotlib."""
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ LABELS = {
 COLOURS = {"target": "tab:blue", "english": "tab:orange", "translation": "tab:green"}
 OTHER_COLOURS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")  # in this order
 ROLES = ("target", "english")
+BITS = re.compile(r"eval_(\w+)_bits_per_byte")
 FAINT, FLOOR = 0.05, 1e-20
 
 
@@ -42,13 +44,12 @@ def learning_curves(rows: list[dict], path: Path):
         points = [(row["step"], row[f"loss_{role}"]) for row in training if row.get(f"weight_{role}", 0) > 0]
         axes.plot(*zip(*points), label=labels[role], color=colours.get(role))
         axes.set(xlabel="step", ylabel="training loss (nats per token)")
-    for name, label in labels.items():
-        key = f"eval_{name}_bits_per_byte"
-        points = [(row["step"], row[key]) for row in evaluations if key in row]
-        if points:
-            style = "--" if name.startswith("text") else "-"
-            colour = colours.get(name.removeprefix("text_"))
-            right.plot(*zip(*points), style, marker="o", label=label, color=colour)
+    for number, (name, points) in enumerate(_held_out(evaluations).items()):
+        style = "--" if "text_" in name else "-"
+        # of several languages, 'sw_target', each curve has its own colour
+        colour = colours.get(name.removeprefix("text_"), f"C{number}")
+        label = labels.get(name, name.replace("_", " "))
+        right.plot(*zip(*points), style, marker="o", label=label, color=colour)
     right.set(xlabel="step", ylabel="held-out bits per byte")
     for axes in (*panels, right):
         axes.grid(alpha=0.3)
@@ -56,6 +57,16 @@ def learning_curves(rows: list[dict], path: Path):
             axes.set_ylim(bottom=0)
             axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _held_out(evaluations: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """(step, bits per byte) of each held-out text, such as 'target'."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in evaluations:
+        for key in row:
+            if match := BITS.fullmatch(key):
+                found.setdefault(match[1], []).append((row["step"], row[key]))
+    return found
 
 
 def length_histogram(lengths: dict, seq_len: int, path: Path):

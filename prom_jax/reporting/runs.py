@@ -80,7 +80,8 @@ class Run:
       folder: of the file; name: its path below the folder that was searched.
       model, settings, tasks: as in the file.
       base: the model that was adapted, or that was evaluated as it is.
-      method: 'base', or how it was trained; language, seed: None where the method has none; pivot: PROM's.
+      method: 'base', or how it was trained; languages: that it was adapted to, none for a base model; seed:
+        None for a base model; pivot: PROM's.
         PROM without one was regulated: λ = 0.
     """
 
@@ -91,7 +92,7 @@ class Run:
     tasks: dict
     base: str
     method: str
-    language: str | None
+    languages: tuple[str, ...]
     seed: int | None
     pivot: Pivot | None
 
@@ -195,16 +196,16 @@ def read(path: Path, name: str = ".") -> Run:
     about = {"folder": path.parent, "name": name, "model": model, "settings": settings, "tasks": tasks}
     if training is None:
         base = _checked(model["source"], str, name="source")
-        return Run(**about, base=base, method="base", language=None, seed=None, pivot=None)
+        return Run(**about, base=base, method="base", languages=(), seed=None, pivot=None)
     pivot = _pivot(training)
     language = _checked(training["language"], str, name="language")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,35}", language):  # it names files
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,35}(,[A-Za-z0-9_-]{1,35})*", language):  # it names files
         raise ValueError(f"language is {language!r:.60}")
     return Run(
         **about,
         base=_checked(training["base_model"], str, name="base_model"),
         method=_method(training, pivot),
-        language=language,
+        languages=tuple(language.split(",")),
         seed=_checked(training["seed"], int, name="seed"),
         pivot=pivot,
     )

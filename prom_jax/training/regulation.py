@@ -17,7 +17,7 @@ PIVOTS_THROUGH_ENGLISH = {
     "sw": True, "ta": False, "te": False, "th": True,
 }  # fmt: skip
 
-FILE = "regulation.json"
+FILE = "regulation.json"  # of a run in one language; of several each has its own, see `file_name`
 # A model can do a task where P(target word) after the last block has this mean, and it rests on so many rows.
 KNOWN, ENOUGH_ROWS = 0.01, 20
 BY_HAND = (
@@ -50,6 +50,11 @@ class Regulation:
         return "; WARNING: ".join((self.decision, *self.warnings))
 
 
+def file_name(language: str, languages: tuple[str, ...]) -> str:
+    """Where the probe of one of a run's languages is kept: `FILE`, or 'regulation.sw.json' beside others."""
+    return FILE if len(languages) == 1 else f"regulation.{language}.json"
+
+
 def is_probed(config) -> bool:
     """Whether a probe of the base model decides λ."""
     regulated = find_method(config.method).regulated
@@ -67,10 +72,10 @@ def can_do(target: float, effective: float) -> bool:
 
 
 def decide(config, model, measured: dict | None = None) -> Regulation:
-    """λ for a configuration.
+    """λ for a language.
 
     Args:
-      config: see `prom_jax.config`.
+      config: see `prom_jax.config`, of one language.
       model: the architecture of the base model.
       measured: where `is_probed`, what the probe found; None: it has not been asked yet, and λ stays as
         configured until then.

@@ -1,14 +1,18 @@
 """What a configuration comes to before training: method and regulation, records, batches and their cost."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from prom_jax import config as configuration
 from prom_jax.checkpoints import pretrained as models
+from prom_jax.data import mixture
 from prom_jax.data.examples import Recipe, further_streams
 from prom_jax.data.loader import Batches
-from prom_jax.data.records import Prepared, prepare
+from prom_jax.data.mixture import Mixture
+from prom_jax.data.records import Prepared, Records, prepare
 from prom_jax.models.config import DecoderConfig
 from prom_jax.models.decoder import check_exit
 from prom_jax.ops.attention import supports_shared_prefixes
@@ -40,14 +44,42 @@ class BaseModel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """What one language brings to a run.
+
+    Attributes:
+      config: the configuration of this language alone.
+      prefix: of the names of its results: '', or where there are several languages 'sw_'.
+      regulation: why its λ is what it is.
+      data: its records.
+    """
+
+    config: Any
+    prefix: str
+    regulation: Regulation
+    data: Prepared
+
+    @property
+    def language(self) -> str:
+        """Its code."""
+        return self.config.language
+
+    @property
+    def label(self) -> str:
+        """What goes before a line about it: '', or where there are several languages 'sw: '."""
+        return f"{self.language}: " * bool(self.prefix)
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """A configuration with what it names.
 
     Attributes:
       base: the model that is adapted.
       method: what is minimised, λ being decided.
-      regulation: why λ is what it is.
-      data, batches: the records, and the batches of the whole run.
+      parts: what each language brings, in the order of the configuration.
+      records: of all languages.
+      batches: of the whole run.
       flops: of the whole run, as `budget.training_flops` counts.
     """
 
@@ -55,8 +87,8 @@ class Experiment:
     workdir: Path
     base: BaseModel
     method: Method
-    regulation: Regulation
-    data: Prepared
+    parts: tuple[Part, ...]
+    records: Records | Mixture
     batches: Batches
     flops: float
 
@@ -64,29 +96,31 @@ class Experiment:
     def identity(self) -> dict:
         """What a work directory remembers of its run: the configuration, and what its sources hold."""
         shared = self.batches.share_prompts  # with 'auto' it depends on `attention`, which may change
-        return as_dict(self.config) | {"records": self.data.fingerprint, "prompts_shared": shared}
+        records = "+".join(part.data.fingerprint for part in self.parts)
+        return as_dict(self.config) | {"records": records, "prompts_shared": shared}
 
     @property
     def details(self) -> dict:
         """The rows of the model card."""
         config = self.config
-        details = {"base_model": config.model, "language": config.language, "method": config.method}
+        codes = ",".join(part.language for part in self.parts)
+        details = {"base_model": config.model, "language": codes, "method": config.method}
         details |= self.method.details()
         if self.method.exits:
             unusual = {"english_prompt": "target", "translation_source": True}  # as in the published script
             details |= {f"pivot.{key}": value for key, value in unusual.items() if config.pivot[key] == value}
         return details | {
             "regulate": config.pivot.regulate,
-            "regulation": self.regulation.reason,
-            "prompts": self.prompt_language,
+            "regulation": "; ".join(f"{part.label}{part.regulation.reason}" for part in self.parts),
+            "prompts": codes if config.data.prompts == "target" else "en",
             "steps": self.batches.num_steps,
             "seed": config.seed,
         }
 
     @property
     def prompt_language(self) -> str:
-        """The code of the language in which the target side is prompted."""
-        return self.config.language if self.config.data.prompts == "target" else "en"
+        """The code of the language in which the target side is prompted; of several the first."""
+        return self.parts[0].language if self.config.data.prompts == "target" else "en"
 
 
 def open_base(config, workdir: Path, weights: bool = True) -> BaseModel:
@@ -118,14 +152,18 @@ def open_base(config, workdir: Path, weights: bool = True) -> BaseModel:
     return BaseModel(model_config, tokenizer, layer, reader)
 
 
-def resolve(config, workdir: Path, base: BaseModel, measured: dict | None = None) -> Experiment:
-    """Decides λ, makes the records where they are missing, and plans the batches; reads no weights.
+def resolve(
+    config, workdir: Path, base: BaseModel, measured: Mapping[str, dict | None] = MappingProxyType({})
+) -> Experiment:
+    """Decides λ of each language, makes the records where they are missing, and plans the batches.
+
+    No weights are read.
 
     Args:
       config: see `prom_jax.config`.
       workdir: the work directory, which gets the records.
       base: the model, as `open_base` gives it.
-      measured: what the probe found, where one decides λ; None: not yet.
+      measured: by language what the probe found, where one decides λ; none: not yet.
 
     Returns:
       The experiment.
@@ -133,11 +171,17 @@ def resolve(config, workdir: Path, base: BaseModel, measured: dict | None = None
     Raises:
       UserError: for data that cannot be used, or a work directory that holds another run.
     """
-    regulation = decide(config, base.config, measured)
-    method = find_method(config.method).from_config(config, base.layer, regulation.weight)
-    exits = f", n = {base.layer} of {base.config.num_hidden_layers}, {regulation.decision}"
-    pivot = exits * method.regulated
-    console.print("\nWARNING   ".join([f"method    {config.method}{pivot}", *regulation.warnings]))
+    kind, codes = find_method(config.method), configuration.languages(config)
+    configs = {code: configuration.of_language(config, code) for code in codes}
+    decisions = {code: decide(configs[code], base.config, measured.get(code)) for code in codes}
+    exits = f", n = {base.layer} of {base.config.num_hidden_layers}"
+    console.print(f"method    {config.method}{exits * kind.regulated}")
+    for code, regulation in decisions.items() if kind.regulated else ():
+        decision = f"regulate  {f'{code}: ' * (len(codes) > 1)}{regulation.decision}"
+        console.print("\nWARNING   ".join([decision, *regulation.warnings]))
+    methods = {code: kind.from_config(config, base.layer, decisions[code].weight) for code in codes}
+    # λ of a language is as configured or 0, and then its records have no English.
+    method = kind.from_config(config, base.layer, max(each.weight for each in decisions.values()))
     if config.data.seq_len > base.config.max_position_embeddings:
         console.print(
             f"WARNING   data.seq_len={config.data.seq_len} is more than the "
@@ -146,9 +190,18 @@ def resolve(config, workdir: Path, base: BaseModel, measured: dict | None = None
     with main_process_first("records"):
         if not is_main_process():
             check_shared(workdir / "records")
-        data = prepare(recipe(config, method), base.tokenizer, workdir / "records")
+        parts = tuple(
+            Part(
+                configs[code],
+                f"{code}_" * (len(codes) > 1),
+                decisions[code],
+                prepare(recipe(configs[code], methods[code]), base.tokenizer, workdir / "records"),
+            )
+            for code in codes
+        )
+    records = _together([part.data.train for part in parts], config.data.share, codes)
     batches = Batches(
-        data.train,
+        records,
         sequences=config.batch.sequences,
         seq_len=config.data.seq_len,
         seed=config.seed,
@@ -156,14 +209,14 @@ def resolve(config, workdir: Path, base: BaseModel, measured: dict | None = None
         steps=config.steps,
         share_prompts=config.batch.share_prompts == "auto" and supports_shared_prefixes(config.attention),
     )
-    flops = budget.training_flops(base.config, method, data.train, batches.examples)
+    flops = budget.training_flops(base.config, method, records, batches.examples)
     experiment = Experiment(
         config=config,
         workdir=workdir,
         base=base,
         method=method,
-        regulation=regulation,
-        data=data,
+        parts=parts,
+        records=records,
         batches=batches,
         flops=flops,
     )
@@ -171,8 +224,17 @@ def resolve(config, workdir: Path, base: BaseModel, measured: dict | None = None
     return experiment
 
 
+def _together(parts: list[Records], share: tuple[str, ...], codes: tuple[str, ...]) -> Records | Mixture:
+    """The records of all languages, each with its share."""
+    shares = mixture.read_shares(share, codes)
+    if len(parts) == 1:
+        return parts[0]
+    sizes = [len(part) for part in parts]
+    return Mixture(parts, mixture.counts(sizes, shares) if shares else sizes)
+
+
 def recipe(config, method: Method) -> Recipe:
-    """What the examples are made from."""
+    """What the examples are made from, of one language."""
     more = further_streams(tuple(config.data.streams))
     return Recipe(
         language=config.language,

@@ -97,8 +97,9 @@ def test_equals_whole_gradients(name, family):
     assert np.ptp(ours) > 0.02  # so that the tolerance says something
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-@pytest.mark.parametrize("name", ["prom", "xllama2"])
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("prom", {"data": 2, "fsdp": 2, "tensor": 2}), ("xllama2", {"fsdp": 8})]
+)
 def test_a_mesh_equals_one_device(name, sizes):
     method = METHODS[name]
     model, (_, rows) = model_of("llama3", method), parts(method)

@@ -493,6 +493,7 @@ save(params, reader, sys.argv[4], PIVOT)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(tmp_path):
     hf_model().save_pretrained(tmp_path / "base")
     with socket.socket() as listener:

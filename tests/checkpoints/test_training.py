@@ -210,6 +210,7 @@ def test_room_that_is_made_lets_the_next_save_through(small_disk):
     assert steps(small_disk / "checkpoints") == [2]
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_step_before_a_damaged_one(config, tmp_path, capsys):
     config.checkpoint.keep_best, config.checkpoint.directory = 1, str(tmp_path / "elsewhere")
     config.eval.every, config.eval.samples = 3, 0

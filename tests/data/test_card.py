@@ -35,7 +35,7 @@ def run(byte_level, tmp_path, jsonl):
 
 def test_the_card_has_every_stream(run):
     config, data, batches = run
-    made = card.make(config, data, batches, 1e9)
+    made = card.make(config, {"sw": data}, data.train, batches, 1e9)
     assert set(made["packing"]["streams"]) == {"target", "english", "replay"} == set(batches.shapes)
     for stream, rows in made["packing"]["streams"].items():
         assert (rows["rows"], rows["length"]) == batches.shapes[stream]

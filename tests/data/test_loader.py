@@ -205,6 +205,7 @@ class Lengths:
         # The prompt's last token predicts what is each text's own.
         common = [np.where(has, max(0, prompt - 1), 0) for has in both]
         self.common_prompts = dict(zip(self.names[1:], common[1:]))
+        self.groups = np.zeros(len(lengths), np.int64)
 
     def example(self, i):
         """What is read of an example."""

@@ -279,6 +279,7 @@ print(prepared.fingerprint, len(prepared.train), tokens)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_and_one_killed(jsonl, byte_level, tmp_path):
     """The others find the same whole records; what a killed one leaves is in nobody's way."""
     byte_level.save_pretrained(tmp_path / "tokenizer")

@@ -32,7 +32,9 @@ def test_greedy_equals_transformers(family, pivot_layer):
         assert greedy(model, PROMPTS, NEW, eos) == stopped
 
 
-@pytest.mark.parametrize(("family", "pivot_layer"), [("llama2", 0), ("mistral", 3)])
+@pytest.mark.parametrize(
+    ("family", "pivot_layer"), [("llama2", 0), pytest.param("mistral", 3, marks=pytest.mark.slow)]
+)
 def test_prompts_that_share_their_beginning(family, pivot_layer, monkeypatch):
     hf = hf_model(family, **MODELS.get(family, {}))
     chance = np.random.default_rng(1)

@@ -149,11 +149,11 @@ def models(tiny):
     "flags",
     [
         {"num_fewshot": 2, "chat": True, "system": "Jibu."},
-        {"num_fewshot": 2},
         *(
             pytest.param(flags, marks=pytest.mark.slow)  # seconds each
             for flags in (
                 {},
+                {"num_fewshot": 2},
                 {"num_fewshot": 2, "system": "Jibu kwa Kiswahili."},
                 {"chat": True},
                 {"num_fewshot": 1, "chat": True, "multiturn": False},

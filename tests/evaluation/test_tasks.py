@@ -299,6 +299,7 @@ def test_a_language_without_words_is_told_so(data_dir):
             documents.xquad("de", str(data_dir), words_file=path)
 
 
+@pytest.mark.slow
 def test_torch_is_not_imported(data_dir):
     code = """
 import sys

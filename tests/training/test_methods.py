@@ -194,10 +194,8 @@ def models(family, has_pivot=True, more_exits=()):
         (BACTRIAN, "llama3"),
         (RAW, "llama with biases"),
         (FINAL, "olmo2"),
-        (RAW, "gemma2"),
         (FINAL, "gemma2"),
         (RAW, "gemma3"),
-        (FINAL, "gemma3"),
         (FINAL, "smollm3"),
         (RAW, "granite"),
         (FROZEN, "smollm2"),
@@ -283,7 +281,7 @@ def shared_rows(target, english, joined):
 
 @pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
 @pytest.mark.parametrize("method", [RAW, XLLAMA2], ids=id_of)
-@pytest.mark.parametrize("family", ["llama3", "mistral"])
+@pytest.mark.parametrize("family", [pytest.param("llama3", marks=pytest.mark.slow), "mistral"])
 def test_shared_prompts_change_nothing(method, joined, family):
     target, english = list(answered(0)), list(answered(1))
     alone = {
@@ -355,7 +353,7 @@ class HeadOnly(PROM):
         return path == ("pivot_head",)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_combined_gradients_are_those_of_each_sum(accumulation):
     _, _, model = models("llama3")
     batch = {
@@ -391,7 +389,7 @@ class Replayed(PROM):
         return super().loss + 0.3 * L("replay", layer=2)
 
 
-@pytest.mark.parametrize("appended", [None, "english"])
+@pytest.mark.parametrize("appended", [pytest.param(None, marks=pytest.mark.slow), "english"])
 def test_a_third_stream_is_a_term(appended):
     """Its loss is added; those of the others stay."""
     target, english = list(answered(0)), list(answered(1))

@@ -107,7 +107,8 @@ def probed(tiny, tables, model, rule="mean"):
 
 def decided(config, workdir):
     base, mesh = open_base(config, workdir), make_mesh(**config.mesh)
-    return decide(config, base.config, regulation.measured(config, base, workdir, mesh))
+    found = regulation.measured(config, base, workdir, mesh)
+    return decide(config, base.config, found[config.language])
 
 
 def test_the_mean_goes_opposite_ways(tiny, tables, english, swahili, tmp_path):
@@ -365,7 +366,7 @@ def test_preparing_reads_no_weights(tiny, tables, bare, tmp_path, capsys):
     assert not (tmp_path / "run" / FILE).exists()
 
     weights()
-    assert regulate.regulate(config, tmp_path / "run").weight == 0
+    assert regulate.regulate(config, tmp_path / "run")["sw"].weight == 0
     assert f"kept in {tmp_path / 'run' / FILE}" in capsys.readouterr().out
     (Path(model) / "model.safetensors").unlink()
     card = prepare.prepare(config, tmp_path / "run")

@@ -43,6 +43,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     assert trackers.read(tmp_path / "none.jsonl") == []
 
 
+@pytest.mark.slow
 def test_training_starts_without_torch_where_there_is_one():
     program = "import prom_jax.train, sys; print('torch' in sys.modules); import torch.nn"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -228,6 +228,7 @@ print(len(result.rows), len(result.rejected))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_paying_twice(service, tmp_path):
     command = [sys.executable, "-c", RUN, service.endpoint, str(tmp_path / "cache.sqlite")]
     environment = {**os.environ, "PYTHONPATH": str(Path(engines.__file__).parents[3])}
