@@ -11,6 +11,7 @@ from prom_jax.utils.extras import needs
 
 with needs("report"):
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 LABELS = {
     "target": "target",
@@ -114,10 +115,11 @@ def probe_curves(panels: dict[str, list[dict]], path: Path):
                 _band(axes, entry, role, style, f"{LABELS[role]}{f' {when}' * (len(pair) > 1)}")
         axes.set_title(f"{language}, {len(pair[-1]['rows'])} words", fontsize="medium")
         axes.grid(alpha=0.3)
-        if max(means) < FAINT:
-            axes.set(yscale="log", ylim=(max(FLOOR, min(means) / 2), FAINT))
-        else:
-            axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if max(means) < FAINT:
+        grid[0, 0].set(yscale="log", ylim=(max(FLOOR, min(means) / 2), FAINT))
+    else:  # once all are drawn, as they share it
+        grid[0, 0].set_ylim(bottom=0)
     for axes in grid.ravel()[len(panels) :]:
         axes.set_axis_off()
     figure.supxlabel("layer")
