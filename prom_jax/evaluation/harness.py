@@ -13,9 +13,10 @@ from prom_jax.evaluation.lm import HarnessModel
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.extras import needs
-from prom_jax.utils.temporary import environment, modules, no_progress_bars, quiet_loggers
+from prom_jax.utils.temporary import environment, modules, no_prints, no_progress_bars, quiet_loggers
 
 with needs("eval"):
+    import lm_eval.api.metrics
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -123,9 +124,17 @@ def read_task(path: Path, including: tuple[Path, ...] = ()) -> dict:
             raise UserError(f"{path} includes {name!r}: expected a file next to it, or one of {shared}")
         merged |= read_task(found, (*including, path))
     merged |= content
-    data = merged.get("dataset_kwargs")
+    data, metadata = merged.get("dataset_kwargs"), merged.get("metadata")
     if isinstance(data, dict) and isinstance(data.get("file"), str):
         merged["dataset_kwargs"] = data | {"file": str(path.parent / Path(data["file"]).expanduser())}
+    if isinstance(data, dict) and isinstance(metadata, dict):  # the harness gives both to one function
+        for key in data.keys() & metadata.keys():
+            if data[key] != metadata[key]:
+                raise UserError(
+                    f"{path}: {key} is {data[key]!r} in dataset_kwargs and {metadata[key]!r} in metadata: "
+                    "give it once"
+                )
+        merged["metadata"] = {key: value for key, value in metadata.items() if key not in data}
     return merged
 
 
@@ -226,7 +235,8 @@ def _add_measures(summary: dict, samples: list[dict], logged: list[dict], langua
 @contextlib.contextmanager
 def _quiet():
     """In the block, the harness and what it stands on report errors alone."""
-    with quiet_loggers("lm_eval", "datasets", "root", level=logging.ERROR), no_progress_bars():
+    loggers = quiet_loggers("lm_eval", "datasets", "root", level=logging.ERROR)
+    with loggers, no_progress_bars(), no_prints(lm_eval.api.metrics):
         yield
 
 

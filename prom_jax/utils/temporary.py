@@ -51,6 +51,16 @@ def no_progress_bars():
 
 
 @contextlib.contextmanager
+def no_prints(module: types.ModuleType):
+    """In the block, what a module prints goes nowhere."""
+    module.__dict__["print"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del module.__dict__["print"]
+
+
+@contextlib.contextmanager
 def environment(**defaults: str):
     """In the block, environment variables have these values, unless they have others."""
     added = defaults.keys() - os.environ.keys()

@@ -57,6 +57,13 @@ def test_a_task_from_anywhere(folder, monkeypatch):
     assert doc["golds"] == ["jibu 1"] and doc["cluster"] == "paragraph 2" and doc["language"] == "es"
 
 
+def test_a_language_may_be_given_twice(folder):
+    """The harness would pass it to one function twice."""
+    write(folder / "twice.yaml", "include: mi tarea.yml\ntask: twice\nmetadata: {language: es, version: 2}\n")
+    (task,) = harness.load_tasks([str(folder / "twice.yaml")]).values()
+    assert task.eval_docs[0]["language"] == "es" and task.get_config("metadata")["version"] == 2
+
+
 def test_tasks_of_a_folder_by_name(folder):
     tasks = harness.load_tasks(["own_loud", "own_es"], include_path=str(folder))
     assert list(tasks) == ["own_loud", "own_es"]
@@ -94,6 +101,15 @@ def test_words_of_a_file(folder):
         (
             {"include": "_xquad", "task": "x", "dataset_kwargs": {"language": "es", "file": "no.json"}},
             "no file",
+        ),
+        (
+            {
+                "include": "_xquad",
+                "task": "x",
+                "metadata": {"language": "de"},
+                "dataset_kwargs": {"language": "es"},
+            },
+            "language is 'es' in dataset_kwargs and 'de' in metadata: give it once",
         ),
         ("task: x\nprocess_results: !function no_such_package.f\n", "needs a package that is not installed"),
     ],
@@ -137,10 +153,11 @@ def test_squad_metrics(gold, answer, exact, f1):
 # The flags against the harness's own model.
 
 
-@pytest.fixture(scope="module")
-def models(tiny):
-    model, tokenizer = prom_jax.load(tiny / "model")
-    theirs = HFLM(pretrained=str(tiny / "model"), dtype=torch.float32, batch_size=4, device="cpu")
+@pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
+def models(request, tiny):
+    folder = tiny / "model" if request.param == "tiny" else request.getfixturevalue("smollm2")[2]
+    model, tokenizer = prom_jax.load(folder)
+    theirs = HFLM(pretrained=str(folder), dtype=torch.float32, batch_size=4, device="cpu")
     tokenizer.chat_template = theirs.tokenizer.chat_template = CHAT
     return HarnessModel(model, tokenizer, slots=2048), theirs
 
@@ -200,7 +217,7 @@ def test_no_chat_template_is_told(models):
     ours.tokenizer.chat_template = CHAT
 
 
-def test_standard_errors_need_no_process(folder, models, monkeypatch):
+def test_standard_errors_need_no_process(folder, models, monkeypatch, capsys):
     """The harness would fork this process, in which JAX has threads."""
     monkeypatch.setattr(multiprocessing, "Pool", None)
     metrics = "metric_list:\n  - metric: bleu\n    aggregation: bleu\n    higher_is_better: true\n"
@@ -208,6 +225,7 @@ def test_standard_errors_need_no_process(folder, models, monkeypatch):
     tasks = harness.load_tasks([write(folder / "bleu.yaml", content + metrics)])
     results, samples = harness.evaluate(models[0], tasks)
     assert results["bleu"]["metrics"]["bleu"]["stderr"] is not None
+    assert "bootstrapping" not in capsys.readouterr().out
     assert "DISABLE_MULTIPROC" not in __import__("os").environ
     assert results["bleu"]["metrics"]["bleu"]["higher_is_better"] is True
     scores = [sample["scores"]["chrf"] for sample in samples]  # no metric of the task
