@@ -11,9 +11,11 @@ import datasets
 import huggingface_hub
 import lm_eval
 import pytest
+import sacrebleu
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
+from prom_jax.data import templates
 from prom_jax.evaluation import tasks
 from prom_jax.evaluation.tasks import documents
 from prom_jax.utils.errors import UserError
@@ -121,7 +123,8 @@ def scores(results, task):
 
 
 def test_there_is_a_task_for_every_cell_of_the_paper():
-    assert manager(None).all_tasks == sorted(PROMPTS)
+    of_flores = {f"flores_{language}" for language in ("ar", "bn", "el", "ml", "mr", "sw", "ta", "te", "th")}
+    assert set(manager(None).all_tasks) == PROMPTS.keys() | of_flores
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -181,6 +184,38 @@ def test_results_of_arithmetic(data_dir):
         {"accuracy": 1, "accuracy_numeric": 1},
     ]
     assert table(results, "mgsm_bn")["accuracy"] == 0.5
+
+
+def test_translation(tmp_path):
+    """The prompt is that of training, to the letter; the measure is sacrebleu's."""
+    (tmp_path / "flores" / "devtest").mkdir(parents=True)
+    lines = {
+        "eng_Latn": ["A cow.", "A hill is high."],
+        "tha_Thai": ["วัว", "เนินเขาสูง"],
+        "ell_Grek": ["x", "y"],
+    }
+    for code, texts in lines.items():
+        (tmp_path / "flores" / "devtest" / f"{code}.devtest").write_text("\n".join(texts) + "\n")
+    task = load("flores_th", tmp_path)
+    prompts = [task.doc_to_text(doc) for doc in task.eval_docs]
+    english = templates.wording("en")
+    trained = templates.translation("A hill is high.", "เนินเขาสูง", "th", "0", english)[0].text
+    assert prompts[1] + "เนินเขาสูง" == trained
+    results = evaluate("flores_th", tmp_path, ["วัว", "เขาสูง"])
+    expected = [
+        sacrebleu.sentence_chrf("วัว", ["วัว"]).score,
+        sacrebleu.sentence_chrf("เขาสูง", ["เนินเขาสูง"]).score,
+    ]
+    assert [score["chrf"] for score in scores(results, "flores_th")] == pytest.approx(
+        [score / 100 for score in expected]
+    )
+    with pytest.raises(Exception, match="no language 'sw' in script Latn among the 3"):
+        load("flores_sw", tmp_path)
+    with pytest.raises(Exception, match="give --data_dir, a folder with its"):
+        load("flores_th", None)
+    (tmp_path / "flores" / "devtest" / "tha_Thai.devtest").write_text("วัว\n")
+    with pytest.raises(Exception, match=r"has 2 lines and .* 1: get them again"):
+        load("flores_th", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def flores_code(language: str, codes: list[str]) -> str:
         if its_script == script and langcodes.Language.get(name).prefer_macrolanguage().language == wanted:
             return code
     raise UserError(
-        f"The model knows no language '{language}' in script {script}: it has {len(codes)} others."
+        f"There is no language '{language}' in script {script} among the {len(codes)} that are known there."
     )
 
 

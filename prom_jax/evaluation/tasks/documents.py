@@ -18,6 +18,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from prom_jax.data.templates import translation, wording
+from prom_jax.data.translation.engines import flores_code
 from prom_jax.evaluation.metrics import NUMBER, last_number
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.temporary import quiet_loggers
@@ -55,6 +57,37 @@ def mgsm(language: str, data_dir: str | None = None, file: str | None = None, **
     else:
         source, rows = _hub_data_set(name, "juletxara/mgsm", language, "test")
     return _documents(source, _checked(source, rows, _problem), language, ("problem", "solution"), **given)
+
+
+def flores(language: str, data_dir: str | None = None, **_) -> dict:
+    """FLORES-200 (NLLB Team 2022), devtest: 1012 sentences to translate from English, asked for as
+    translations are in training (`data.templates`). The column `prompt` is the whole prompt."""
+    from datasets import Dataset
+
+    if not data_dir:
+        raise UserError("FLORES-200 is read from files alone: give --data_dir, a folder with its *.devtest.")
+    source = _find(data_dir, "eng_Latn.devtest", None)
+    codes = sorted(path.stem for path in source.parent.glob("*.devtest"))
+    target = source.with_name(f"{flores_code(language, codes)}.devtest")
+    sides = [_lines(path) for path in (source, target)]
+    if len(sides[0]) != len(sides[1]):
+        raise UserError(f"{source} has {len(sides[0])} lines and {target} {len(sides[1])}: get them again.")
+    english = wording("en")
+    documents = [
+        {
+            "id": f"sentence {number}",
+            "prompt": translation(text, "", language, "0", english)[0].text,
+            "golds": [translated],
+            "cluster": f"sentence {number}",
+            "language": language,
+        }
+        for number, (text, translated) in enumerate(zip(*sides), 1)
+    ]
+    return {"test": Dataset.from_list(documents)}
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").rstrip("\n").split("\n")
 
 
 def _questions(source: str, rows: Iterable[dict], language: str, **given) -> dict:

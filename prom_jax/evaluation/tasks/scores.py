@@ -6,7 +6,7 @@ task's YAML lists. A metric that does not count the document is left out.
 
 from functools import partial
 
-from prom_jax.evaluation import metrics
+from prom_jax.evaluation import metrics, replies
 
 
 def squad(doc: dict, results: list[str]) -> dict[str, float]:
@@ -41,6 +41,11 @@ def mgsm(doc: dict, results: list[str]) -> dict[str, float]:
         "accuracy": float(metrics.last_integer(results[0]) == gold),
         "accuracy_numeric": float(metrics.last_number(results[0]) == gold),
     }
+
+
+def translation(doc: dict, results: list[str]) -> dict[str, float]:
+    """chrF against the one translation that there is."""
+    return {"chrf": replies.chrf(results[0], doc["golds"])}
 
 
 def _answer(doc: dict, results: list[str], tokens: metrics.Tokens) -> dict[str, float]:
