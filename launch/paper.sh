@@ -13,10 +13,12 @@
 # H100's bf16 peak at 40 %, and 52,002 Alpaca examples × 3 epochs × 512 tokens. Evaluations and probes come on top.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/matrix.sh
+source launch/matrix.sh
 
 languages=ar,bn,el,ml,mr,sw,ta,te,th methods=base,bactrian,xllama2,prom,unregulated,ablation seeds=0 runs=runs/paper
 model=meta-llama/Llama-2-7b-hf dry="" hours=0 tokens=8e7 parameters=6.74e9 device_flops=989e12 mfu=0.4
-evaluation=() training=() failed=() unknown="" own_tasks=""
+evaluation=() training=() unknown="" own_tasks=""
 for argument; do
   value=${argument#*=}
   case $argument in
@@ -46,13 +48,6 @@ declare -A tasks=(
   [sw]=mgsm_sw [ta]=indicqa_ta [te]=mgsm_te [th]="xquad_th,mgsm_th"
 )
 
-# known FLAG VALUES ALLOWED: ends with one line if a value is not allowed.
-known() {
-  local name
-  for name in ${2//,/ }; do
-    [[ " $3 " == *" $name "* ]] || { echo "error: $1=$name: expected some of $3" >&2 && exit 2; }
-  done
-}
 configured=$(cd configs && echo [a-z]*.py)
 known --languages "$languages" "${configured//.py/}"
 for language in ${languages//,/ }; do
@@ -65,22 +60,6 @@ done
 known --methods "$methods" "base bactrian xllama2 prom unregulated ablation"
 
 wants() { [[ ,$methods, == *,$1,* ]]; }
-
-# step OUTPUT COMMAND…: runs the command unless its output is there.
-step() {
-  local output=$1 status=0
-  shift
-  [ ! -e "$output" ] || return 0
-  printf '%q ' "$@" | sed 's/\\,/,/g; s/ $/\n/'
-  [ -z "$dry" ] || return 0
-  "$@" || status=$?
-  if [ $status = 75 ]; then # prom_jax.train was told to stop
-    echo "stopped: run the same command to go on"
-    exit 75
-  fi
-  [ $status = 0 ] || failed+=("$*")
-  return $status
-}
 
 evaluate() { # MODEL TASKS OUT
   step "$3/results.json" python -m prom_jax.evaluate --model="$1" --tasks="$2" --out="$3" "${evaluation[@]}"
@@ -133,7 +112,4 @@ step "" python -m prom_jax.report --runs="$runs" --out="$runs/report" || true
 if [ -n "$dry" ]; then
   printf '# training: about %.3g hours of one device at %s FLOP/s × %s\n' "$hours" "$device_flops" "$mfu"
 fi
-if [ ${#failed[@]} -gt 0 ]; then
-  printf 'failed: %s\n' "${failed[@]}" >&2
-  exit 1
-fi
+end_with_failures

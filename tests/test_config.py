@@ -27,7 +27,7 @@ def load(path, variant=""):
 
 
 def test_there_is_one_file_a_language():
-    assert {path.stem for path in CONFIGS} == {*LANGUAGES, "demo", "gemma"}
+    assert {path.stem for path in CONFIGS} == {*LANGUAGES, "demo", "gemma", "study"}
 
 
 @pytest.mark.parametrize("variant", configuration.VARIANTS)
