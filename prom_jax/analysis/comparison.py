@@ -42,22 +42,31 @@ def clustered_bootstrap(differences, clusters, seed: int = 0) -> Bootstrap:
     """Bootstrap of a mean of paired differences, whole clusters drawn anew with replacement.
 
     Items of one cluster (the questions of a paragraph) are not independent, so a resample takes all or none
-    of them. p is the share of resamples that are as far from the mean as the mean is from 0, and never less
-    than 2 / 2ⁿ, the odds that n clusters all differ in one direction by chance: few of them prove nothing.
+    of them. Trainings with several seeds are drawn anew too, independently of the clusters, as all of them
+    answer the same items; what k of them differ from their mean is enlarged by √(k / (k − 1)), since k draws
+    from k vary too little by that. p is the share of resamples that are as far from the mean as the mean is
+    from 0, and never less than 2 / 2ⁿ, the odds that n clusters all differ in one direction by chance: few of
+    them prove nothing. `python -m benchmarks.power` says what the intervals hold.
 
     Args:
-      differences: float [items], first minus second.
+      differences: float [items] or [seeds, items], first minus second.
       clusters: [items], which cluster an item is of.
     """
     names, members = np.unique(np.asarray(clusters), return_inverse=True)
-    sums, sizes = np.bincount(members, differences), np.bincount(members)
-    observed = sums.sum() / sizes.sum()
-    random = np.random.default_rng(seed)
-    at_once = max(1, CHUNK // len(names))
+    each = np.atleast_2d(np.asarray(differences, np.float64))
+    sums, sizes = np.stack([np.bincount(members, row) for row in each]), np.bincount(members)
+    seeds, mean = len(sums), sums.mean(axis=0)
+    sums = mean + (sums - mean) * np.sqrt(seeds / max(1, seeds - 1))
+    observed = mean.sum() / sizes.sum()
+    random, of_seeds = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    at_once = max(1, CHUNK // (len(names) * seeds))
     means = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, at_once):
-        draws = random.integers(len(names), size=(min(at_once, RESAMPLES - start), len(names)))
-        means[start : start + at_once] = sums[draws].sum(axis=1) / sizes[draws].sum(axis=1)
+        number = min(at_once, RESAMPLES - start)
+        draws = random.integers(len(names), size=(number, len(names)))
+        weights = of_seeds.multinomial(seeds, np.full(seeds, 1 / seeds), size=number).T / seeds
+        totals = (weights * sums[:, draws].sum(axis=2)).sum(axis=0)  # [number], as all that follows
+        means[start : start + number] = totals / sizes[draws].sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     # A rounding error must not tell a resample that equals the extreme from the extreme.
     as_far = np.abs(means - observed) >= abs(observed) * (1 - 1e-9)

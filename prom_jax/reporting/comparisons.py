@@ -18,11 +18,11 @@ class Comparison:
 
     Attributes:
       first, second: names of the rows; task, metric: what is compared.
-      test: 'McNemar' where all scores are 0 or 1, else 'bootstrap'.
+      test: 'McNemar' where all scores are 0 or 1 and there is one seed, else 'bootstrap'.
       documents: how many both have; seeds: how many pairs of runs.
       difference: first minus second, times 100, the mean over seeds: percentage points of a share.
-      low, high: ends of its 95 % interval (bootstrap), the widest over seeds.
-      first_only, second_only: documents that one alone has right (McNemar), in the least certain seed.
+      low, high: ends of its 95 % interval (bootstrap).
+      first_only, second_only: documents that one alone has right (McNemar).
       p, adjusted: before and after Holm's correction; None if `refused` says why there is no test.
     """
 
@@ -51,11 +51,9 @@ class Comparison:
 
 
 def compare(names: tuple[str, str], first: dict, second: dict, task: str, metric: str) -> Comparison:
-    """Tests two rows of a table on one metric of a task.
+    """Tests two rows of a table on one metric of a task, over the documents that all of their runs have.
 
-    With several seeds each pair of equal seeds is tested by itself (a run without a seed is paired with every
-    one), and the least certain counts: to be significant, a difference must be so, and have the same sign,
-    in every seed.
+    With several seeds equal ones are paired (a run without a seed is paired with every one).
 
     Args:
       names: of the rows.
@@ -71,17 +69,19 @@ def compare(names: tuple[str, str], first: dict, second: dict, task: str, metric
     try:
         if not pairs:
             raise NotComparable(f"no seed in common: {_names(first)} and {_names(second)}")
-        tests = [_test(*pair, task, metric) for pair in pairs]
+        scores, clusters = _scores(pairs, task, metric)
     except NotComparable as error:
         return dataclasses.replace(result, refused=str(error))
-    least = max(tests, key=lambda test: test["p"])
-    signs = {np.sign(test["difference"]) for test in tests}
-    ends = {}
-    if least["test"] == "bootstrap":
-        ends = {"low": min(test["low"] for test in tests), "high": max(test["high"] for test in tests)}
-    mean = float(np.mean([test["difference"] for test in tests]))
-    p = least["p"] if len(signs) == 1 else 1.0
-    return dataclasses.replace(result, **least | ends | {"difference": mean, "p": p, "seeds": len(pairs)})
+    result = dataclasses.replace(
+        result,
+        documents=len(clusters),
+        seeds=len(pairs),
+        difference=100 * float(np.mean(scores[:, 0] - scores[:, 1])),
+    )
+    if len(pairs) == 1 and np.isin(scores, (0, 1)).all():
+        return dataclasses.replace(result, test="McNemar", **mcnemar(*scores[0].astype(bool))._asdict())
+    test = clustered_bootstrap(scores[:, 0] - scores[:, 1], clusters)
+    return dataclasses.replace(result, test="bootstrap", low=100 * test.low, high=100 * test.high, p=test.p)
 
 
 def adjust(comparisons: list[Comparison]) -> list[Comparison]:
@@ -96,31 +96,31 @@ def adjust(comparisons: list[Comparison]) -> list[Comparison]:
     ]
 
 
-def _test(first: Run, second: Run, task: str, metric: str) -> dict:
-    differing = differing_settings(first, second)
-    if differing:
-        raise NotComparable(f"evaluated under other settings ({', '.join(differing)})")
-    theirs, ours = first.samples[task], second.samples[task]
+def _scores(pairs: list[tuple[Run, Run]], task: str, metric: str) -> tuple[np.ndarray, list[str]]:
+    """The scores of each pair of runs, float64 [pairs, 2, documents], and the cluster of each document.
+
+    Raises:
+      NotComparable: if they were not evaluated alike, or have no document in common.
+    """
+    for first, second in pairs:
+        if differing := differing_settings(first, second):
+            raise NotComparable(f"evaluated under other settings ({', '.join(differing)})")
+    sides = [run.samples[task] for pair in pairs for run in pair]
     common = [
         doc
-        for doc in sorted(theirs.keys() & ours.keys())
-        if metric in theirs[doc].scores and metric in ours[doc].scores
+        for doc in sorted(set.intersection(*(set(side) for side in sides)))
+        if all(metric in side[doc].scores for side in sides)
     ]
     if not common:
         raise NotComparable("no document in common")
-    changed = [doc for doc in common if theirs[doc].asked != ours[doc].asked]
+    changed = [doc for doc in common if len({side[doc].asked for side in sides}) > 1]
     if changed:
         raise NotComparable(f"{len(changed)} documents ask different things under one number")
-    scores = [[finite(side[doc].scores[metric]) for doc in common] for side in (theirs, ours)]
-    if None in (*scores[0], *scores[1]):
+    scores = [[finite(side[doc].scores[metric]) for doc in common] for side in sides]
+    if any(None in of_side for of_side in scores):
         raise NotComparable("it has no score of one document alone, or some are not numbers")
-    scores = np.array(scores, float)
-    shared = {"documents": len(common), "difference": 100 * float(np.diff(scores[::-1], axis=0).mean())}
-    if np.isin(scores, (0, 1)).all():
-        test = mcnemar(*scores.astype(bool))
-        return shared | {"test": "McNemar", **test._asdict()}
-    test = clustered_bootstrap(scores[0] - scores[1], [theirs[doc].cluster for doc in common])
-    return shared | {"test": "bootstrap", "low": 100 * test.low, "high": 100 * test.high, "p": test.p}
+    clusters = [sides[0][doc].cluster for doc in common]
+    return np.array(scores, float).reshape(len(pairs), 2, len(common)), clusters
 
 
 def _names(runs: dict) -> str:

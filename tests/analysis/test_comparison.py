@@ -46,6 +46,26 @@ def test_bootstrap_is_that_of_a_plain_loop():
     assert ours.p == pytest.approx(expected, abs=0.02)
 
 
+def test_seeds_are_drawn_too():
+    random = np.random.default_rng(0)
+    items, clusters = random.normal(size=200), np.repeat(np.arange(50), 4)
+    one = clustered_bootstrap(items, clusters)
+    assert clustered_bootstrap([items], clusters) == one
+    same = clustered_bootstrap([items, items, items], clusters)  # seeds that make no difference
+    assert (same.low, same.high) == pytest.approx((one.low, one.high), abs=1e-9)
+    # Where items make none, the standard deviation is that of the mean of seeds, √(s² / 3).
+    shifts = np.array([-0.5, 0.1, 0.7])
+    spread = clustered_bootstrap(np.repeat(shifts[:, None], 200, axis=1), clusters)
+    draws = random.choice(shifts, size=(100_000, 3)).mean(axis=1)
+    draws = shifts.mean() + (draws - shifts.mean()) * math.sqrt(3 / 2)
+    assert draws.std() == pytest.approx(shifts.std(ddof=1) / math.sqrt(3), rel=0.01)
+    assert (spread.low, spread.high) == pytest.approx(tuple(np.quantile(draws, (0.025, 0.975))), abs=1e-9)
+    # And both together add up.
+    both = clustered_bootstrap(items + 0.2 * shifts[:, None], clusters)
+    parts = [np.var(items.reshape(50, 4).mean(axis=1), ddof=1) / 50, 0.04 * shifts.var(ddof=1) / 3]
+    assert both.high - both.low == pytest.approx(2 * 1.96 * math.sqrt(sum(parts)), rel=0.05)
+
+
 def test_items_of_a_cluster_are_not_independent():
     values = np.random.default_rng(0).normal(size=100)
     repeated, items = np.repeat(values, 9), np.arange(900)

@@ -59,12 +59,17 @@ def test_a_metric_that_leaves_out_documents(run):
     assert (result.documents, result.first_only, result.second_only) == (12, 0, 1)
 
 
-def test_the_least_certain_seed_counts(run):
+def test_several_seeds_are_a_level_of_their_own(run):
     strong, weak = run("strong", [1] * 20), run("weak", [1] * 3 + [0] * 17)
     zero = run("zero", [0] * 20)
     result = against({0: strong, 1: weak}, {0: zero, 1: zero, 2: zero})
-    assert result.seeds == 2 and result.p == pytest.approx(binomtest(3, 3).pvalue)
+    assert (result.seeds, result.test, result.documents) == (2, "bootstrap", 20)
     assert result.difference == pytest.approx((100 + 15) / 2)
+    expected = clustered_bootstrap([[1] * 20, [1] * 3 + [0] * 17], [doc // 2 for doc in range(20)])
+    assert (result.p, result.low, result.high) == pytest.approx(
+        (expected.p, 100 * expected.low, 100 * expected.high)
+    )
+    assert result.low < 15 < 100 <= result.high  # it ranges over what the seeds are
     # A base model has no seed, and is set against each.
     assert against({0: strong, 1: weak}, {None: zero}) == result
     assert against({0: strong, 1: zero}, {0: zero, 1: strong}).p == 1  # opposite signs
