@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import platform
 import signal
 import statistics
 import threading
@@ -46,7 +47,7 @@ from prom_jax.utils import cli, command
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import REQUEUE, is_main_process
-from prom_jax.utils.workdir import write_config, write_json
+from prom_jax.utils.workdir import recorded_versions, write_config, write_json
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
 SPEEDS = ("tokens_per_second", "model_flops_per_second")  # of each update
@@ -89,7 +90,13 @@ def train(config, workdir, dry_run: bool = False) -> dict:
         params, opt_state = state
         log = MetricsLog(workdir, start or BEFORE_BASE, trackers, job.identity)
         with contextlib.closing(log):
-            write_config(workdir, job.identity)
+            begun = recorded_versions(workdir) if start else {}
+            for name, version in begun.items():
+                if version != (now := versions().get(name)):
+                    console.print(
+                        f"WARNING   the run was begun with {name} {version}, now {now}: numbers may differ"
+                    )
+            write_config(workdir, job.identity | {"versions": begun or versions()})
             if not start:
                 show_data(job, log)
                 evaluate(job, params, log, 0)
@@ -99,6 +106,11 @@ def train(config, workdir, dry_run: bool = False) -> dict:
             export(job, params, log)
             checkpoints.close()  # only now: a last save that failed must not keep the result back
             return report(job, log, time.time() - started)
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
+    return {"python": platform.python_version()} | cli.versions("flax", "optax", "orbax-checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)

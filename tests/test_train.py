@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from prom_jax.data.records import prepare
 from prom_jax.training.methods.prom import PROM
 from prom_jax.training.setup import recipe
 from prom_jax.utils.errors import UserError
-from prom_jax.utils.workdir import CONFIG_FILE, FORMAT
+from prom_jax.utils.workdir import CONFIG_FILE, FORMAT, write_json
 from tests.tiny import tiny_config
 
 TIMINGS = {"tokens_per_second", "model_flops_per_second"}
@@ -161,10 +162,16 @@ def test_a_run_goes_on_on_another_mesh_in_the_middle_of_an_epoch(finished, confi
             assert row == expected
 
 
-def test_a_finished_run_is_left_as_it_is(finished, config):
+def test_a_finished_run_is_left_as_it_is(finished, config, capsys):
     workdir, summary = finished
+    kept = json.loads((workdir / CONFIG_FILE).read_text())
+    begun = kept["versions"] | {"jax": "0.1"}
+    write_json(workdir / CONFIG_FILE, kept | {"versions": begun})
     again = door.train(config, workdir)
     assert again["final"] == summary["final"] and len(metrics(workdir)) == 11
+    assert f"the run was begun with jax 0.1, now {jax.__version__}" in capsys.readouterr().out
+    assert json.loads((workdir / CONFIG_FILE).read_text())["versions"] == begun
+    write_json(workdir / CONFIG_FILE, kept)
 
 
 def test_sigterm_saves_and_asks_to_be_run_again(config, tmp_path, monkeypatch):

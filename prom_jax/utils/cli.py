@@ -15,6 +15,7 @@ import jax
 from prom_jax.utils import command, config_file
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import MISTAKE
+from prom_jax.utils.workdir import CONFIG_FILE
 
 # What commands compile is kept, small programs too, as there are dozens of them; the environment may say
 # otherwise under the same names.
@@ -60,7 +61,7 @@ class Parser(argparse.ArgumentParser):
             "--config",
             metavar="FILE[:variant]",
             help="configuration file, or the name of one that comes with the package, and a variant of it: "
-            "configs/th.py:bactrian or th:bactrian (required)",
+            "configs/th.py:bactrian or th:bactrian; or the config.json of a run (default: that of --workdir)",
         )
         group.add_argument(
             "--config.KEY",
@@ -85,8 +86,13 @@ class Parser(argparse.ArgumentParser):
         if extra:
             raise UserError(f"unexpected argument {extra[0]!r}: flags are given as --name=value")
         if self._has_config:
+            if result.config is None and result.workdir and (Path(result.workdir) / CONFIG_FILE).is_file():
+                result.config = str(Path(result.workdir) / CONFIG_FILE)
             if result.config is None:
-                raise UserError("--config is missing: for example --config=configs/demo.py")
+                raise UserError(
+                    "--config is missing: for example --config=configs/demo.py, or --workdir=DIR alone to go "
+                    "on with the run that it holds"
+                )
             result.workdir = Path(result.workdir or _default_workdir(result.config))
             result.run = shlex.join([f"--config={result.config}", *overrides, f"--workdir={result.workdir}"])
             result.config = config_file.override(config_file.load(result.config), overrides)
@@ -239,6 +245,8 @@ def _names(action: argparse.Action) -> tuple[str, ...]:
 
 
 def _default_workdir(config: str) -> Path:
+    if config.endswith(".json"):  # of a run, which goes on
+        return Path(config).parent
     path, _, variant = config.partition(":")
     return Path("runs") / "-".join(filter(None, (Path(path).stem, variant)))
 

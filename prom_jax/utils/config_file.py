@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.machinery
+import json
 import types
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from prom_jax.config import default
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import BESIDES, check_format, flat
 
 # The configurations that come with the package: a link to configs/ in the repository.
 OWN = Path(__file__).parents[1] / "resources" / "configs"
@@ -24,11 +27,11 @@ EXPECTED = {
 
 
 def load(name: str) -> ConfigDict:
-    """The configuration that a file's `get_config` makes.
+    """The configuration that a file's `get_config` makes, or that a run has kept.
 
     Args:
       name: the path of a Python file, or the name of a configuration that comes with the package ('th'),
-        with an optional variant after a colon.
+        with an optional variant after a colon; or the config.json of a work directory.
 
     Returns:
       The configuration, locked: no key can be added.
@@ -36,6 +39,8 @@ def load(name: str) -> ConfigDict:
     Raises:
       UserError: if there is no such file, it makes no configuration, or has no such variant.
     """
+    if name.endswith(".json"):
+        return _of_run(Path(name)).lock()
     path, _, variant = name.partition(":")
     if path in (own := {file.stem: str(file) for file in sorted(OWN.glob("*.py"))}):
         path = own[path]
@@ -63,6 +68,22 @@ def load(name: str) -> ConfigDict:
             "as prom_jax.config.default() makes"
         )
     return config.lock()
+
+
+def _of_run(path: Path) -> ConfigDict:
+    """The configuration in a work directory's config.json."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        check_format(path, content.pop("format", None))
+        for key in BESIDES:
+            content.pop(key, None)
+        config = default()
+        for key, value in flat(content).items():
+            _value(config, key, str(path))
+            config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no config.json of a run ({type(error).__name__}: {error})") from error
+    return config
 
 
 def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:

@@ -17,6 +17,8 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 CONFIG_FILE = "config.json"
+# What it holds besides the configuration and `format`.
+BESIDES = ("records", "prompts_shared", "versions")
 # Of what a run keeps: the trees of parameters and optimizer state, and the records. 1, which no file says: up
 # to commit f878607.
 FORMAT = 2
@@ -74,13 +76,18 @@ def check_same_config(workdir: Path, config: dict):
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is damaged ({error}): remove it, or give another --workdir") from error
         check_format(path, content.get("format"))
-        theirs = _flat(content)
-        for key, value in _flat(config).items():
+        theirs = flat(content)
+        for key, value in flat(config).items():
             if theirs.get(key) != value and not key.startswith(MAY_CHANGE):
                 raise UserError(
                     f"{workdir} holds a run with {key}={theirs.get(key)!r}, now {value!r}: give another "
                     "--workdir, or remove it to start afresh"
                 )
+
+
+def recorded_versions(workdir: Path) -> dict[str, str]:
+    """Of the packages that the run in a folder was begun with; empty where that is not known."""
+    return json.loads((workdir / CONFIG_FILE).read_text(encoding="utf-8")).get("versions", {})
 
 
 def check_shared(path: Path):
@@ -128,9 +135,9 @@ def write_text(path: Path, text: str):
         ) from error
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def flat(tree: dict, prefix: str = "") -> dict:
     """A nested dict with dotted keys."""
     items = {}
     for key, value in tree.items():
-        items |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return items

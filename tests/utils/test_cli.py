@@ -14,6 +14,7 @@ from prom_jax import __main__
 from prom_jax.config import VARIANTS
 from prom_jax.utils import cli, config_file, extras
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import as_dict, write_config
 
 WITH_CONFIG = ("train", "prepare", "regulate", "interference")
 COMMANDS = (*WITH_CONFIG, "probe", "generate", "evaluate", "convert", "report")
@@ -117,8 +118,46 @@ def test_an_unexpected_argument(command):
         parse(command, "x")
 
 
+def test_a_run_is_enough(tmp_path):
+    """Its config.json is its configuration, to go on with or to do again elsewhere."""
+
+    def read(*flags):
+        return module("train").parse(list(flags))
+
+    def told(*flags):
+        with pytest.raises(UserError) as error:
+            read(*flags)
+        return str(error.value)
+
+    config = read("--config=configs/th.py:xllama2", "--config.data.seq_len=99").config
+    config.data.target = ("a.jsonl", "b.jsonl")
+    write_config(
+        tmp_path, as_dict(config) | {"records": "ab", "prompts_shared": True, "versions": {"jax": "1"}}
+    )
+    found = read(f"--workdir={tmp_path}", "--config.checkpoint.keep=5")
+    assert found.workdir == tmp_path and found.config.checkpoint.keep == 5
+    found.config.checkpoint.keep = config.checkpoint.keep
+    assert as_dict(found.config) == as_dict(config)
+    assert {type(value) for value in found.config.data.values()} == {type(v) for v in config.data.values()}
+    assert f"--config={tmp_path}/config.json" in found.run
+    again = read(f"--config={tmp_path}/config.json", "--workdir=again")
+    assert again.workdir == Path("again") and as_dict(again.config) == as_dict(config)
+    assert read(f"--config={tmp_path}/config.json").workdir == tmp_path
+    assert "--config is missing" in told("--workdir=nowhere")
+    for content, message in (
+        ('{"format": 2, "pivot": {"wait": 1}}', "unknown configuration key 'wait'"),
+        ('{"format": 1}', "is of a run or checkpoint of format 1"),
+        ('{"format": 2, "steps": "many"}', "is no config.json of a run"),
+        ("[]", "is no config.json of a run"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        assert message in told(f"--workdir={tmp_path}")
+
+
 def test_what_is_missing_is_told():
-    assert mistake("train") == "--config is missing: for example --config=configs/demo.py"
+    assert mistake("train").startswith(
+        "--config is missing: for example --config=configs/demo.py, or --workdir"
+    )
     assert mistake("report", "--runs=x") == "--out is missing: a folder for the report"
     assert mistake("generate", "--model=m").startswith("expected one of a prompt, --interactive and")
     assert "--out: expected one argument" in mistake("report", "--out")
