@@ -280,7 +280,7 @@ def loop(
     with progress(num_steps, start) as show, caught_signals() as stopping:
         for step in range(start + 1, num_steps + 1):
             multihost.progress(f"step {step}")
-            measured = step == 1 or is_due(step, config.eval.every)
+            measured = step == 1 or (config.eval.every and step % config.eval.every == 0)
             norms = jax.device_get(term_norms(params, batch)) if measured else {}
             begun = time.perf_counter()
             stops = sharding.by_process(job.mesh, bool(stopping))
