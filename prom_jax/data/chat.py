@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from string import Template
 
-from prom_jax.data.sources import Turn
+from prom_jax.data.rows import Turn
 from prom_jax.data.templates import Wording, conversation, wording
 from prom_jax.data.tokens import encode
 

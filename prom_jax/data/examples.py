@@ -13,7 +13,8 @@ import numpy as np
 
 from prom_jax.data import sources
 from prom_jax.data import templates as prompts
-from prom_jax.data.sources import Row, Sentence, Turn
+from prom_jax.data.pairing import pair
+from prom_jax.data.rows import Row, Sentence, Turn
 from prom_jax.data.templates import Span, Wording
 from prom_jax.utils.errors import UserError
 
@@ -135,7 +136,7 @@ def read_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], int]:
     prompts.language_name(recipe.language)  # which refuses what is no language
     target = sources.read_instructions(recipe.target, recipe.language)
     english = sources.read_instructions(recipe.english, "en")
-    pairs, unmatched = sources.pair(english, target) if english else ([(None, t) for t in target], 0)
+    pairs, unmatched = pair(english, target) if english else ([(None, t) for t in target], 0)
     sentences = sources.read_parallel(recipe.translation, recipe.language)
     held, kept = _split(len(pairs or sentences), recipe)
     if pairs:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import langcodes
 
-from prom_jax.data.sources import Turn
+from prom_jax.data.rows import Turn
 from prom_jax.utils.errors import UserError
 
 VERSION = 2  # part of the records' fingerprint, as the tables are: raise it whenever a prompt's form changes

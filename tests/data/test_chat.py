@@ -3,7 +3,7 @@ from jinja2.exceptions import TemplateError
 
 from prom_jax.data import templates as prompts
 from prom_jax.data.chat import chat_template
-from prom_jax.data.sources import Turn
+from prom_jax.data.rows import Turn
 from prom_jax.data.tokens import encode
 
 

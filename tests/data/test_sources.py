@@ -6,7 +6,8 @@ import pyarrow.parquet
 import pytest
 
 from prom_jax.data import sources
-from prom_jax.data.sources import Row, Sentence, Turn
+from prom_jax.data.pairing import pair
+from prom_jax.data.rows import Row, Sentence, Turn
 from prom_jax.utils.errors import UserError
 
 ROWS = [
@@ -92,20 +93,20 @@ def test_pairs_by_id_or_by_order():
         return [Row(i, (Turn(f"{n}", "", "x"),)) for n, i in enumerate(ids)]
 
     english, target = rows("a", "b", "c"), rows("c", "a", "d")
-    pairs, unmatched = sources.pair(english, target)
+    pairs, unmatched = pair(english, target)
     assert [(e.id, t.id) for e, t in pairs] == [("c", "c"), ("a", "a")] and unmatched == 2
-    pairs, unmatched = sources.pair(rows(None, None), rows(None, None))
+    pairs, unmatched = pair(rows(None, None), rows(None, None))
     assert [(e.id, t.id) for e, t in pairs] == [("#1", "#1"), ("#2", "#2")] and unmatched == 0
-    pairs, unmatched = sources.pair(rows(None, None, None), rows("#3", "#1"))  # as translation leaves it
+    pairs, unmatched = pair(rows(None, None, None), rows("#3", "#1"))  # as translation leaves it
     assert [e.turns[0].instruction for e, _ in pairs] == ["2", "0"] and unmatched == 1
     with pytest.raises(UserError, match="The English row 2 has no id, and others have"):
-        sources.pair(rows("a", None), rows("b", "c"))
+        pair(rows("a", None), rows("b", "c"))
     with pytest.raises(UserError, match=r"2 English and 1 target rows.*'id'"):
-        sources.pair(rows(None, None), rows(None))
+        pair(rows(None, None), rows(None))
     with pytest.raises(UserError, match=r"No English row.*'a' and 'b'"):
-        sources.pair(rows("a"), rows("b"))
+        pair(rows("a"), rows("b"))
     with pytest.raises(UserError, match="'a' occurs twice on the English side"):
-        sources.pair(rows("a", "a"), rows("a", "b"))
+        pair(rows("a", "a"), rows("a", "b"))
 
 
 def test_renamed_columns(jsonl):
@@ -141,7 +142,7 @@ def test_blank_ids_are_none(tmp_path):
     rows = sources.read_instructions((str(path),), "sw")
     assert [row.id for row in rows] == [None, "7"]
     with pytest.raises(UserError, match="row 1 has no id, and others have"):
-        sources.pair(rows, rows)
+        pair(rows, rows)
 
 
 def test_columns_of_text_stay_text(tmp_path):

@@ -3,7 +3,7 @@ import unicodedata
 import pytest
 
 from prom_jax.data import templates as prompts
-from prom_jax.data.sources import Turn
+from prom_jax.data.rows import Turn
 from prom_jax.data.templates import wording
 from prom_jax.utils.errors import UserError
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prom_jax.data import templates as prompts
-from prom_jax.data.sources import Turn
+from prom_jax.data.rows import Turn
 from prom_jax.data.templates import Span
 from prom_jax.data.tokens import encode
 from prom_jax.tokenization import folder as tokenizers

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prom_jax.data.sources import Row, Turn
+from prom_jax.data.rows import Row, Turn
 from prom_jax.data.translation import checks
 from prom_jax.data.translation.engines import Engine
 from prom_jax.utils import console
