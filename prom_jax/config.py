@@ -85,9 +85,10 @@ def default() -> ConfigDict:
     c.probe.sources = ()
 
     c.data = ConfigDict()
-    # Sources of each role: a .json .jsonl .csv .tsv .parquet, hub id `owner/name[:config][@split]`, or
-    # 'sample'; `?ours=theirs&…` after it renames columns. English and target instructions pair up by id, or
-    # else by order. `prepare --translate` writes data.target from data.english.
+    # Sources of each role: a .json .jsonl .csv .tsv .parquet (.gz .zst), a folder, a pattern, a hub id
+    # `owner/name[:config][@split]`, or 'sample'; `?ours=theirs&…` after it renames columns. English and
+    # target instructions pair up by id, or else by order. `prepare --translate` writes data.target from
+    # data.english.
     c.data.english = ()
     c.data.target = ()
     # Aligned sentences (keys 'en' and the language): as above, a .tmx, or 'english|target', each a text file
@@ -96,6 +97,8 @@ def default() -> ConfigDict:
     # Further streams of instruction rows with the English template, for methods that have a term for them:
     # 'name=source', such as 'replay=rows.jsonl'.
     c.data.streams = ()
+    # Rows that cannot be used: 'refuse' (all are counted, some named) or 'skip' (counted in the card).
+    c.data.bad_rows = "refuse"
     # Language of the template and the translation requests around target text: 'english' or 'target'.
     c.data.prompts = "english"
     # Tokens a row; examples are packed into rows, and cut at this length.

@@ -140,9 +140,10 @@ def _destination(config) -> Path:
 
 
 def _as_dict(row: Row) -> dict:
-    if len(row.turns) == 1:
+    if len(row.turns) == 1 and not row.system:
         return {"id": row.id} | dataclasses.asdict(row.turns[0])
-    messages = [
+    system = [{"role": "system", "content": row.system}] if row.system else []
+    messages = system + [
         {"role": role, "content": text}
         for turn in row.turns
         for role, text in (("user", turn.instruction), ("assistant", turn.output))

@@ -68,6 +68,15 @@ def test_what_is_left_out_is_told(tiny, tmp_path):
     assert card["unmatched"] == 2 and card["roles"]["target"]["reasons"] == {"no response": 1}
     text = (tmp_path / "run" / "data_card.md").read_text()
     assert "target: 1 dropped, no response" in text and "2 instruction rows found no partner" in text
+    rows[2]["output"] = None
+    (tmp_path / "sw.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config.data.bad_rows = "skip"
+    card = door.prepare(config, tmp_path / "skipped")
+    assert card["rows"][config.data.target[0]]["bad"] == {
+        "no text under 'output' (keys found: id, instruction, output)": 1
+    }
+    text = (tmp_path / "skipped" / "data_card.md").read_text()
+    assert "1 of 40 rows of `" in text and "left out: no text under 'output'" in text
 
 
 def test_languages_without_spaces_have_no_words(tiny, tmp_path):

@@ -23,10 +23,10 @@ def make(config, data: Prepared, batches: Batches, flops: float) -> dict:
       flops: of the whole run.
     Returns:
       {"model", "language", "method", "records" (fingerprint), "sources", "unmatched" (instruction rows
-      without a partner), "roles": {role: counts}, "holdout" and "text": the same of these splits,
-      "packing", "steps", "steps_per_epoch", "epochs", "training_flops"}. `roles` always has english, target
-      and translation. Counts are those of `records.Prepared` with "tokens_per_byte" and "tokens_per_word"
-      (of the text that has a loss, EOS apart; None where words have no spaces), and
+      without a partner), "rows" (`sources.Tally.as_dict`), "roles": {role: counts}, "holdout" and "text": the
+      same of these splits, "packing", "steps", "steps_per_epoch", "epochs", "training_flops"}. `roles` always
+      has english, target and translation. Counts are those of `records.Prepared` with "tokens_per_byte" and
+      "tokens_per_word" (of the text that has a loss, EOS apart; None where words have no spaces), and
       "tokens_per_english_token" where examples have English too.
     """
     roles = dict.fromkeys(("english", "target", "translation"), NONE) | data.report["train"]
@@ -38,6 +38,7 @@ def make(config, data: Prepared, batches: Batches, flops: float) -> dict:
         "records": data.fingerprint,
         "sources": {key: list(config.data[key]) for key in sources} | {"text": list(config.eval.text)},
         "unmatched": data.report["unmatched"],
+        "rows": data.report.get("rows", {}),
         "roles": _with_ratios(roles, config.language, data.train),
         "holdout": _with_ratios(data.report.get("holdout", {}), config.language, data.holdout),
         "text": _with_ratios(data.report.get("text", {}), config.language, data.text),
@@ -109,6 +110,9 @@ def lines(card: dict):
                 f"{name}, {role}: {counts['examples']:,} examples, {counts['tokens']:,} tokens, "
                 f"{counts['loss_tokens']:,} loss tokens{cut}{dropped}"
             )
+    for source, counts in card["rows"].items():
+        if bad := sum(counts["bad"].values()):
+            yield f"{bad:,} of {counts['rows']:,} rows of {source} cannot be used and are left out"
     if card["unmatched"]:
         yield f"{card['unmatched']:,} instruction rows without a partner of the same id are left out"
     packing = card["packing"]
@@ -209,6 +213,10 @@ def _left_out(card: dict):
         for role, counts in card[split].items()
         for reason, number in counts["reasons"].items()
     ]
+    for source, counts in card["rows"].items():
+        of = f"of {counts['rows']:,} rows of `{source}`"
+        reasons += [f"- {number:,} {of} left out: {reason}" for reason, number in counts["bad"].items()]
+        reasons += [f"- {number:,} {what} left out {of}" for what, number in counts["left_out"].items()]
     if card["unmatched"]:
         reasons.append(f"- {card['unmatched']:,} instruction rows found no partner of the same id")
     return ["## Left out", *reasons] if reasons else []

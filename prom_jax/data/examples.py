@@ -7,7 +7,8 @@ their own (see `Recipe`).
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,12 @@ PRIMARY, ENGLISH, CONVERSION = "target", "english", "conversion"
 # What a text may be, besides one of a further stream, whose role has the stream's name.
 ROLES = ("target", "english", "conversion", "translation", "translation_source", "text")
 STREAM = re.compile(r"[a-z][a-z0-9_]*")  # a name
+
+
+def _later(default) -> Any:
+    """A setting of a recipe that there was not from the start: at its default records are what they were, and
+    so is their fingerprint."""
+    return field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Recipe:
     `holdout` pairs are taken off training; they have an English text, with an English prompt,
     wherever the source has, so that forgetting can be measured. `text` names aligned sentences that are
     kept plain, for held-out perplexity. `seed` chooses the held-out pairs and the translation wordings.
+    `bad_rows` says whether a row that cannot be used ends all ('refuse') or is left out ('skip').
     """
 
     language: str
@@ -60,6 +68,7 @@ class Recipe:
     text: tuple[str, ...] = ()
     seed: int = 0
     shuffled: bool = False
+    bad_rows: str = _later("refuse")
 
     def __post_init__(self):
         for name in ("prompts", "english_prompt"):
@@ -74,6 +83,15 @@ class Recipe:
             )
         if not (self.target or self.translation):
             raise UserError("There is nothing to train on: set data.target or data.translation.")
+
+    def as_dict(self) -> dict:
+        """What records depend on, for their fingerprint."""
+        later = {f.name: f.default for f in dataclasses.fields(self) if f.metadata.get("later")}
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in later or value != later[name]
+        }
 
     @property
     def words(self) -> Wording:
@@ -126,18 +144,32 @@ def role_in(stream: str, role: str) -> str:
     return stream if stream == CONVERSION else role
 
 
-def read_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], int]:
-    """The examples of each split ('train'; 'holdout' and 'text' where asked for), and the number
-    of instruction rows that found no partner.
+class Examples(NamedTuple):
+    """The examples of each split ('train'; 'holdout' and 'text' where asked for), the number of instruction
+    rows that found no partner, and what became of the rows of each source (`sources.Tally.as_dict`)."""
+
+    splits: dict[str, list[Example]]
+    unmatched: int
+    rows: dict
+
+
+def read_examples(recipe: Recipe) -> Examples:
+    """The examples of a recipe.
 
     Raises:
       UserError: a bad source (see `sources`); a stream that none of the training examples has.
     """
     prompts.language_name(recipe.language)  # which refuses what is no language
-    target = sources.read_instructions(recipe.target, recipe.language)
-    english = sources.read_instructions(recipe.english, "en")
+    tally = sources.Tally(recipe.bad_rows)
+    target = sources.read_instructions(recipe.target, recipe.language, tally)
+    english = sources.read_instructions(recipe.english, "en", tally)
+    sentences = sources.read_parallel(recipe.translation, recipe.language, tally)
+    plain = sources.read_parallel(recipe.text, recipe.language, tally)
+    more = {
+        stream: sources.read_instructions(names, "en", tally) for stream, names in recipe.more_sources.items()
+    }
+    tally.check()
     pairs, unmatched = pair(english, target) if english else ([(None, t) for t in target], 0)
-    sentences = sources.read_parallel(recipe.translation, recipe.language)
     held, kept = _split(len(pairs or sentences), recipe)
     if pairs:
         holdout = [_instruction(i, *pairs[i], recipe, held_out=True) for i in held]
@@ -148,16 +180,16 @@ def read_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], int]:
     else:
         holdout = [_translation(i, sentences[i], recipe, held_out=True) for i in held]
         train = [_translation(i, sentences[i], recipe) for i in kept]
-    for stream, names in recipe.more_sources.items():
-        rows = enumerate(sources.read_instructions(names, "en"))
-        train += [_further(f"{stream}-{i}", stream, row) for i, row in rows]
+    for stream, rows in more.items():
+        train += [_further(f"{stream}-{i}", stream, row) for i, row in enumerate(rows)]
     check_streams(recipe, {stream for example in train for stream in example.texts})
     text = [
         Example(f"text-{i}", "text", _texts(prompts.plain(s.target), prompts.plain(s.english)))
-        for i, s in enumerate(sources.read_parallel(recipe.text, recipe.language))
+        for i, s in enumerate(plain)
     ]
     splits = {"train": train, "holdout": holdout, "text": text}
-    return {name: examples for name, examples in splits.items() if examples}, unmatched
+    found = {name: examples for name, examples in splits.items() if examples}
+    return Examples(found, unmatched, tally.as_dict())
 
 
 class NoStream(UserError):
@@ -183,7 +215,8 @@ def _texts(target: list[Span], english: list[Span] | None) -> dict[str, list[Spa
 
 def _further(name: str, stream: str, row: Row) -> Example:
     """A row of a further stream."""
-    return Example(row.id or name, stream, {stream: prompts.conversation(row.turns, prompts.wording("en"))})
+    text = prompts.conversation(row.turns, prompts.wording("en"), system=row.system)
+    return Example(row.id or name, stream, {stream: text})
 
 
 def _split(number: int, recipe: Recipe) -> tuple[list[int], list[int]]:
@@ -212,17 +245,21 @@ def shuffle(pairs: list, kept: list[int], seed: int) -> list:
 
 def _instruction(index: int, english: Row | None, target: Row, recipe: Recipe, held_out=False):
     name = target.id or f"instruction-{index}"
-    turns, words = (), prompts.wording("en")
+    turns, words, system = (), prompts.wording("en"), ""
     if english and (ENGLISH in recipe.streams or held_out):
-        turns = english.turns
+        turns, system = english.turns, english.system
         if recipe.english_prompt == "target" and not held_out:
             answers = [turn.output for turn in turns]
             turns, words = _asked_in_target(name, target.turns, answers), recipe.words
-    texts = _texts(prompts.conversation(target.turns, recipe.words), prompts.conversation(turns, words))
+            system = target.system
+    texts = _texts(
+        prompts.conversation(target.turns, recipe.words, system=target.system),
+        prompts.conversation(turns, words, system=system),
+    )
     if english and CONVERSION in recipe.streams and not held_out:
         asked = ["\n\n".join(filter(None, (turn.instruction, turn.input))) for turn in english.turns]
         converted = _asked_in_target(name, target.turns, asked)
-        texts[CONVERSION] = prompts.conversation(converted, recipe.words, eos=False)
+        texts[CONVERSION] = prompts.conversation(converted, recipe.words, False, target.system)
     return Example(id=name, role="target", texts=texts)
 
 

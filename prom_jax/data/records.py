@@ -118,7 +118,8 @@ class Records:
 @dataclass(frozen=True)
 class Prepared:
     """What `prepare` made or found: training records, the held-out pairs and plain texts (None where not
-    asked for), and the report: {"unmatched": rows, split: {role: counts}}, the roles being those of
+    asked for), and the report: {"unmatched": rows, "rows": what became of those of
+    each source, split: {role: counts}}, the roles being those of
     `examples.role_in` and the counts "examples", "tokens", "loss_tokens", "bytes" and "words" (of the text
     that has a loss), "text_tokens" (loss tokens without EOS), "truncated", "dropped" and "reasons"
     ({why: dropped}).
@@ -178,7 +179,7 @@ def fingerprint(recipe: Recipe, tokenizer) -> str:
     used += [(name, "en") for name in itertools.chain(recipe.english, *recipe.more_sources.values())]
     parts = {
         "versions": [VERSION, prompts.VERSION],
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.as_dict(),
         "words": [dataclasses.asdict(words) for words in (recipe.words, prompts.wording("en"))],
         "sources": [sources.fingerprint(*source) for source in used],
         "tokenizer": tokenizers.fingerprint(tokenizer),
@@ -187,10 +188,10 @@ def fingerprint(recipe: Recipe, tokenizer) -> str:
 
 
 def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
-    splits, unmatched = read_examples(recipe)
+    splits, unmatched, rows = read_examples(recipe)
     found = {stream for examples in splits.values() for example in examples for stream in example.texts}
     names = recipe.streams + tuple(sorted(found - set(recipe.streams)))
-    report: dict[str, Any] = {"unmatched": unmatched}
+    report: dict[str, Any] = {"unmatched": unmatched, "rows": rows}
     infos = []
     with _workers(sum(map(len, splits.values())), tokenizer, recipe.seq_len, names) as each:
         for split, examples in splits.items():

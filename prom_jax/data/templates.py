@@ -35,9 +35,10 @@ class Wording:
     response: str
     translate: tuple[str, ...]
 
-    def prompt(self, instruction: str, input: str = "", first: bool = True) -> str:
-        """The Alpaca prompt; a conversation's later turns leave the preamble out."""
-        preamble = (self.preamble_input if input else self.preamble) if first else ""
+    def prompt(self, instruction: str, input: str = "", first: bool = True, system: str = "") -> str:
+        """The Alpaca prompt; a conversation's later turns leave the preamble out, and a system message stands
+        in place of it."""
+        preamble = (system or (self.preamble_input if input else self.preamble)) if first else ""
         asked = self.before_instruction + instruction + (self.before_input + input if input else "")
         return preamble + asked + self.before_response
 
@@ -98,11 +99,11 @@ class Span:
     eos: bool = True
 
 
-def conversation(turns: tuple[Turn, ...], words: Wording, eos: bool = True) -> list[Span]:
+def conversation(turns: tuple[Turn, ...], words: Wording, eos: bool = True, system: str = "") -> list[Span]:
     """A prompt and an answer a turn; only the answers have a loss, and with `eos` the end of each."""
     spans = []
     for number, turn in enumerate(turns):
-        asked = words.prompt(turn.instruction, turn.input, first=number == 0)
+        asked = words.prompt(turn.instruction, turn.input, first=number == 0, system=system)
         text = asked + turn.output
         spans.append(Span(text, len(asked), len(text), eos))
     return spans

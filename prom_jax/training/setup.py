@@ -189,4 +189,5 @@ def recipe(config, method: Method) -> Recipe:
         text=tuple(config.eval.text),
         seed=config.seed,
         shuffled=method.shuffles_english,
+        bad_rows=config.data.bad_rows,
     )

@@ -29,6 +29,13 @@ def test_alpaca_prompt_to_the_letter():
     )
 
 
+def test_a_system_message_stands_in_place_of_the_preamble():
+    turns = (Turn("Do it.", "", "Done"), Turn("Again", "", "Yes"))
+    first, second = prompts.conversation(turns, ENGLISH, system="Be brief.")
+    assert first.text == "Be brief.\n\n### Instruction:\nDo it.\n\n### Response:Done"
+    assert second == prompts.conversation(turns, ENGLISH)[1]
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_wording(language):
     words = wording(language)
