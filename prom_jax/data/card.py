@@ -30,13 +30,14 @@ def make(config, data: Prepared, batches: Batches, flops: float) -> dict:
       "tokens_per_english_token" where examples have English too.
     """
     roles = dict.fromkeys(("english", "target", "translation"), NONE) | data.report["train"]
-    sources = ("english", "target", "translation", "streams")
+    sources = ("english", "target", "translation", "english_text", "streams")
+    raw = {"raw_text": list(config.data.text), "text": list(config.eval.text)}
     return {
         "model": config.model,
         "language": config.language,
         "method": config.method,
         "records": data.fingerprint,
-        "sources": {key: list(config.data[key]) for key in sources} | {"text": list(config.eval.text)},
+        "sources": {key: list(config.data[key]) for key in sources} | raw,
         "unmatched": data.report["unmatched"],
         "rows": data.report.get("rows", {}),
         "roles": _with_ratios(roles, config.language, data.train),
@@ -114,7 +115,7 @@ def lines(card: dict):
         if bad := sum(counts["bad"].values()):
             yield f"{bad:,} of {counts['rows']:,} rows of {source} cannot be used and are left out"
     if card["unmatched"]:
-        yield f"{card['unmatched']:,} instruction rows without a partner of the same id are left out"
+        yield f"{card['unmatched']:,} instruction rows found no partner of the same id"
     packing = card["packing"]
     primary = next(iter(packing["streams"]))
     appended = {packing["appended"]: f" appended to {primary} rows"}

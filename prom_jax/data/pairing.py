@@ -1,9 +1,12 @@
 """Which English row and which target row are counterparts."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from prom_jax.data.rows import Row
 from prom_jax.utils.errors import UserError
+
+PAIRINGS = ("id", "order", "none")
 
 
 def by_id(rows: list[Row], side: str) -> dict[str, Row]:
@@ -28,25 +31,39 @@ def by_id(rows: list[Row], side: str) -> dict[str, Row]:
     return table
 
 
-def pair(english: list[Row], target: list[Row]) -> tuple[list[tuple[Row, Row]], int]:
-    """(English row, target row) pairs by id, and how many rows found no partner.
+class Pairs(NamedTuple):
+    """(English row, target row) of counterparts, and the rows of each side that have none, in order."""
 
-    A side without ids is numbered, so that without any the rows pair by order.
+    pairs: list[tuple[Row, Row]]
+    english: list[Row]
+    target: list[Row]
 
+
+def pair(english: list[Row], target: list[Row], pairing: str = "id") -> Pairs:
+    """The counterparts among instruction rows.
+
+    Args:
+      pairing: 'id', where a side without ids is numbered, so that without any the rows pair by order;
+        'order'; or 'none'.
     Raises:
-      UserError: as `by_id`; no id on both sides; without ids, sides of different lengths.
+      UserError: as `by_id`; sides of different lengths that pair by order.
     """
+    if pairing not in PAIRINGS:
+        raise UserError(f"data.pairing is '{pairing}': expected one of {', '.join(PAIRINGS)}.")
+    if pairing == "none" or not (english and target):
+        return Pairs([], english, target)
+    in_order = pairing == "order" or all(row.id is None for row in english + target)
+    if in_order and len(english) != len(target):
+        raise UserError(
+            f"{len(english)} English and {len(target)} target rows cannot be paired by order: make them "
+            "equally many, give every row of both sides an 'id', or set data.pairing=none, for each to train "
+            "on its own."
+        )
+    if pairing == "order":
+        return Pairs(list(zip(english, target)), [], [])
     ours, theirs = by_id(english, "English"), by_id(target, "target")
-    if len(english) != len(target) and all(row.id is None for row in english + target):
-        raise UserError(
-            f"{len(english)} English and {len(target)} target rows cannot be paired by order: make "
-            "them equally many, or give every row of both sides an 'id'."
-        )
-    pairs = [(ours[key], row) for key, row in theirs.items() if key in ours]
-    if not pairs:
-        raise UserError(
-            f"No English row has the id of a target row (such as '{next(iter(ours))}' and "
-            f"'{next(iter(theirs))}', where #n is the n-th row of a side without ids): give counterparts "
-            "the same id."
-        )
-    return pairs, len(english) + len(target) - 2 * len(pairs)
+    return Pairs(
+        [(ours[key], row) for key, row in theirs.items() if key in ours],
+        [row for key, row in ours.items() if key not in theirs],
+        [row for key, row in theirs.items() if key not in ours],
+    )

@@ -88,21 +88,28 @@ def test_pairs_by_id_or_by_order():
     def rows(*ids):
         return [Row(i, (Turn(f"{n}", "", "x"),)) for n, i in enumerate(ids)]
 
+    def ids(pairs):
+        both = [(english.id, target.id) for english, target in pairs.pairs]
+        return both, [row.id for row in pairs.english], [row.id for row in pairs.target]
+
     english, target = rows("a", "b", "c"), rows("c", "a", "d")
-    pairs, unmatched = pair(english, target)
-    assert [(e.id, t.id) for e, t in pairs] == [("c", "c"), ("a", "a")] and unmatched == 2
-    pairs, unmatched = pair(rows(None, None), rows(None, None))
-    assert [(e.id, t.id) for e, t in pairs] == [("#1", "#1"), ("#2", "#2")] and unmatched == 0
-    pairs, unmatched = pair(rows(None, None, None), rows("#3", "#1"))  # as translation leaves it
-    assert [e.turns[0].instruction for e, _ in pairs] == ["2", "0"] and unmatched == 1
+    assert ids(pair(english, target)) == ([("c", "c"), ("a", "a")], ["b"], ["d"])
+    assert ids(pair(english, target, "order")) == ([("a", "c"), ("b", "a"), ("c", "d")], [], [])
+    assert ids(pair(english, target, "none")) == ([], ["a", "b", "c"], ["c", "a", "d"])
+    assert ids(pair(rows(None, None), rows(None, None))) == ([("#1", "#1"), ("#2", "#2")], [], [])
+    found = pair(rows(None, None, None), rows("#3", "#1"))  # as translation leaves it
+    assert [e.turns[0].instruction for e, _ in found.pairs] == ["2", "0"] and len(found.english) == 1
+    assert ids(pair(rows("a"), rows("b"))) == ([], ["a"], ["b"])
+    assert ids(pair([], rows("b", "b"))) == ([], [], ["b", "b"])
     with pytest.raises(UserError, match="The English row 2 has no id, and others have"):
         pair(rows("a", None), rows("b", "c"))
-    with pytest.raises(UserError, match=r"2 English and 1 target rows.*'id'"):
-        pair(rows(None, None), rows(None))
-    with pytest.raises(UserError, match=r"No English row.*'a' and 'b'"):
-        pair(rows("a"), rows("b"))
+    for sides, pairing in (((None, None), "id"), (("a", "b"), "order")):
+        with pytest.raises(UserError, match=r"2 English and 1 target rows.*'id', or set data.pairing=none"):
+            pair(rows(*sides), rows(sides[0]), pairing)
     with pytest.raises(UserError, match="'a' occurs twice on the English side"):
         pair(rows("a", "a"), rows("a", "b"))
+    with pytest.raises(UserError, match=r"data.pairing is 'ids': expected one of id, order, none"):
+        pair(rows("a"), rows("a"), "ids")
 
 
 def test_renamed_columns(jsonl):
