@@ -19,6 +19,8 @@ SOURCES = (
     ("data", "english"),
     ("data", "target"),
     ("data", "translation"),
+    ("data", "text"),
+    ("data", "english_text"),
     ("data", "streams"),
     ("eval", "text"),
 )
@@ -96,18 +98,30 @@ def default() -> ConfigDict:
     c.probe.sources = ()
 
     c.data = ConfigDict()
-    # Sources of each role: a .json .jsonl .csv .tsv .parquet, hub id `owner/name[:config][@split]`, or
-    # 'sample'; `?ours=theirs&…` after it renames columns. English and target instructions pair up by id, or
-    # else by order. `prepare --translate` writes data.target from data.english.
+    # Sources of each role: a .json .jsonl .csv .tsv .parquet (.gz .zst), a folder, a pattern, a hub id
+    # `owner/name[:config][@split]`, or 'sample'; `?ours=theirs&…` after it renames columns. `prepare
+    # --translate` writes data.target from data.english.
     c.data.english = ()
     c.data.target = ()
     # Aligned sentences (keys 'en' and the language): as above, a .tmx, or 'english|target', each a text file
     # or a source with a column 'text'.
     c.data.translation = ()
+    # Which English and target instructions are counterparts: those of the same 'id' (without ids: in order),
+    # in 'order', or 'none'. Those without one train on their own.
+    c.data.pairing = "id"
+    # Raw text (a key 'text', or the lines of a text file) of the target language, and of English, which
+    # leaves where English does: continued pre-training.
+    c.data.text = ()
+    c.data.english_text = ()
     # Further streams of instruction rows with the English template, for methods that have a term for them:
     # 'name=source', such as 'replay=rows.jsonl'.
     c.data.streams = ()
-    # Language of the template and the translation requests around target text: 'english' or 'target'.
+    # Rows that cannot be used: 'refuse' (all are counted, some named) or 'skip' (counted in the card).
+    c.data.bad_rows = "refuse"
+    # What examples are put into: 'alpaca', 'model' (the model's own chat template, the right one for a model
+    # that can chat already), or a file with a chat template, FILE.jinja.
+    c.data.template = "alpaca"
+    # Language of Alpaca's template and its translation requests around target text: 'english' or 'target'.
     c.data.prompts = "english"
     # Of several languages: how many examples of an epoch each has, 'sw=1','th=3'. They are repeated where a
     # language has too few, and none is left out; (): as they are, once each.
@@ -225,6 +239,11 @@ def check(config: ConfigDict) -> None:
         if _get(config, key) not in allowed:
             raise UserError(f"{key}={_get(config, key)!r}: expected one of {', '.join(map(repr, allowed))}")
     _check_languages(config)
+    if config.data.prompts != "english" and config.data.template != "alpaca":
+        raise UserError(
+            f"data.prompts={config.data.prompts!r} is the language of Alpaca's prompt, and data.template is "
+            f"{config.data.template!r}: leave data.prompts as it is, or set data.template=alpaca"
+        )
     if config.batch.sequences % config.batch.accumulation:
         raise UserError(
             f"batch.sequences={config.batch.sequences} does not split into "
@@ -240,7 +259,7 @@ def _check_languages(config) -> None:
         raise UserError("language is not set: give its code, such as --config.language=sw")
     if len(set(codes)) < len(codes):
         raise UserError(f"language={config.language!r} names one twice: give each code once")
-    own = (*config.data.target, *config.data.translation)
+    own = (*config.data.target, *config.data.translation, *config.data.text)
     if len(codes) > 1 and own and not any(PLACEHOLDER in source for source in own):
         raise UserError(
             f"language={config.language!r} has several, and data.target and data.translation have no "

@@ -20,6 +20,8 @@ from prom_jax import config as configuration
 from prom_jax.analysis import regulation
 from prom_jax.data import card, inspection, sources
 from prom_jax.data.examples import NoStream
+from prom_jax.data.pairing import by_id
+from prom_jax.data.rows import Row
 from prom_jax.data.templates import language_name
 from prom_jax.data.translation import engines, translate
 from prom_jax.reporting.card import write as write_card
@@ -98,7 +100,7 @@ def translate_sources(config, engine: engines.Engine, cache: translate.Cache, ag
     language_name(config.language)
     path = _destination(config)
     english = sources.read_instructions(tuple(config.data.english), "en")
-    rows = list(sources.by_id(english, "English").values())
+    rows = list(by_id(english, "English").values())
     estimate = translate.estimate(rows, engine, cache, config.language)
     console.print(
         f"translate {len(rows):,} rows into {config.language!r} with {engine.name}: {estimate.texts:,} texts "
@@ -140,10 +142,11 @@ def _destination(config) -> Path:
     return Path(config.data.target[0])
 
 
-def _as_dict(row: sources.Row) -> dict:
-    if len(row.turns) == 1:
+def _as_dict(row: Row) -> dict:
+    if len(row.turns) == 1 and not row.system:
         return {"id": row.id} | dataclasses.asdict(row.turns[0])
-    messages = [
+    system = [{"role": "system", "content": row.system}] if row.system else []
+    messages = system + [
         {"role": role, "content": text}
         for turn in row.turns
         for role, text in (("user", turn.instruction), ("assistant", turn.output))

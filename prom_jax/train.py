@@ -28,8 +28,8 @@ from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.checkpoints.description import Description, describe
 from prom_jax.checkpoints.training import Checkpoints
+from prom_jax.config import SOURCES
 from prom_jax.data import card
-from prom_jax.data.chat import chat_template
 from prom_jax.evaluation import samples
 from prom_jax.evaluation.heldout import HeldOut
 from prom_jax.models import decoder
@@ -253,7 +253,7 @@ def init_state(job: Job, checkpoints: Checkpoints, params: dict, abstract):
     """The parameters and a new optimizer state, sharded as the abstract ones; checkpoints to come are
     described."""
     dtype = np.dtype(job.base.reader.dtype).name
-    description = Description(job.base.reader.config, job.model.heads, dtype, job.details, job.method.exits)
+    description = Description(job.base.config, job.model.heads, dtype, job.details, job.method.exits)
     describe(checkpoints.directory, description, job.base.tokenizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract[1])
     init = jax.jit(job.optimizer.init, out_shardings=shardings)
@@ -418,8 +418,7 @@ def export(job: Job, params, log: MetricsLog):
     names = [key for key in final if key != "step" and key in base]
     results = {key.removeprefix("eval_"): (base[key], final[key]) for key in names}
     license = models.license_of(job.config.model)
-    sources = (part.config.data for part in job.parts)
-    used = [[*data.english, *data.target, *data.translation, *data.streams] for data in sources]
+    used = (part.config[group][key] for part in job.parts for group, key in SOURCES if group == "data")
     card = job.details | {"data": list(dict.fromkeys(itertools.chain(*used)))}
     card |= {key: value for key, value in (("results", results), ("license", license)) if value}
     models.save_hf(
@@ -428,7 +427,7 @@ def export(job: Job, params, log: MetricsLog):
         job.workdir / "hf",
         dtype=job.config.export.dtype or job.base.reader.dtype,
         card=card,
-        template=chat_template(job.base.tokenizer, job.prompt_language),
+        template=job.chat_template,
     )
     if job.config.export.hub and is_main_process():
         console.print(f"pushed    {hub.push(job.workdir / 'hf', job.config.export.hub)}")

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from prom_jax import prepare as door
+from prom_jax.checkpoints.generation import stop_tokens
 from prom_jax.data import inspection
 from prom_jax.data.records import Records
 from prom_jax.data.translation import translate
@@ -68,6 +69,43 @@ def test_what_is_left_out_is_told(tiny, tmp_path):
     assert card["unmatched"] == 2 and card["roles"]["target"]["reasons"] == {"no response": 1}
     text = (tmp_path / "run" / "data_card.md").read_text()
     assert "target: 1 dropped, no response" in text and "2 instruction rows found no partner" in text
+    rows[2]["output"] = None
+    (tmp_path / "sw.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config.data.bad_rows = "skip"
+    card = door.prepare(config, tmp_path / "skipped")
+    assert card["rows"][config.data.target[0]]["bad"] == {
+        "no text under 'output' (keys found: id, instruction, output)": 1
+    }
+    text = (tmp_path / "skipped" / "data_card.md").read_text()
+    assert "1 of 40 rows of `" in text and "left out: no text under 'output'" in text
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_records_in_a_chat_template(tiny, tmp_path):
+    config = tiny_config(tiny)
+    config.data.template = str(tmp_path / "own.jinja")
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    base = open_base(config, tmp_path / "run", weights=False)
+    experiment = resolve(config, tmp_path / "run", base)
+    record, tokenizer = experiment.records[0], base.tokenizer
+    rows = {str(row["id"]): row for row in read(tiny / "sw.jsonl")}
+    row = rows[record["id"]]
+    said = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
+    assert record["target_tokens"].tolist() == tokenizer.apply_chat_template(said, return_dict=False)
+    assert tokenizer.decode(record["target_tokens"][record["target_loss"]]) == f"{row['output']}</s>"
+    assert experiment.chat_template == TEMPLATE and "prompts" not in experiment.details
+    assert stop_tokens(base.config, tokenizer) == (tokenizer.eos_token_id,)
+    plain = tiny_config(tiny)
+    other = resolve(plain, tmp_path / "other", open_base(plain, tmp_path / "other", weights=False))
+    assert other.identity["records"] != experiment.identity["records"] and other.details["prompts"] == "en"
+    config.data.prompts = "target"
+    with pytest.raises(UserError, match=r"data.prompts='target' is the language of Alpaca's prompt"):
+        open_base(config, tmp_path / "run", weights=False)
 
 
 def test_languages_without_spaces_have_no_words(tiny, tmp_path):
@@ -145,7 +183,8 @@ def test_translation_becomes_training_data(tiny, tmp_path, capsys):
     assert len(engine.sent) == sent
     card = door.prepare(config, tmp_path / "run")
     assert card["unmatched"] == 40 - len(rows)
-    assert card["roles"]["english"]["examples"] == card["roles"]["target"]["examples"] == len(rows) - 6
+    assert card["roles"]["target"]["examples"] == len(rows) - 6
+    assert card["roles"]["english"]["examples"] == 40 - 6  # those without a translation train on their own
 
 
 def test_nothing_is_sent_unasked(tiny, tmp_path, capsys):

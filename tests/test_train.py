@@ -23,6 +23,7 @@ from prom_jax import train as door
 from prom_jax.analysis.tables import TABLES
 from prom_jax.config import VARIANTS, apply_variant
 from prom_jax.data.records import prepare
+from prom_jax.evaluation.talk import Talker
 from prom_jax.training.methods.prom import PROM
 from prom_jax.training.setup import recipe
 from prom_jax.utils.errors import UserError
@@ -395,3 +396,27 @@ def test_the_main_job_on_real_weights(tmp_path):
     assert final["eval_english_bits_per_byte"] < 1.02 * base["eval_english_bits_per_byte"]
     hf = transformers.AutoModelForCausalLM.from_pretrained(summary["export"])
     assert sum(p.numel() for p in hf.parameters()) == 134_515_008
+
+
+@pytest.mark.slow
+def test_a_chat_template_is_kept_to_the_end(tiny, tmp_path):
+    """The export, checkpoints and samples ask as training did, and answers end as it ended them."""
+    text = (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}<unk>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    (tmp_path / "own.jinja").write_text(text)
+    config = tiny_config(tiny)
+    config.data.template, config.steps = str(tmp_path / "own.jinja"), 2
+    door.train(config, tmp_path / "run")
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
+    assert exported.chat_template == text
+    settings = json.loads((tmp_path / "run" / "hf" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [exported.eos_token_id, exported.convert_tokens_to_ids("<unk>")]
+    said = [{"role": "user", "content": "Hi"}]
+    expected = exported.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    for source in (tmp_path / "run" / "hf", tmp_path / "run"):
+        talker = Talker(source, template="auto", max_new_tokens=4, sampling={})
+        assert talker.conversation(said) == expected and set(talker.stops) == set(settings["eos_token_id"])
+    samples = json.loads((tmp_path / "run" / "samples_adapted.json").read_text())
+    assert all(sample["prompt"].startswith("user") for sample in samples)

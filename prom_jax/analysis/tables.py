@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import langcodes
 
-from prom_jax.data.sources import MOST_COLUMNS
+from prom_jax.data.files import MOST_COLUMNS
 from prom_jax.utils.errors import UserError
 
 TABLES = Path(__file__).parents[1] / "resources" / "cloze"

@@ -1,6 +1,7 @@
 """How a model's answers end and are sampled, from all that says so: `generation_config.json`, `config.json`,
 a GGUF file and the tokenizer."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,6 +87,14 @@ def stop_tokens(config: DecoderConfig, tokenizer) -> tuple[int, ...]:
     of_config, of_generation = config.eos_token_id, config.generation.get("eos_token_id")
     named = _unique([tokenizer.eos_token_id, *_listed(of_config), *_listed(of_generation)])
     return tuple(token for token in named if 0 <= token < config.vocab_size)
+
+
+def with_stops(config: DecoderConfig, tokens: tuple[int, ...]) -> DecoderConfig:
+    """The configuration of a model that ends answers with these tokens too."""
+    known = _listed(config.generation.get("eos_token_id"))
+    return dataclasses.replace(
+        config, generation=config.generation | {"eos_token_id": _unique([*known, *tokens])}
+    )
 
 
 def sampling(config: DecoderConfig) -> dict[str, float]:

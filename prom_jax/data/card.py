@@ -30,23 +30,25 @@ def make(config, data: Mapping[str, Prepared], records, batches: Batches, flops:
       flops: of the whole run.
     Returns:
       {"model", "language", "method", "records" (fingerprint), "sources", "unmatched" (instruction rows
-      without a partner), "roles": {role: counts}, "holdout" and "text": the same of these splits,
-      "packing", "steps", "steps_per_epoch", "epochs", "training_flops"}. `roles` always has english, target
-      and translation. Counts are those of `records.Prepared` with "tokens_per_byte" and "tokens_per_word"
-      (of the text that has a loss, EOS apart; None where words have no spaces, and of several languages
-      together), and "tokens_per_english_token" where examples have English too. With several languages also
-      "languages": {code: {"examples" of an epoch, "records", "unmatched", "roles", "holdout", "text"}}.
+      without a partner), "rows" (`sources.Tally.as_dict`), "roles": {role: counts}, "holdout" and "text": the
+      same of these splits, "packing", "steps", "steps_per_epoch", "epochs", "training_flops"}. `roles` always
+      has english, target and translation. Counts are those of `records.Prepared` with "tokens_per_byte" and
+      "tokens_per_word" (of the text that has a loss, EOS apart; None where words have no spaces, and of
+      several languages together), and "tokens_per_english_token" where examples have English too. With
+      several languages also "languages": {code: {"examples" of an epoch, "records", "unmatched", "rows",
+      "roles", "holdout", "text"}}.
     """
     parts = {code: _of_language(code, prepared) for code, prepared in data.items()}
     first, *others = parts.values()
     examples = np.bincount(records.groups, minlength=len(parts)).tolist()
     by_language = {code: {"examples": number} | part for (code, part), number in zip(parts.items(), examples)}
-    sources = ("english", "target", "translation", "streams")
+    sources = ("english", "target", "translation", "english_text", "streams")
+    raw = {"raw_text": list(config.data.text), "text": list(config.eval.text)}
     return {
         "model": config.model,
         "language": ",".join(parts),
         "method": config.method,
-        "sources": {key: list(config.data[key]) for key in sources} | {"text": list(config.eval.text)},
+        "sources": {key: list(config.data[key]) for key in sources} | raw,
         **(_together(list(parts.values())) if others else first),
         **({"languages": by_language} if others else {}),
         "packing": _packing(config, batches),
@@ -63,6 +65,7 @@ def _of_language(language: str, data: Prepared) -> dict:
     return {
         "records": data.fingerprint,
         "unmatched": data.report["unmatched"],
+        "rows": data.report.get("rows", {}),
         "roles": _with_ratios(roles, language, data.train),
         "holdout": _with_ratios(data.report.get("holdout", {}), language, data.holdout),
         "text": _with_ratios(data.report.get("text", {}), language, data.text),
@@ -74,6 +77,7 @@ def _together(parts: list[dict]) -> dict:
     whole = {
         "records": "+".join(part["records"] for part in parts),
         "unmatched": sum(part["unmatched"] for part in parts),
+        "rows": {source: counts for part in parts for source, counts in part["rows"].items()},
     }
     for split in SPLITS:
         roles = dict.fromkeys(role for part in parts for role in part[split])
@@ -158,8 +162,11 @@ def lines(card: dict):
         )
     if "languages" in card:
         yield f"an epoch: {_shares(card)}"
+    for source, counts in card["rows"].items():
+        if bad := sum(counts["bad"].values()):
+            yield f"{bad:,} of {counts['rows']:,} rows of {source} cannot be used and are left out"
     if card["unmatched"]:
-        yield f"{card['unmatched']:,} instruction rows without a partner of the same id are left out"
+        yield f"{card['unmatched']:,} instruction rows found no partner of the same id"
     packing = card["packing"]
     primary = next(iter(packing["streams"]))
     appended = {packing["appended"]: f" appended to {primary} rows"}
@@ -268,6 +275,10 @@ def _left_out(card: dict):
         for language, _, role, counts in _entries(card)
         for reason, number in counts["reasons"].items()
     ]
+    for source, counts in card["rows"].items():
+        of = f"of {counts['rows']:,} rows of `{source}`"
+        reasons += [f"- {number:,} {of} left out: {reason}" for reason, number in counts["bad"].items()]
+        reasons += [f"- {number:,} {what} left out {of}" for what, number in counts["left_out"].items()]
     if card["unmatched"]:
         reasons.append(f"- {card['unmatched']:,} instruction rows found no partner of the same id")
     return ["## Left out", *reasons] if reasons else []

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Mapping
 from string import Template
 
-from prom_jax.data.sources import Turn
-from prom_jax.data.templates import Wording, conversation, wording
+from prom_jax.data.rows import Turn
+from prom_jax.data.templates import Alpaca, Dialogue, Wording, wording
 from prom_jax.data.tokens import encode
 
 _CHAT_TEMPLATE = Template(
@@ -57,7 +57,7 @@ def chat_template(tokenizer, language: str = "en") -> str:
         for turn in turns
         for role, text in (("user", turn.instruction), ("assistant", turn.output))
     ]
-    (expected,) = encode(tokenizer, [conversation(turns, words)], seq_len=1024)
+    (expected,) = encode(tokenizer, [Alpaca(tokenizer).spans(Dialogue(turns, language))], seq_len=1024)
     adds_bos = expected.tokens[0] == tokenizer.bos_token_id
     for gap in ("", " "):
         template = _render_template(words, gap, adds_bos)
@@ -76,7 +76,8 @@ def template_of(tokenizer, details: Mapping[str, object]):
       details: how the model was made (`checkpoints.reader.Reader`).
     """
     if "prompts" in details:
-        return chat_template(tokenizer, str(details["prompts"]))
+        first, *_ = str(details["prompts"]).split(",")  # of several languages
+        return chat_template(tokenizer, first)
     return tokenizer.chat_template
 
 

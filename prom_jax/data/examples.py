@@ -7,21 +7,30 @@ their own (see `Recipe`).
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from prom_jax.data import sources
 from prom_jax.data import templates as prompts
-from prom_jax.data.sources import Row, Sentence, Turn
-from prom_jax.data.templates import Span, Wording
+from prom_jax.data.pairing import pair
+from prom_jax.data.rows import Row, Sentence, Text, Turn
+from prom_jax.data.templates import Dialogue, Plain
 from prom_jax.utils.errors import UserError
 
 LANGUAGES = ("english", "target")  # what a prompt may be worded in
 PRIMARY, ENGLISH, CONVERSION = "target", "english", "conversion"
 # What a text may be, besides one of a further stream, whose role has the stream's name.
-ROLES = ("target", "english", "conversion", "translation", "translation_source", "text")
+ROLES = ("target", "english", "conversion", "translation", "translation_source", "text", "english_text")
 STREAM = re.compile(r"[a-z][a-z0-9_]*")  # a name
+
+
+def _later(default) -> Any:
+    """A setting of a recipe that there was not from the start: at its default records are what they were, and
+    so is their fingerprint."""
+    return field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,17 @@ class Recipe:
     the loss. `more` has (stream, sources) of further streams: instruction rows with the English template,
     each an example of that stream alone. Only what `streams` name is made.
 
+    `template` is what texts are put into: 'alpaca', or 'model' for the chat template of the tokenizer.
     `prompts` is the language of the template and the translation requests in the target texts: 'english', as
     in Alpaca and the published script, or 'target'.
 
     `holdout` pairs are taken off training; they have an English text, with an English prompt,
     wherever the source has, so that forgetting can be measured. `text` names aligned sentences that are
     kept plain, for held-out perplexity. `seed` chooses the held-out pairs and the translation wordings.
+    `pairing` says which instruction rows are counterparts (`pairing.pair`); one without is an example of its
+    own stream alone. `raw` and `raw_english` name raw text, each text an example of the target and of the
+    English stream; a long one continues in further examples.
+    `bad_rows` says whether a row that cannot be used ends all ('refuse') or is left out ('skip').
     """
 
     language: str
@@ -59,6 +73,11 @@ class Recipe:
     text: tuple[str, ...] = ()
     seed: int = 0
     shuffled: bool = False
+    bad_rows: str = _later("refuse")
+    template: str = _later("alpaca")
+    pairing: str = _later("id")
+    raw: tuple[str, ...] = _later(())
+    raw_english: tuple[str, ...] = _later(())
 
     def __post_init__(self):
         for name in ("prompts", "english_prompt"):
@@ -66,18 +85,22 @@ class Recipe:
                 raise UserError(f"{name} is '{getattr(self, name)}': expected 'english' or 'target'.")
         if self.streams[:1] != (PRIMARY,) or len(set(self.streams)) < len(self.streams):
             raise UserError(f"streams are {self.streams}: expected different ones, the first '{PRIMARY}'.")
-        if self.english and not self.target:
-            raise UserError(
-                f"English source '{self.english[0]}' has no target-language counterpart: set "
-                "data.target too, or leave data.english empty."
-            )
-        if not (self.target or self.translation):
-            raise UserError("There is nothing to train on: set data.target or data.translation.")
+        if not (self.target or self.translation or self.raw):
+            raise UserError("There is nothing to train on: set data.target, data.translation or data.text.")
+
+    def as_dict(self) -> dict:
+        """What records depend on, for their fingerprint."""
+        later = {f.name: f.default for f in dataclasses.fields(self) if f.metadata.get("later")}
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in later or value != later[name]
+        }
 
     @property
-    def words(self) -> Wording:
-        """Of the prompts in the target texts."""
-        return prompts.wording(self.language if self.prompts == "target" else "en")
+    def words(self) -> str:
+        """The language of the prompts in the target texts."""
+        return self.language if self.prompts == "target" else "en"
 
     @property
     def more_sources(self) -> dict[str, tuple[str, ...]]:
@@ -107,56 +130,112 @@ def further_streams(entries: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...
 
 @dataclass(frozen=True)
 class Example:
-    """An example before tokenisation: its texts by stream. `unusable` says why it is dropped, if it is.
+    """An example before it is put into a template: its texts by stream. `unusable` says why it is dropped, if
+    it is.
 
-    role: what it is: 'target' (an instruction pair), 'translation', 'text', or the name of a further stream.
+    role: what it is: 'target' (an instruction pair, or its target side), 'english' (an English side alone),
+      'translation', 'text', 'english_text', or the name of a further stream.
     """
 
     id: str
     role: str
-    texts: dict[str, list[Span]]
+    texts: dict[str, Dialogue | Plain]
     unusable: str = ""
 
 
 def role_in(stream: str, role: str) -> str:
     """The role under which a stream's text is counted of an example that is of a `role`."""
-    if stream == ENGLISH:
+    if stream == ENGLISH and role != "english_text":
         return "translation_source" if role == "translation" else "english"
     return stream if stream == CONVERSION else role
 
 
-def read_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], int]:
-    """The examples of each split ('train'; 'holdout' and 'text' where asked for), and the number
-    of instruction rows that found no partner.
+class Examples(NamedTuple):
+    """The examples of each split ('train'; 'holdout' and 'text' where asked for), the number of instruction
+    rows that found no partner, and what became of the rows of each source (`sources.Tally.as_dict`)."""
+
+    splits: dict[str, list[Example]]
+    unmatched: int
+    rows: dict
+
+
+def read_examples(recipe: Recipe) -> Examples:
+    """The examples of a recipe.
 
     Raises:
       UserError: a bad source (see `sources`); a stream that none of the training examples has.
     """
     prompts.language_name(recipe.language)  # which refuses what is no language
-    target = sources.read_instructions(recipe.target, recipe.language)
-    english = sources.read_instructions(recipe.english, "en")
-    pairs, unmatched = sources.pair(english, target) if english else ([(None, t) for t in target], 0)
-    sentences = sources.read_parallel(recipe.translation, recipe.language)
-    held, kept = _split(len(pairs or sentences), recipe)
-    if pairs:
-        holdout = [_instruction(i, *pairs[i], recipe, held_out=True) for i in held]
-        if recipe.shuffled:
-            pairs = shuffle(pairs, kept, recipe.seed)
-        train = [_instruction(i, *pairs[i], recipe) for i in kept]
-        train += [_translation(i, s, recipe) for i, s in enumerate(sentences)]
-    else:
-        holdout = [_translation(i, sentences[i], recipe, held_out=True) for i in held]
-        train = [_translation(i, sentences[i], recipe) for i in kept]
-    for stream, names in recipe.more_sources.items():
-        rows = enumerate(sources.read_instructions(names, "en"))
-        train += [_further(f"{stream}-{i}", stream, row) for i, row in rows]
+    tally = sources.Tally(recipe.bad_rows)
+    target = sources.read_instructions(recipe.target, recipe.language, tally)
+    english = sources.read_instructions(recipe.english, "en", tally)
+    sentences = sources.read_parallel(recipe.translation, recipe.language, tally)
+    texts = sources.read_texts(recipe.raw, tally)
+    aligned = sources.read_parallel(recipe.text, recipe.language, tally)
+    alone = _texts_of_other_streams(recipe, tally)
+    tally.check()
+    pairs, lone_english, lone_target = pair(english, target, recipe.pairing)
+    unmatched = len(lone_english) + len(lone_target) if english else 0
+    if english and not pairs:
+        _check_pairs_not_needed(recipe, english, target)
+    if not english:
+        pairs, lone_target = [(None, row) for row in target], []
+    train, holdout = _split(recipe, pairs, sentences, texts, has_rows=bool(target))
+    train += [_instruction(len(pairs) + i, (None, row), recipe) for i, row in enumerate(lone_target)]
+    if ENGLISH in recipe.streams:
+        train += [_english(i, row, recipe) for i, row in enumerate(lone_english)]
+    train += alone
     check_streams(recipe, {stream for example in train for stream in example.texts})
     text = [
-        Example(f"text-{i}", "text", _texts(prompts.plain(s.target), prompts.plain(s.english)))
-        for i, s in enumerate(sources.read_parallel(recipe.text, recipe.language))
+        Example(f"text-{i}", "text", _texts(Plain(s.target), Plain(s.english))) for i, s in enumerate(aligned)
     ]
     splits = {"train": train, "holdout": holdout, "text": text}
-    return {name: examples for name, examples in splits.items() if examples}, unmatched
+    found = {name: examples for name, examples in splits.items() if examples}
+    return Examples(found, unmatched, tally.as_dict())
+
+
+def _texts_of_other_streams(recipe: Recipe, tally: sources.Tally) -> list[Example]:
+    """Raw English text, and rows of further streams, where the method trains on them."""
+    found = []
+    if ENGLISH in recipe.streams:
+        for i, text in enumerate(sources.read_texts(recipe.raw_english, tally)):
+            plain = Plain(text.text, continues=True)
+            found.append(Example(text.id or f"english_text-{i}", "english_text", {ENGLISH: plain}))
+    for stream, names in recipe.more_sources.items():
+        rows = sources.read_instructions(names, "en", tally)
+        found += [_further(f"{stream}-{i}", stream, row) for i, row in enumerate(rows)]
+    return found
+
+
+def _split(
+    recipe: Recipe, pairs: list, sentences: list, texts: list, has_rows: bool
+) -> tuple[list[Example], list[Example]]:
+    """Examples to train on, and held out: of the pairs where there are instruction rows, else of the
+    sentences, or of raw text."""
+    groups: list[tuple[Callable, list]] = [
+        (_instruction, pairs),
+        (_translation, sentences),
+        (_raw_text, texts),
+    ]
+    of = 0 if has_rows else next((i for i, (_, rows) in enumerate(groups) if rows), 0)
+    make, rows = groups[of]
+    held, kept = _hold_out(len(rows), recipe)
+    holdout = [make(i, rows[i], recipe, held_out=True) for i in held]
+    if recipe.shuffled:
+        groups[0] = _instruction, shuffle(pairs, kept if of == 0 else [], recipe.seed)
+    indices = [kept if i == of else range(len(rows)) for i, (_, rows) in enumerate(groups)]
+    train = [make(i, rows[i], recipe) for (make, rows), used in zip(groups, indices) for i in used]
+    return train, holdout
+
+
+def _check_pairs_not_needed(recipe: Recipe, english: list[Row], target: list[Row]) -> None:
+    """Raises UserError for settings that ask for pairs, of rows that have no counterparts."""
+    ids = ", ".join(f"such as '{rows[0].id}'" for rows in (english, target) if rows)
+    none = f"and no English row has a target counterpart ({ids}): give counterparts the same id, or set"
+    if recipe.english_prompt == "target" and ENGLISH in recipe.streams:
+        raise UserError(f"pivot.english_prompt=target asks for pairs, {none} it to english.")
+    if recipe.holdout:
+        raise UserError(f"eval.holdout={recipe.holdout} asks for pairs, {none} it to 0.")
 
 
 class NoStream(UserError):
@@ -168,26 +247,42 @@ def check_streams(recipe: Recipe, found: set[str]) -> None:
     for stream in recipe.streams:
         if stream not in found:
             english = "data.english, or use the variant :bactrian"
-            known = {PRIMARY: "data.target", ENGLISH: english, CONVERSION: english}
+            known = {
+                PRIMARY: "data.target, data.translation or data.text",
+                ENGLISH: english,
+                CONVERSION: english,
+            }
             remedy = known.get(stream, f"data.streams={stream}=FILE")
             raise NoStream(
                 f"The method trains on the stream '{stream}', and the data have none of it: set {remedy}."
             )
 
 
-def _texts(target: list[Span], english: list[Span] | None) -> dict[str, list[Span]]:
+def _texts(target: Dialogue | Plain, english: Dialogue | Plain | None) -> dict[str, Dialogue | Plain]:
     """By stream."""
     return {PRIMARY: target} | ({ENGLISH: english} if english else {})
 
 
+def _english(index: int, row: Row, recipe: Recipe) -> Example:
+    """An English row without a counterpart."""
+    unusable = "no counterpart, whose prompt it is to follow" if recipe.english_prompt == "target" else ""
+    texts = {ENGLISH: Dialogue(row.turns, system=row.system)}
+    return Example(row.id or f"english-{index}", "english", texts, unusable)
+
+
+def _raw_text(index: int, text: Text, recipe: Recipe, held_out=False) -> Example:
+    plain = Plain(text.text, continues=not held_out)
+    return Example(text.id or f"text-{index}", "text", {PRIMARY: plain})
+
+
 def _further(name: str, stream: str, row: Row) -> Example:
     """A row of a further stream."""
-    return Example(row.id or name, stream, {stream: prompts.conversation(row.turns, prompts.wording("en"))})
+    return Example(row.id or name, stream, {stream: Dialogue(row.turns, system=row.system)})
 
 
-def _split(number: int, recipe: Recipe) -> tuple[list[int], list[int]]:
+def _hold_out(number: int, recipe: Recipe) -> tuple[list[int], list[int]]:
     """Indices of the held-out examples and of the others."""
-    if recipe.holdout >= number:
+    if recipe.holdout and recipe.holdout >= number:
         raise UserError(
             f"{recipe.holdout} held-out pairs were asked for and there are {number}: lower "
             "eval.holdout, so that some are left to train on."
@@ -209,19 +304,20 @@ def shuffle(pairs: list, kept: list[int], seed: int) -> list:
     return [(english.get(i, pair[0]), pair[1]) for i, pair in enumerate(pairs)]
 
 
-def _instruction(index: int, english: Row | None, target: Row, recipe: Recipe, held_out=False):
+def _instruction(index: int, pair: tuple[Row | None, Row], recipe: Recipe, held_out=False) -> Example:
+    english, target = pair
     name = target.id or f"instruction-{index}"
-    turns, words = (), prompts.wording("en")
+    answered = None
     if english and (ENGLISH in recipe.streams or held_out):
-        turns = english.turns
+        answered = Dialogue(english.turns, system=english.system)
         if recipe.english_prompt == "target" and not held_out:
-            answers = [turn.output for turn in turns]
-            turns, words = _asked_in_target(name, target.turns, answers), recipe.words
-    texts = _texts(prompts.conversation(target.turns, recipe.words), prompts.conversation(turns, words))
+            turns = _asked_in_target(name, target.turns, [turn.output for turn in english.turns])
+            answered = Dialogue(turns, recipe.words, target.system)
+    texts = _texts(Dialogue(target.turns, recipe.words, target.system), answered)
     if english and CONVERSION in recipe.streams and not held_out:
         asked = ["\n\n".join(filter(None, (turn.instruction, turn.input))) for turn in english.turns]
         converted = _asked_in_target(name, target.turns, asked)
-        texts[CONVERSION] = prompts.conversation(converted, recipe.words, eos=False)
+        texts[CONVERSION] = Dialogue(converted, recipe.words, target.system, ended=False)
     return Example(id=name, role="target", texts=texts)
 
 
@@ -239,12 +335,14 @@ def _asked_in_target(name: str, target: tuple[Turn, ...], answers: list[str]) ->
 
 def _translation(index: int, sentence: Sentence, recipe: Recipe, held_out=False) -> Example:
     name = sentence.id or f"translation-{index}"
-    rendered = (sentence.english, sentence.target, recipe.language, f"{recipe.seed}:{name}", recipe.words)
+    request = prompts.translation(
+        sentence.english, sentence.target, recipe.language, f"{recipe.seed}:{name}", recipe.words
+    )
     has_source = held_out or (recipe.translation_source and ENGLISH in recipe.streams)
-    source = prompts.translation_source(*rendered) if has_source else None
+    source = dataclasses.replace(request, learns="input") if has_source else None
     return Example(
         id=name,
         role="translation",
-        texts=_texts(prompts.translation(*rendered), source),
+        texts=_texts(request, source),
         unusable="" if sentence.english.strip() else "no source sentence",
     )

@@ -26,8 +26,10 @@ from google.protobuf.json_format import MessageToDict
 
 from prom_jax.data import sources
 from prom_jax.data import templates as prompts
+from prom_jax.data.chat_templates import find_template, own_template
 from prom_jax.data.examples import Example, Recipe, check_streams, read_examples, role_in
 from prom_jax.data.shared_prefixes import NONE, PrefixIndex, common_prompt
+from prom_jax.data.templates import Dialogue, Plain, Span, Template, Unusable
 from prom_jax.data.tokens import EncodedText, encode
 from prom_jax.tokenization import folder as tokenizers
 from prom_jax.utils.console import track
@@ -45,7 +47,8 @@ CHUNK = 512  # examples tokenised at once
 SHARD = 4096  # examples a file, and a task of a worker
 PARALLEL = 16_384  # examples from which on workers are worth the seconds that they take to start
 COUNTS = ("examples", "tokens", "loss_tokens", "text_tokens", "bytes", "words", "truncated", "dropped")
-_shared: tuple = ()  # of a worker: tokenizer, seq_len, streams, features
+NO_TARGET = "its target is dropped"  # why a text is dropped that could be used
+_shared: tuple = ()  # of a worker, as `_share` gives it
 
 
 # Records --------------------------------------------------------------------------------------
@@ -123,7 +126,8 @@ class Records:
 @dataclass(frozen=True)
 class Prepared:
     """What `prepare` made or found: training records, the held-out pairs and plain texts (None where not
-    asked for), and the report: {"unmatched": rows, split: {role: counts}}, the roles being those of
+    asked for), and the report: {"unmatched": rows, "rows": what became of those of
+    each source, split: {role: counts}}, the roles being those of
     `examples.role_in` and the counts "examples", "tokens", "loss_tokens", "bytes" and "words" (of the text
     that has a loss), "text_tokens" (loss tokens without EOS), "truncated", "dropped" and "reasons"
     ({why: dropped}).
@@ -181,23 +185,27 @@ def fingerprint(recipe: Recipe, tokenizer) -> str:
     """16 hexadecimal digits: recipe, contents of its sources, tokenizer, version of the code."""
     used = [(name, recipe.language) for name in recipe.target + recipe.translation + recipe.text]
     used += [(name, "en") for name in itertools.chain(recipe.english, *recipe.more_sources.values())]
+    used += [(name, recipe.language) for name in recipe.raw] + [(name, "en") for name in recipe.raw_english]
     parts = {
         "versions": [VERSION, prompts.VERSION],
-        "recipe": dataclasses.asdict(recipe),
-        "words": [dataclasses.asdict(words) for words in (recipe.words, prompts.wording("en"))],
+        "recipe": recipe.as_dict(),
+        "words": [dataclasses.asdict(prompts.wording(words)) for words in (recipe.words, "en")],
         "sources": [sources.fingerprint(*source) for source in used],
         "tokenizer": tokenizers.fingerprint(tokenizer),
     }
+    if recipe.template != "alpaca":
+        parts["template"] = own_template(tokenizer)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
-    splits, unmatched = read_examples(recipe)
+    splits, unmatched, rows = read_examples(recipe)
     found = {stream for examples in splits.values() for example in examples for stream in example.texts}
     names = recipe.streams + tuple(sorted(found - set(recipe.streams)))
-    report: dict[str, Any] = {"unmatched": unmatched}
+    report: dict[str, Any] = {"unmatched": unmatched, "rows": rows}
     infos = []
-    with _workers(sum(map(len, splits.values())), tokenizer, recipe.seq_len, names) as each:
+    settings = tokenizer, recipe.template, recipe.seq_len, names
+    with _workers(sum(map(len, splits.values())), settings) as each:
         for split, examples in splits.items():
             parts = [examples[first : first + SHARD] for first in range(0, len(examples), SHARD)]
             tasks = [(directory / f"{split}-{number}.partial", part) for number, part in enumerate(parts)]
@@ -236,17 +244,20 @@ STATISTICS = ("lengths", "weights", "bytes", "prefix_ids", "common_prompts")
 
 
 @contextlib.contextmanager
-def _workers(examples: int, tokenizer, seq_len: int, names: tuple[str, ...]) -> Iterator[Callable]:
-    """Gives a map of `_write_shard` over tasks: in processes, or here when there is little to do."""
-    shared = tokenizer, seq_len, names, _features(names)
+def _workers(examples: int, settings: tuple) -> Iterator[Callable]:
+    """Gives a map of `_write_shard` over tasks: in processes, or here when there is little to do.
+
+    Args:
+      settings: tokenizer, name of the template, seq_len, and names of the streams.
+    """
     number = min(num_cpus(), -(-examples // SHARD))
     if examples < PARALLEL or number == 1:
-        yield lambda tasks: map(functools.partial(_write_shard, shared), tasks)
+        yield lambda tasks, shared=_share(*settings): map(functools.partial(_write_shard, shared), tasks)
         return
     # Not forked: JAX has threads by now.
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(number, context, _init_worker, (tokenizer, seq_len, names)) as pool:
+        with ProcessPoolExecutor(number, context, _init_worker, settings) as pool:
             yield lambda tasks: pool.map(_write_in_worker, tasks)
     except BrokenProcessPool as error:
         raise UserError(
@@ -255,11 +266,16 @@ def _workers(examples: int, tokenizer, seq_len: int, names: tuple[str, ...]) -> 
         ) from error
 
 
-def _init_worker(tokenizer, seq_len: int, names: tuple[str, ...]) -> None:
+def _share(tokenizer, template: str, seq_len: int, names: tuple[str, ...]) -> tuple:
+    """What all tasks share."""
+    return tokenizer, find_template(template, tokenizer), seq_len, names, _features(names)
+
+
+def _init_worker(*settings) -> None:
     """Sets what all tasks of a worker share."""
     global _shared
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core a process
-    _shared = tokenizer, seq_len, names, _features(names)
+    _shared = _share(*settings)
 
 
 def _write_in_worker(task: tuple[Path, list[Example]]) -> Shard:
@@ -268,13 +284,13 @@ def _write_in_worker(task: tuple[Path, list[Example]]) -> Shard:
 
 def _write_shard(shared: tuple, task: tuple[Path, list[Example]]) -> Shard:
     """Tokenises examples and writes those that keep something to learn."""
-    tokenizer, seq_len, names, features = shared
+    tokenizer, template, seq_len, names, features = shared
     path, examples = task
     shard = Shard(path, [], {name: [] for name in names}, {name: PrefixIndex() for name in names}, {})
     chunks = [examples[first : first + CHUNK] for first in range(0, len(examples), CHUNK)]
 
     def tokenise(chunk):
-        return list(_tokenise(chunk, tokenizer, seq_len, shard.counts))
+        return list(_tokenise(chunk, tokenizer, template, seq_len, shard.counts))
 
     writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
@@ -342,31 +358,47 @@ def _write_info(directory: Path, splits: list[tfds.core.SplitInfo], names: tuple
 
 
 def _tokenise(
-    examples: list[Example], tokenizer, seq_len: int, counts: dict[str, Counter]
+    examples: list[Example], tokenizer, template: Template, seq_len: int, counts: dict[str, Counter]
 ) -> Iterator[tuple[Example, dict[str, EncodedText]]]:
     """(example, texts by stream) of those that keep something to learn."""
-    spans: dict[str, list] = {}
+    usable = []
     for example in examples:
-        for stream, of_stream in example.texts.items():
-            spans.setdefault(stream, []).append(of_stream)
-    encoded = {stream: iter(encode(tokenizer, texts, seq_len)) for stream, texts in spans.items()}
-    for example in examples:
-        texts = {stream: next(encoded[stream]) for stream in example.texts}
         if example.unusable:
             counts.setdefault(example.role, Counter()).update({"dropped": 1, ("reason", example.unusable): 1})
-            continue
+        else:
+            usable.append((example, {s: _spans(text, template) for s, text in example.texts.items()}))
+    spans = [s for _, texts in usable for s in texts.values() if not isinstance(s, Unusable)]
+    encoded = iter(encode(tokenizer, spans, seq_len, template))
+    for example, texts in usable:
         kept: dict[str, EncodedText] = {}
-        for number, (stream, text) in enumerate(texts.items()):
+        for number, (stream, rendered) in enumerate(texts.items()):
             of_role = counts.setdefault(role_in(stream, example.role), Counter())
+            text = rendered if isinstance(rendered, Unusable) else next(encoded)
             # The others go with the first, which is the target's where there is one.
-            if _count(of_role, text, with_target=number == 0 or bool(kept)):
+            is_kept = _count(of_role, text, with_target=number == 0 or bool(kept))
+            if is_kept and not isinstance(text, Unusable):
                 kept[stream] = text
         if kept:
             yield example, kept
+        for stream, whole in kept.items():
+            for piece in whole.rest:
+                if _count(counts[role_in(stream, example.role)], piece):
+                    yield example, {stream: piece}
 
 
-def _count(counts: Counter, text: EncodedText, with_target: bool = True) -> bool:
+def _spans(text: Dialogue | Plain, template: Template) -> list[Span] | Unusable:
+    """What the model reads of a text, or why it cannot."""
+    try:
+        return template.spans(text)
+    except Unusable as error:
+        return error
+
+
+def _count(counts: Counter, text: EncodedText | Unusable, with_target: bool = True) -> bool:
     """Enters a text in its role's counts; whether it is kept: it has text to learn, and its target too."""
+    if isinstance(text, Unusable):
+        counts.update({"dropped": 1, ("reason", str(text) if with_target else NO_TARGET): 1})
+        return False
     kept = with_target and text.words > 0
     if kept:
         counts.update(
@@ -380,7 +412,7 @@ def _count(counts: Counter, text: EncodedText, with_target: bool = True) -> bool
         )
     else:
         reason = "nothing left after cutting" if text.truncated else "no response"
-        counts.update({"dropped": 1, ("reason", reason if with_target else "its target is dropped"): 1})
+        counts.update({"dropped": 1, ("reason", reason if with_target else NO_TARGET): 1})
     return kept
 
 

@@ -1,416 +1,416 @@
-"""Read instructions and aligned sentences from wherever they are.
+"""Read instructions, aligned sentences and raw text from wherever they are.
 
 A *source* is a string:
 
-- a local file ending in .json, .jsonl, .csv, .tsv or .parquet, for aligned sentences also .tmx;
+- a local file ending in .json, .jsonl, .ndjson, .csv, .tsv or .parquet, for aligned sentences also .tmx, for
+  raw text also .txt, all of these packed with gzip or zstd if need be; a folder of them; a pattern of names;
 - a hub data set, ``owner/name[:config][@split]`` (split ``train`` unless given);
 - for aligned sentences also ``english|target``: two text files aligned line by line, or two of the
   above with a column ``text``;
 - ``sample``, the corpus that this package carries.
 
-Where columns have other names than ours, ``?ours=theirs&…`` follows, with dots into nested ones:
-``owner/name?instruction=question&output=answer.text``.
+Settings follow after a question mark, ``?name=value&…``: where columns have other names than ours,
+``ours=theirs`` with dots into nested ones (``owner/name?instruction=question&output=answer.text``), and those
+of OPTIONS.
 """
 
-import csv
+import contextlib
 import hashlib
-import json
+import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
+from prom_jax.data import files, rows, tmx
+from prom_jax.data.rows import BadRow, Row, Sentence, Text, names_of
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.extras import needs
 from prom_jax.utils.temporary import quiet_loggers
 
-csv.field_size_limit(1 << 27)
-MOST_COLUMNS = 1000  # of a CSV file; a row is filled up to as many as the header has
-CHUNK = 1 << 20  # bytes of XML that are parsed at once; a longer text is scanned again with each
-PARQUET_ROWS = 100  # that are decoded at once
-PARQUET_ROW = 500  # bytes in memory besides its texts
-PARQUET_FACTOR = 1000  # times its own size that a file may unpack to
 SAMPLE = Path(__file__).parents[1] / "resources" / "sample"
 HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[^@/]+))?$")
+TABLES = (".csv", ".tsv")
+BAD_ROWS = ("refuse", "skip")
+SHOWN = 3  # of the rows that cannot be used, those that a message names
+MOST_REASONS = 20  # told apart in a source
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One exchange: what the user asks (`instruction`, perhaps about an `input`), and the answer."""
-
-    instruction: str
-    input: str
-    output: str
+# What becomes of rows -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
-    """One instruction example; several turns where the source has a conversation."""
+@dataclass
+class Counts:
+    """Of a source: its rows; those that cannot be used, {reason: where they are}, how many in `bad`; and what
+    was left out of others."""
 
-    id: str | None
-    turns: tuple[Turn, ...]
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """An English sentence and its translation."""
-
-    id: str | None
-    english: str
-    target: str
+    rows: int = 0
+    bad: Counter = field(default_factory=Counter)
+    where: dict[str, list[str]] = field(default_factory=dict)
+    left_out: Counter = field(default_factory=Counter)
 
 
-def read_instructions(sources: tuple[str, ...], language: str) -> list[Row]:
-    """Rows of all `sources`, in order.
+class Tally:
+    """What became of the rows of all sources that are read, and whether bad ones are refused or skipped."""
 
-    A row has `instruction`, `output` and perhaps `input` and `id`; or `messages`, a list of
-    {"role", "content"} in which user and assistant alternate. System messages are refused: the
-    Alpaca prompt has no place for one.
+    def __init__(self, bad_rows: str = "refuse"):
+        if bad_rows not in BAD_ROWS:
+            raise UserError(f"data.bad_rows is '{bad_rows}': expected one of {', '.join(BAD_ROWS)}.")
+        self._refuse = bad_rows == "refuse"
+        self.sources: dict[str, Counts] = {}
 
+    def of(self, source: str) -> Counts:
+        """The counts of a source."""
+        return self.sources.setdefault(source, Counts())
+
+    def bad(self, source: str, where: str, reason: str) -> None:
+        """Enters a row that cannot be used."""
+        counts = self.of(source)
+        if reason not in counts.bad and len(counts.bad) >= MOST_REASONS:
+            reason = "other reasons"
+        counts.bad[reason] += 1
+        if counts.bad[reason] <= SHOWN:
+            counts.where.setdefault(reason, []).append(where)
+
+    def check(self) -> None:
+        """Raises UserError where there are rows that cannot be used, and they are to be refused; and for a
+        source of which nothing is left."""
+        bad = {
+            (source, reason): number
+            for source, counts in self.sources.items()
+            for reason, number in counts.bad.items()
+        }
+        if bad and self._refuse:
+            parts = [self._part(source, reason, number) for (source, reason), number in bad.items()]
+            raise UserError(
+                f"{'; '.join(parts)}. Fix {'it' if sum(bad.values()) == 1 else 'them'}, or leave out what "
+                "cannot be used with data.bad_rows=skip."
+            )
+        for source, counts in self.sources.items():
+            if counts.rows and counts.bad.total() == counts.rows:
+                reason, number = counts.bad.most_common(1)[0]
+                raise UserError(
+                    f"Nothing of source '{source}' can be used: {self._part(source, reason, number)}."
+                )
+
+    def _part(self, source: str, reason: str, number: int) -> str:
+        where = self.of(source).where[reason]
+        if number == 1:
+            return f"{where[0]} has {reason}"
+        more = ", …" * (number > len(where))
+        return f"{number:,} of {self.of(source).rows:,} rows have {reason}: {'; '.join(where)}{more}"
+
+    def as_dict(self) -> dict:
+        """{source: {"rows": number, "bad": {reason: number}, "left_out": {what: number}}}."""
+        return {
+            source: {"rows": counts.rows, "bad": dict(counts.bad), "left_out": dict(counts.left_out)}
+            for source, counts in self.sources.items()
+        }
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def read_instructions(sources: tuple[str, ...], language: str, tally: Tally | None = None) -> list[Row]:
+    """Instruction rows of all `sources`, in order, in any of the shapes of `rows.SHAPES`.
+
+    Args:
+      tally: gets what becomes of the rows; None to refuse those that cannot be used.
     Raises:
-      UserError: a source that is missing, empty, unreachable or of an unknown kind; a bad row.
+      UserError: a source that is missing, empty, unreachable or of an unknown kind; a row that cannot be
+        used, unless there is a tally, which then says it.
     """
-    keys = ("id", "instruction", "input", "output", "messages")
-    return [
-        _instruction(raw, f"{source}, row {number}")
-        for source in sources
-        for number, raw in _rows(source, keys, f"instructions.{language}.jsonl")
-    ]
+    found: list[Row] = []
+    with _kept(tally) as kept:
+        for source in (parse(text, rows.KEYS) for text in sources):
+            shape, counts = source.options.get("format", ""), kept.of(source.text)
+
+            def read(raw: dict, shape=shape, counts=counts) -> Row:
+                row, left_out = rows.instruction_row(raw, shape)
+                counts.left_out.update(left_out)
+                return row
+
+            found += _read(source, kept, read, sample=f"instructions.{language}.jsonl")
+    return found
 
 
-def read_parallel(sources: tuple[str, ...], language: str) -> list[Sentence]:
+def read_parallel(sources: tuple[str, ...], language: str, tally: Tally | None = None) -> list[Sentence]:
     """Aligned sentences of all `sources`, in order; structured rows have keys `en` and `language`,
     at the top or under `translation` as in many hub data sets.
 
     Raises:
       UserError: as `read_instructions`; sides of different lengths.
     """
-    sentences = []
-    for source in sources:
-        if "|" in source:
-            sentences += _aligned(source)
-        elif source.lower().endswith(".tmx"):
-            sentences += _read_tmx(_existing(source), language)
-        else:
-            rows = _rows(source, ("id", "en", language), f"translations.{language}.jsonl")
-            for number, raw in rows:
-                texts = raw["translation"] if isinstance(raw.get("translation"), dict) else raw
-                english, target = _strings(texts, ("en", language), f"{source}, row {number}")
-                sentences.append(Sentence(_id(raw, f"{source}, row {number}"), english, target))
-    return sentences
+    found: list[Sentence] = []
+    with _kept(tally) as kept:
+        for text in sources:
+            if sides := _sides(text):
+                found += _aligned(text, sides, kept)
+                continue
+            source = parse(text, ("id", "en", language))
+            if files.ending(source.name) == ".tmx":
+                found += _read_tmx(source, language, kept)
+                continue
+
+            def read(raw: dict) -> Sentence:
+                return rows.sentence_row(raw, language)
+
+            found += _read(source, kept, read, f"translations.{language}.jsonl", ("en", language))
+    return found
 
 
-def by_id(rows: list[Row], side: str) -> dict[str, Row]:
-    """The rows of a `side` ('English', 'target') by id; those of a side without ids are named by their place,
-    #1, #2, …
-
-    Raises:
-      UserError: some rows have ids and some not; an id occurs twice.
-    """
-    has_id = [row.id is not None for row in rows]
-    if any(has_id) and not all(has_id):
-        raise UserError(
-            f"The {side} row {has_id.index(False) + 1} has no id, and others have: give all rows of "
-            "that side an 'id', or none."
-        )
-    table: dict[str, Row] = {}
-    for number, row in enumerate(rows, 1):
-        row = row if row.id is not None else replace(row, id=f"#{number}")
-        if row.id in table:
-            raise UserError(f"Id '{row.id}' occurs twice on the {side} side: make ids unique.")
-        table[row.id] = row
-    return table
+def _read_tmx(source: "Source", language: str, tally: Tally) -> list[Sentence]:
+    found = [s for path in _paths(source, (".tmx",)) for s in tmx.read_tmx(path, language)]
+    tally.of(source.text).rows += len(found)
+    return found
 
 
-def pair(english: list[Row], target: list[Row]) -> tuple[list[tuple[Row, Row]], int]:
-    """(English row, target row) pairs by id, and how many rows found no partner.
-
-    A side without ids is numbered, so that without any the rows pair by order.
+def read_texts(sources: tuple[str, ...], tally: Tally | None = None) -> list[Text]:
+    """Raw texts of all `sources`, in order: rows with a `text`, or the lines of a text file that have any.
 
     Raises:
-      UserError: as `by_id`; no id on both sides; without ids, sides of different lengths.
+      UserError: as `read_instructions`.
     """
-    ours, theirs = by_id(english, "English"), by_id(target, "target")
-    if len(english) != len(target) and all(row.id is None for row in english + target):
-        raise UserError(
-            f"{len(english)} English and {len(target)} target rows cannot be paired by order: make "
-            "them equally many, or give every row of both sides an 'id'."
-        )
-    pairs = [(ours[key], row) for key, row in theirs.items() if key in ours]
-    if not pairs:
-        raise UserError(
-            f"No English row has the id of a target row (such as '{next(iter(ours))}' and "
-            f"'{next(iter(theirs))}', where #n is the n-th row of a side without ids): give counterparts "
-            "the same id."
-        )
-    return pairs, len(english) + len(target) - 2 * len(pairs)
+    found: list[Text] = []
+    with _kept(tally) as kept:
+        for source in (parse(text, ("id", "text")) for text in sources):
+            if _is_plain(source):
+                lines = [
+                    line for path in _paths(source, (".txt",)) for line in files.read_lines(path) if line
+                ]
+                kept.of(source.text).rows += len(lines)
+                found += [Text(None, line) for line in lines]
+            else:
+                found += _read(source, kept, rows.text_row, names=("text",))
+    return found
+
+
+@contextlib.contextmanager
+def _kept(tally: Tally | None) -> Iterator[Tally]:
+    """A tally; one of its own, that refuses at the end, where none is given."""
+    kept = tally or Tally()
+    yield kept
+    if tally is None:
+        kept.check()
 
 
 def fingerprint(source: str, language: str) -> str:
     """A hash of what `source` holds now: file contents, or the hub data set's own fingerprint."""
     digest = hashlib.sha256()
-    for name in map(_name, source.split("|")):
-        if _on_hub(name):
-            digest.update(_load_hub(name)._fingerprint.encode())
+    for part in _sides(source) or [source]:
+        parsed = parse(part)
+        if parsed.on_hub:
+            digest.update(_load_hub(parsed)._fingerprint.encode())
             continue
-        paths = sorted(SAMPLE.glob(f"*.{language}.jsonl")) if name == "sample" else [_existing(name)]
-        for path in paths:
+        is_sample = parsed.name == "sample"
+        for path in sorted(SAMPLE.glob(f"*.{language}.jsonl")) if is_sample else _paths(parsed, ALL):
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
-# Rows of a source -----------------------------------------------------------------------------
+# Sources ------------------------------------------------------------------------------------------
 
 
-def _rows(source: str, keys: tuple[str, ...], sample: str) -> Iterator[tuple[int, dict]]:
-    """(number counted from 1, row with its columns renamed) of a structured source.
+def _positive(value: str) -> bool:
+    return value.isascii() and value.isdigit() and int(value) > 0
 
-    `keys`: what columns may be renamed to; `sample`: the built-in file.
+
+# What may be set besides the names of columns, with what it must be.
+OPTIONS: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "format": (f"one of {', '.join(rows.SHAPES)}", lambda value: value in rows.SHAPES),
+    "header": ("no, for a table whose first row is one like the others", lambda value: value == "no"),
+    "take": ("a number of rows, the first ones", _positive),
+    "revision": ("a branch, tag or commit of a hub data set", bool),
+}
+ALL = (*files.READERS, ".tmx", ".txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source string in its parts: what it names, {our key: their column}, and {option: value}."""
+
+    text: str
+    name: str
+    columns: dict[str, str]
+    options: dict[str, str]
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it looks like a hub id, and not like a local file that is missing."""
+        local = files.is_local(self.name) or Path(self.name).parent.is_dir()
+        return bool(HUB_ID.match(self.name)) and files.ending(self.name) not in ALL and not local
+
+
+def parse(source: str, keys: tuple[str, ...] | None = None) -> Source:
+    """The parts of a source.
+
+    Args:
+      keys: what columns may be renamed to; None for anything.
+    Raises:
+      UserError: a setting that is none.
     """
-    name, columns = _name(source), _columns(source, keys)
-    if name == "sample":
-        rows = _read_jsonl(_sample(sample))
-    elif reader := READERS.get(Path(name).suffix.lower()):
-        rows = reader(_existing(name))
-    elif _on_hub(name):
-        rows = _load_hub(name)
-    else:
+    name = _name(source)
+    query = source.removeprefix(name).removeprefix("?")
+    settings = [setting.partition("=") for setting in query.split("&")] if query else []
+    given = {ours: theirs for ours, _, theirs in settings if theirs}
+    options = {key: value for key, value in given.items() if key in OPTIONS}
+    columns = {key: value for key, value in given.items() if key not in OPTIONS}
+    if len(given) != len(settings) or not (keys is None or columns.keys() <= set(keys)):
+        expected = f"one of {', '.join(keys)} on the left" if keys else "different names on the left"
         raise UserError(
-            f"Source '{source}' is of no known kind: expected a file ending in "
-            f"{', '.join(READERS)}, a hub data set 'owner/name[:config][@split]', or 'sample'."
+            f"Source '{source}' renames columns by '?{query}': expected 'ours=theirs', joined by '&', "
+            f"with {expected}, or one of the settings {', '.join(OPTIONS)}."
         )
-    number = 0
-    for number, row in enumerate(_readable(rows, name), 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{name}, row {number} is not an object with keys: {row!r:.60}.")
-        yield number, row | {ours: _column(row, theirs, name, number) for ours, theirs in columns.items()}
-    if not number:
-        raise UserError(f"Source '{name}' is empty: give a source with at least one row.")
+    for key, value in options.items():
+        expected, holds = OPTIONS[key]
+        if not holds(value):
+            raise UserError(f"Source '{source}' sets {key}={value}: expected {expected}.")
+    return Source(source, name, columns, options)
 
 
 def _name(source: str) -> str:
-    """The source without its renamed columns."""
-    return source if os.path.exists(source) else source.partition("?")[0]
+    """The source without its settings: as much of it as is there, since names may have question marks."""
+    ends = [len(source), *(match.start() for match in re.finditer(r"\?", source))]
+    return next((source[:end] for end in ends if files.is_local(source[:end])), source.partition("?")[0])
 
 
-def _on_hub(name: str) -> bool:
-    """Whether it looks like a hub id, and not like a local file that is missing."""
-    local = Path(name).suffix.lower() in (*READERS, ".tmx", ".txt") or Path(name).parent.is_dir()
-    return bool(HUB_ID.match(name)) and not local
+def _sides(source: str) -> list[str]:
+    """The sources of 'english|target'; none where it is one source, whose name may have a bar."""
+    if "|" not in source or files.is_local(_name(source)):
+        return []
+    splits = [(source[: m.start()], source[m.end() :]) for m in re.finditer(r"\|", source)]
+    there = [sides for sides in splits if all(files.is_local(_name(side)) for side in sides)]
+    if not there and len(splits) > 1:
+        raise UserError(f"Source '{source}' names {len(splits) + 1} files: expected 'english|target'.")
+    return list((there or splits)[0])
 
 
-def _columns(source: str, keys: tuple[str, ...]) -> dict[str, str]:
-    """{our key: their column} of a source."""
-    query = source.removeprefix(_name(source)).removeprefix("?")
-    renames = query.split("&") if query else []
-    columns = {ours: theirs for ours, equals, theirs in (r.partition("=") for r in renames) if theirs}
-    if len(columns) != len(renames) or not columns.keys() <= set(keys):
+def _paths(source: Source, endings: tuple[str, ...] = ()) -> list[Path]:
+    return files.find(source.name, endings)
+
+
+def _is_plain(source: Source) -> bool:
+    """Whether a source is a file of text without rows, or a folder with such files alone."""
+    if source.on_hub or source.name == "sample" or files.ending(source.name) in files.READERS:
+        return False
+    found = {files.ending(path) for path in _paths(source, ALL)}
+    return not found & set(files.READERS)
+
+
+def _read(
+    source: Source, tally: Tally, read: Callable, sample: str = "", names: tuple[str, ...] = ()
+) -> list:
+    """What `_each_row` gives of the rows that can be used."""
+    return [row for row in _each_row(source, tally, read, sample, names) if row is not None]
+
+
+def _each_row(
+    source: Source, tally: Tally, read: Callable, sample: str, names: tuple[str, ...]
+) -> Iterator[Any]:
+    """The rows of a structured source as they are wanted; None for one that cannot be used.
+
+    Args:
+      read: makes of a row what is wanted, or raises BadRow.
+      sample: the built-in file.
+      names: of the columns of a table without header.
+    Raises:
+      UserError: a source that is empty, or that cannot be read.
+    """
+    counts = tally.of(source.text)
+    raw_rows = itertools.islice(_raw(source, sample, names), int(source.options.get("take", 0)) or None)
+    for where, raw in raw_rows:
+        counts.rows += 1
+        try:
+            yield read(_renamed(source, raw))
+        except BadRow as error:
+            tally.bad(source.text, where, str(error))
+            yield None
+    if not counts.rows:
+        raise UserError(f"Source '{source.name}' is empty: give a source with at least one row.")
+
+
+def _renamed(source: Source, raw) -> dict:
+    """A row with its columns under our names."""
+    if isinstance(raw, files.Bad):
+        raise BadRow(raw.reason)
+    if not isinstance(raw, dict):
+        raise BadRow(f"{raw!r:.60} in place of an object with keys")
+    return raw | {ours: _column(raw, theirs) for ours, theirs in source.columns.items()}
+
+
+def _raw(source: Source, sample: str, names: tuple[str, ...]) -> Iterator[tuple[str, object]]:
+    """(where it is, row as it is there) of a structured source."""
+    if source.on_hub:
+        yield from _numbered(_load_hub(source), source.name)
+        return
+    if "revision" in source.options:
+        raise UserError(f"Source '{source.text}' sets a revision, and is no hub data set: leave it out.")
+    header = names if source.options.get("header") else None
+    if source.options.get("header") and not names:
+        raise UserError(f"Source '{source.text}' sets header=no: instructions need a header with names.")
+    paths = [_sample(sample)] if source.name == "sample" else _paths(source)
+    for path in paths:
+        if files.ending(path) not in files.READERS:
+            raise UserError(
+                f"Source '{source.text}' is of no known kind: expected a file ending in "
+                f"{', '.join(files.READERS)}, a hub data set 'owner/name[:config][@split]', or 'sample'."
+            )
+        if names and files.ending(path) in TABLES and not header and not source.columns:
+            _check_header(path, names)
+        yield from _numbered(files.read_rows(files.File(path, header)), str(path))
+
+
+def _numbered(found: Iterable, name: str) -> Iterator[tuple[str, object]]:
+    return ((f"{name}, row {number}", row) for number, row in enumerate(found, 1))
+
+
+def _check_header(path: Path, names: tuple[str, ...]) -> None:
+    """Refuses a table whose first row has none of the names: taken as a header, it would be lost."""
+    first = next(iter(files.read_rows(files.File(path))), None)
+    if isinstance(first, dict) and not set(first) & {*names, "translation"}:
         raise UserError(
-            f"Source '{source}' renames columns by '?{query}': expected 'ours=theirs', joined by '&', "
-            f"with one of {', '.join(keys)} on the left."
+            f"{path} begins with {' | '.join(map(str, first))!r:.100}, which has none of {', '.join(names)}: "
+            f"where this is a row like the others, add '?header=no' to the source (columns "
+            f"{', '.join(names)}); where it is a header, rename by '?{names[0]}=…'."
         )
-    return columns
 
 
-def _column(row: dict, theirs: str, name: str, number: int):
+def _column(row: dict, theirs: str):
     """A column, or with dots one inside others."""
     value = row
     for key in [theirs] if theirs in row else theirs.split("."):
         if not isinstance(value, dict) or key not in value:
-            raise UserError(f"{name}, row {number} has no column '{theirs}' (found: {_names(row)}).")
+            raise BadRow(f"no column '{theirs}' (found: {names_of(row)})")
         value = value[key]
     return value
 
 
-def _read_json(path: Path) -> Iterator:
-    rows = _parsed(path.read_text("utf-8-sig"), path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path} holds a {type(rows).__name__}: expected a list of objects.")
-    yield from rows
-
-
-def _read_jsonl(path: Path) -> Iterator:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _parsed(line, f"{path}, line {number}")
-
-
-def _parsed(text: str, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}): fix the file.") from None
-
-
-def _read_csv(path: Path, **dialect) -> Iterator[dict]:
-    # Not through datasets, nor JSON: it infers types, so that the texts "NA", "007" or "2020-01-01" change.
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True, **dialect)
-        if len(rows.fieldnames or ()) > MOST_COLUMNS:
-            raise UserError(
-                f"{path} has {len(rows.fieldnames)} columns: expected {MOST_COLUMNS} at most, remove others."
-            )
-        yield from rows
-
-
-def _read_tsv(path: Path) -> Iterator[dict]:
-    return _read_csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)  # a quote is text like any other here
-
-
-def _read_parquet(path: Path) -> Iterator[dict]:
-    # Not through datasets, which keeps a copy of all that a few bytes may unpack to.
-    with needs("data"):
-        from pyarrow import parquet
-
-    left = PARQUET_FACTOR * max(path.stat().st_size, 1 << 16)
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(PARQUET_ROWS, use_threads=False):
-                left -= batch.nbytes + PARQUET_ROW * batch.num_rows
-                if left < 0:
-                    raise ValueError(f"it unpacks to more than {PARQUET_FACTOR} times its size")
-                yield from batch.to_pylist()
-    except Exception as error:  # the library's own, and of the texts in it
-        raise _unreadable(f"File '{path}'", error, "fetch it again.") from error
-
-
-def _read_tmx(path: Path, language: str) -> Iterator[Sentence]:
-    """The units of a Translation Memory eXchange file that have both languages, of either's variants the
-    first."""
-    number = 0
-    try:
-        for unit in _tmx_units(path):
-            texts = _tmx_texts(unit)
-            if texts.keys() >= {"en", _base(language)}:
-                number += 1
-                yield Sentence(unit.get("tuid"), texts["en"], texts[_base(language)])
-    except (ElementTree.ParseError, LookupError, ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is not a TMX file ({error}): fetch it again.") from None
-    if not number:
-        raise UserError(f"{path} has no unit in both 'en' and '{language}': give another file.")
-
-
-def _tmx_units(path: Path) -> Iterator[ElementTree.Element]:
-    parser = ElementTree.XMLPullParser()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            parser.feed(chunk)
-            yield from _tmx_complete(parser)
-    parser.close()
-    yield from _tmx_complete(parser)
-
-
-def _tmx_complete(parser: ElementTree.XMLPullParser) -> Iterator[ElementTree.Element]:
-    for _, element in parser.read_events():
-        if _tag(element) == "tu":
-            yield element
-            element.clear()
-
-
-def _tmx_texts(unit) -> dict[str, str]:
-    texts = {}
-    for variant in unit:
-        code = variant.get("{http://www.w3.org/XML/1998/namespace}lang") or variant.get("lang", "")
-        segment = next((part for part in variant if _tag(part) == "seg"), None)
-        if code and segment is not None:
-            texts.setdefault(_base(code), _tmx_text(segment).strip())
-    return texts
-
-
-def _tmx_text(element) -> str:
-    """Text without the codes that stand for formatting: all inline elements but `hi`."""
-    inner = ((_tmx_text(inline) if _tag(inline) == "hi" else "") + (inline.tail or "") for inline in element)
-    return (element.text or "") + "".join(inner)
-
-
-def _tag(element) -> str:
-    return element.tag.rpartition("}")[2]
-
-
-def _base(language: str) -> str:
-    return re.split("[-_]", language.lower())[0]
-
-
-def _readable(rows: Iterable, source: str) -> Iterator:
-    try:
-        yield from rows
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise UserError(
-            f"Source '{source}' cannot be read ({error}): fix it, or save it as UTF-8."
-        ) from error
-
-
-READERS: dict[str, Callable[[Path], Iterable]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-}
-
-
-def _load_hub(name: str):
-    parts = HUB_ID.match(name)
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    remedy = (
-        "if it is gated, ask for access on its page and log in with `hf auth login`; without a network, "
-        "give the path of a local copy."
-    )
-    split = parts["split"] or "train"
-    return _load(f"Hub data set '{name}'{offline}", remedy, parts["id"], parts["config"], split=split)
-
-
-def _load(what: str, remedy: str, *args, split: str = "train", **kwargs):
-    with needs("data"):
-        import datasets
-
-    try:
-        with quiet_loggers("datasets"):  # what it logs, it raises too
-            return datasets.load_dataset(*args, split=split, **kwargs)
-    except Exception as error:  # the library raises a dozen kinds, and not all of them its own
-        raise _unreadable(what, error.__cause__ or error, remedy) from error
-
-
-def _unreadable(what: str, error: Exception, remedy: str) -> UserError:
-    reason = str(error).strip().partition("\n")[0].rstrip(".")
-    return UserError(f"{what} cannot be read: {type(error).__name__}: {reason:.200}: {remedy}")
-
-
-def _aligned(source: str) -> list[Sentence]:
-    sides = [_side(part) for part in source.split("|")]
-    if len(sides) != 2:
-        raise UserError(f"Source '{source}' names {len(sides)} files: expected 'english|target'.")
-    english, target = sides
+def _aligned(source: str, sides: list[str], tally: Tally) -> list[Sentence]:
+    english, target = (_side(part, tally) for part in sides)
     if len(english) != len(target):
         raise UserError(
             f"'{source}' is not aligned: {len(english)} English and {len(target)} target lines, "
             "expected as many on both sides."
         )
-    return [Sentence(None, e, t) for e, t in zip(english, target, strict=True)]
+    pairs = zip(english, target, strict=True)
+    return [Sentence(None, e, t) for e, t in pairs if e is not None and t is not None]
 
 
-def _side(source: str) -> list[str]:
-    """The texts of one side: the lines of a file, or a column."""
-    name = _name(source)
-    if _on_hub(name) or Path(name).suffix.lower() in READERS:
-        rows = _rows(source, ("text",), "")
-        return [_strings(raw, ("text",), f"{name}, row {number}")[0].strip() for number, raw in rows]
-    (text,) = _readable((path.read_text("utf-8-sig") for path in [_existing(name)]), name)
-    if not text:
-        raise UserError(f"Source '{name}' is empty: give a source with at least one line.")
-    # not splitlines(), which also splits at the form feeds and separators that texts contain
-    return [line.strip() for line in text.removesuffix("\n").split("\n")]
-
-
-def _existing(name: str) -> Path:
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"There is no file '{name}': give data.* a local file or a hub data set.")
-    return path
+def _side(text: str, tally: Tally) -> list[str | None]:
+    """The texts of one side: the lines of a file, or a column, in which None stands for a row that cannot be
+    used."""
+    source = parse(text, ("text",))
+    if _is_plain(source):
+        lines = [line for path in _paths(source, (".txt",)) for line in files.read_lines(path)]
+        if not lines:
+            raise UserError(f"Source '{source.name}' is empty: give a source with at least one line.")
+        tally.of(text).rows += len(lines)
+        return lines
+    return list(_each_row(source, tally, lambda raw: rows.text_of(raw, "text").strip(), "", ("text",)))
 
 
 def _sample(name: str) -> Path:
@@ -421,43 +421,30 @@ def _sample(name: str) -> Path:
     return path
 
 
-# One row --------------------------------------------------------------------------------------
+def _load_hub(source: Source):
+    parts = HUB_ID.match(source.name)
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    remedy = (
+        "if it is gated, ask for access on its page and log in with `hf auth login`; without a network, "
+        "give the path of a local copy."
+    )
+    revision = {"revision": source.options["revision"]} if "revision" in source.options else {}
+    return _load(
+        f"Hub data set '{source.name}'{offline}",
+        remedy,
+        parts["id"],
+        parts["config"],
+        split=parts["split"] or "train",
+        **revision,
+    )
 
 
-def _instruction(raw: dict, where: str) -> Row:
-    if raw.get("messages") is not None:
-        return Row(_id(raw, where), _conversation(raw["messages"], where))
-    instruction, output = _strings(raw, ("instruction", "output"), where)
-    (input,) = _strings(raw, ("input",), where) if raw.get("input") else ("",)
-    return Row(_id(raw, where), (Turn(instruction, input, output),))
+def _load(what: str, remedy: str, *args, **kwargs):
+    with needs("data"):
+        import datasets
 
-
-def _conversation(messages, where: str) -> tuple[Turn, ...]:
-    messages = messages if isinstance(messages, list) else [messages]
-    roles = [m.get("role") if isinstance(m, dict) else m for m in messages]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise UserError(
-            f"{where}: messages have the roles {roles!r:.200}; expected user and assistant in turn, from "
-            "user to assistant, without a system message."
-        )
-    texts = [_strings(message, ("content",), where)[0] for message in messages]
-    return tuple(Turn(user, "", answer) for user, answer in zip(texts[::2], texts[1::2]))
-
-
-def _strings(raw: dict, keys: tuple[str, ...], where: str) -> list[str]:
-    for key in keys:
-        if not isinstance(raw.get(key), str):
-            raise UserError(f"{where} has no text under '{key}' (keys found: {_names(raw)}): add it.")
-        if any("\ud800" <= character <= "\udfff" for character in raw[key]):
-            raise UserError(f"{where} has half a character (a surrogate) under '{key}': fix the text.")
-    return [raw[key] for key in keys]
-
-
-def _names(row: dict) -> str:
-    return ", ".join(map(str, row))[:300] or "none"
-
-
-def _id(raw: dict, where: str) -> str | None:
-    name = raw.get("id")
-    blank = name in (None, "") or name != name  # an empty cell, a NaN
-    return None if blank else _strings({"id": str(name)}, ("id",), where)[0]
+    try:
+        with quiet_loggers("datasets"):  # what it logs, it raises too
+            return datasets.load_dataset(*args, **kwargs)
+    except Exception as error:  # the library raises a dozen kinds, and not all of them its own
+        raise files.unreadable(what, error.__cause__ or error, remedy) from error

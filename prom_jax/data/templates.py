@@ -1,6 +1,7 @@
-"""What the model reads: the Alpaca prompt and translation prompts, worded in `resources/prompts/`.
+"""What the model reads of a dialogue: the Alpaca prompt and translation prompts, worded in
+`resources/prompts/`. (The chat template of a model is in `chat_templates`.)
 
-An example is rendered into *spans*, each tokenised on its own; a conversation has one a turn.
+A text is rendered into *spans*, each tokenised on its own; a conversation in Alpaca's prompt has one a turn.
 """
 
 import functools
@@ -8,10 +9,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import langcodes
 
-from prom_jax.data.sources import Turn
+from prom_jax.data.rows import Turn
 from prom_jax.utils.errors import UserError
 
 VERSION = 2  # part of the records' fingerprint, as the tables are: raise it whenever a prompt's form changes
@@ -35,9 +37,10 @@ class Wording:
     response: str
     translate: tuple[str, ...]
 
-    def prompt(self, instruction: str, input: str = "", first: bool = True) -> str:
-        """The Alpaca prompt; a conversation's later turns leave the preamble out."""
-        preamble = (self.preamble_input if input else self.preamble) if first else ""
+    def prompt(self, instruction: str, input: str = "", first: bool = True, system: str = "") -> str:
+        """The Alpaca prompt; a conversation's later turns leave the preamble out, and a system message stands
+        in place of it."""
+        preamble = (system or (self.preamble_input if input else self.preamble)) if first else ""
         asked = self.before_instruction + instruction + (self.before_input + input if input else "")
         return preamble + asked + self.before_response
 
@@ -88,41 +91,109 @@ def language_name(language: str) -> str:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Text to be tokenised at once. The tokens that cover `text[start:stop]` have a loss and what
-    follows `stop` is cut off; `eos` appends the end-of-sequence token, which has one too."""
+class Dialogue:
+    """What a text says, before a template puts it into the words that the model reads.
+
+    turns, system: as in `rows.Row`.
+    words: the language in which Alpaca's prompts are worded.
+    learns: what has a loss: every 'output', or the 'input' of the only turn, at whose end the text then ends.
+    ended: whether answers are ended; if not, the text stops with the last one.
+    """
+
+    turns: tuple[Turn, ...]
+    words: str = "en"
+    system: str = ""
+    learns: str = "output"
+    ended: bool = True
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Text without a prompt. One that is longer than a row is cut; where it `continues` the rest follows in
+    further texts."""
 
     text: str
-    start: int
-    stop: int
+    continues: bool = False
+
+
+@dataclass(frozen=True)
+class Span:
+    """Text to be tokenised at once. The tokens that cover `text[start:stop]` of any range that is `learnt`
+    have a loss. What follows the last of these is cut off, and `eos` appends the end-of-sequence token, which
+    has a loss too; but not if the text is `whole`: then it has its own beginning and the `ends` of its turns,
+    ranges of special tokens that have a loss. `continues` as in `Plain`."""
+
+    text: str
+    learnt: tuple[tuple[int, int], ...]
     eos: bool = True
+    ends: tuple[tuple[int, int], ...] = ()
+    whole: bool = False
+    continues: bool = False
 
 
-def conversation(turns: tuple[Turn, ...], words: Wording, eos: bool = True) -> list[Span]:
-    """A prompt and an answer a turn; only the answers have a loss, and with `eos` the end of each."""
-    spans = []
-    for number, turn in enumerate(turns):
-        asked = words.prompt(turn.instruction, turn.input, first=number == 0)
-        text = asked + turn.output
-        spans.append(Span(text, len(asked), len(text), eos))
-    return spans
+class Unusable(ValueError):
+    """A text that a template cannot take, and why."""
 
 
-def translation(english: str, target: str, language: str, variant: str, words: Wording) -> list[Span]:
+class Template(Protocol):
+    """What puts a dialogue into words. `alpaca` is one, a model's own chat template another."""
+
+    def spans(self, text: Dialogue | Plain) -> list[Span]:
+        """What the model reads of a text.
+
+        Raises:
+          Unusable: the template cannot take it.
+        """
+
+    def tokenise(self, texts: list[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+        """The ids and the character offsets of each text, without BOS and EOS."""
+
+
+def plain(text: Plain) -> list[Span]:
+    """What the model reads of text without a prompt."""
+    return [Span(text.text, ((0, len(text.text)),), continues=text.continues)]
+
+
+def translation(english: str, target: str, language: str, variant: str, words: str) -> Dialogue:
     """A request to translate into `language`; which of the wordings depends on `variant` alone."""
     digest = hashlib.sha256(variant.encode()).digest()
-    request = words.translate[int.from_bytes(digest[:8]) % len(words.translate)]
+    requests = wording(words).translate
+    request = requests[int.from_bytes(digest[:8]) % len(requests)]
     turn = Turn(request.replace("{language}", language_name(language)), english, target)
-    return conversation((turn,), words)
+    return Dialogue((turn,), words)
 
 
-def translation_source(english: str, target: str, language: str, variant: str, words: Wording) -> list[Span]:
-    """The text of `translation` up to the end of the English sentence, which has the loss."""
-    (span,) = translation(english, target, language, variant, words)
-    stop = span.start - len(words.before_response)
-    return [Span(span.text, stop - len(english), stop, eos=False)]
+class Alpaca:
+    """The prompt of Stanford Alpaca, in any language that has the words."""
 
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
 
-def plain(text: str) -> list[Span]:
-    """Text without a prompt."""
-    return [Span(text, 0, len(text))]
+    def spans(self, text: Dialogue | Plain) -> list[Span]:
+        """A prompt and an answer a turn; only the answers have a loss, and the end of each."""
+        return plain(text) if isinstance(text, Plain) else self._conversation(text)
+
+    def _conversation(self, dialogue: Dialogue) -> list[Span]:
+        words = wording(dialogue.words)
+        spans = []
+        for number, turn in enumerate(dialogue.turns):
+            first = number == 0
+            asked = words.prompt(turn.instruction, turn.input, first=first, system=dialogue.system)
+            learnt, is_source = (len(asked), len(asked) + len(turn.output)), dialogue.learns == "input"
+            if is_source:
+                stop = len(asked) - len(words.before_response)
+                learnt = stop - len(turn.input), stop
+            spans.append(Span(asked + turn.output, (learnt,), dialogue.ended and not is_source))
+        return spans
+
+    def tokenise(self, texts: list[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+        """See `Template`. Text that spells a special token stays text."""
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,  # longer than the model takes? it is cut afterwards
+        )
+        return encoded["input_ids"], encoded["offset_mapping"]

@@ -8,7 +8,10 @@ from typing import Any
 
 from prom_jax import config as configuration
 from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints.generation import with_stops
 from prom_jax.data import mixture
+from prom_jax.data.chat import template_of
+from prom_jax.data.chat_templates import ChatTemplate, own_template, read_template
 from prom_jax.data.examples import Recipe, further_streams
 from prom_jax.data.loader import Batches
 from prom_jax.data.mixture import Mixture
@@ -112,15 +115,23 @@ class Experiment:
         return details | {
             "regulate": config.pivot.regulate,
             "regulation": "; ".join(f"{part.label}{part.regulation.reason}" for part in self.parts),
-            "prompts": codes if config.data.prompts == "target" else "en",
+            **self._prompts,
             "steps": self.batches.num_steps,
             "seed": config.seed,
         }
 
     @property
-    def prompt_language(self) -> str:
-        """The code of the language in which the target side is prompted; of several the first."""
-        return self.parts[0].language if self.config.data.prompts == "target" else "en"
+    def _prompts(self) -> dict:
+        """Of Alpaca's prompt the language, or that it is another one, which the tokenizer has."""
+        if self.config.data.template != "alpaca":
+            return {"template": self.config.data.template}
+        languages = [part.language for part in self.parts] if self.config.data.prompts == "target" else ["en"]
+        return {"prompts": ",".join(languages)}
+
+    @property
+    def chat_template(self) -> str:
+        """What the model is asked in from now on: the template of training, in Jinja."""
+        return template_of(self.base.tokenizer, self.details)
 
 
 def open_base(config, workdir: Path, weights: bool = True) -> BaseModel:
@@ -148,6 +159,11 @@ def open_base(config, workdir: Path, weights: bool = True) -> BaseModel:
         reader, (model_config, tokenizer) = None, models.open_config(config.model)
     layer = configuration.pivot_layer(config, model_config.num_hidden_layers, depth)
     check_exit(layer, model_config.num_hidden_layers, "pivot.layer")
+    if config.data.template != "alpaca":
+        if config.data.template != "model":
+            tokenizer.chat_template = read_template(config.data.template)
+        template = ChatTemplate(tokenizer, own_template(tokenizer))
+        model_config = with_stops(model_config, template.ends)  # what training teaches to end answers with
     console.print(f"model     {config.model}")
     return BaseModel(model_config, tokenizer, layer, reader)
 
@@ -251,4 +267,9 @@ def recipe(config, method: Method) -> Recipe:
         text=tuple(config.eval.text),
         seed=config.seed,
         shuffled=method.shuffles_english,
+        bad_rows=config.data.bad_rows,
+        pairing=config.data.pairing,
+        raw=tuple(config.data.text),
+        raw_english=tuple(config.data.english_text),
+        template="alpaca" if config.data.template == "alpaca" else "model",
     )

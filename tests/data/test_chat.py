@@ -3,7 +3,8 @@ from jinja2.exceptions import TemplateError
 
 from prom_jax.data import templates as prompts
 from prom_jax.data.chat import chat_template
-from prom_jax.data.sources import Turn
+from prom_jax.data.rows import Turn
+from prom_jax.data.templates import Alpaca, Dialogue
 from prom_jax.data.tokens import encode
 
 
@@ -23,7 +24,7 @@ def test_chat_template_gives_the_ids_of_training(tokenizer, turns, language):
         messages.append({"role": "user", "content": turn.instruction, "input": turn.input})
         messages.append({"role": "assistant", "content": turn.output})
     ids = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False)
-    (trained,) = encode(tokenizer, [prompts.conversation(turns, prompts.wording(language))], 1000)
+    (trained,) = encode(tokenizer, [Alpaca(tokenizer).spans(Dialogue(turns, language))], 1000)
     assert ids == trained.tokens.tolist()
 
 

@@ -357,7 +357,8 @@ def test_entries_of_further_streams():
     [
         ({"seq_len": 8}, "Nothing is left of the 13 examples for train.*seq_len = 8"),
         ({"holdout": 9}, "9 held-out pairs were asked for and there are 9"),
-        ({"target": ()}, "has no target-language counterpart"),
+        ({"target": (), "english_prompt": "target"}, r"pivot.english_prompt=target asks for pairs, .*'None'"),
+        ({"target": (), "holdout": 2}, "eval.holdout=2 asks for pairs, and no English row has a target"),
         ({"target": (), "english": (), "translation": ()}, "nothing to train on"),
         ({"english_prompt": "thai"}, "english_prompt is 'thai'"),
         ({"streams": ("english", "target")}, "expected different ones, the first 'target'"),
@@ -391,3 +392,70 @@ def test_records_of_others_run_and_open_nothing(recipe, byte_level, tmp_path, mo
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"The records in .* are damaged .*: remove the folder"):
         prepare(recipe(), byte_level, tmp_path / "r")
+
+
+def texts_of(tokenizer, train):
+    """(role, stream, what is learnt) of every text."""
+    return {
+        (str(role), stream, decoded(tokenizer, record, stream)[1].removesuffix("</s>"))
+        for role, record in zip(train.roles, train.read(range(len(train))))
+        for stream in train.names
+        if len(record[f"{stream}_tokens"])
+    }
+
+
+def test_rows_without_a_counterpart_train_on_their_own(recipe, byte_level, tmp_path, jsonl):
+    english = [{"id": i, "instruction": f"Say {i}", "output": f"Hi {i}"} for i in range(3)]
+    target = [{"id": i, "instruction": f"Sema {i}", "output": f"Habari {i}"} for i in range(2, 6)]
+    sides = {"english": (jsonl("e.jsonl", english),), "target": (jsonl("t.jsonl", target),)}
+
+    def made(**changes):
+        return prepare(recipe(**sides, **{"translation": (), **changes}), byte_level, tmp_path / "r")
+
+    prepared = made()
+    expected = {("target", "target", f"Habari {i}") for i in range(2, 6)} | {("target", "english", "Hi 2")}
+    alone = {("english", "english", "Hi 0"), ("english", "english", "Hi 1")}
+    assert texts_of(byte_level, prepared.train) == expected | alone and prepared.report["unmatched"] == 5
+    assert prepared.report["train"]["english"]["examples"] == 3
+    assert texts_of(byte_level, made(streams=("target",)).train) == expected - {("target", "english", "Hi 2")}
+    none = made(pairing="none")
+    assert texts_of(byte_level, none.train) == expected - {("target", "english", "Hi 2")} | alone | {
+        ("english", "english", "Hi 2")
+    }
+    after_prompts = made(english_prompt="target")
+    assert texts_of(byte_level, after_prompts.train) == expected
+    assert after_prompts.report["train"]["english"]["reasons"] == {
+        "no counterpart, whose prompt it is to follow": 2
+    }
+
+
+def test_raw_text(recipe, byte_level, metaspace, tmp_path, jsonl):
+    """Texts longer than a row continue in further examples, and every token is predicted once."""
+    target, english = "Habari ya asubuhi. " * 9, "Good morning. " * 40
+    sources = {
+        "raw": (jsonl("t.jsonl", [{"text": target}, {"text": "Nzuri"}]),),
+        "raw_english": (jsonl("e.jsonl", [{"text": english}]),),
+    }
+    only = {"english": (), "target": (), "translation": (), "seq_len": 20}
+    for tokenizer in (byte_level, metaspace):
+        prepared = prepare(recipe(**only, **sources), tokenizer, tmp_path / "r")
+        train, report = prepared.train, prepared.report["train"]
+        for role, stream, text in (("text", "target", target), ("english_text", "english", english)):
+            ours = [i for i in np.flatnonzero(train.roles == role) if train[i]["id"].endswith("-0")]
+            records = train.read(ours)
+            pieces = [record[f"{stream}_tokens"].tolist() for record in records]
+            bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+            whole = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+            assert len(pieces) > 1 and all(len(piece) <= 20 for piece in pieces)
+            assert pieces[0] + [token for piece in pieces[1:] for token in piece[1:]] == whole
+            assert [piece[-1] for piece in pieces[:-1]] == [piece[0] for piece in pieces[1:]]
+            assert all(record[f"{stream}_loss"][1:].all() for record in records)
+            assert report[role]["loss_tokens"] == train.streams[stream].weights.sum()
+            first = 0 if bos else len(tokenizer.decode(whole[:1]).encode())  # which nothing predicts
+            assert train.streams[stream].bytes[ours].sum() == len(text.encode()) - first
+    with pytest.raises(UserError, match="trains on the stream 'english'"):
+        prepare(recipe(**only, raw=sources["raw"]), byte_level, tmp_path / "r")
+    alone = prepare(
+        recipe(**only, raw=sources["raw"], streams=("target",), holdout=1), byte_level, tmp_path / "r"
+    )
+    assert len(alone.holdout) == 1 and alone.holdout.roles.tolist() == ["text"]

@@ -6,7 +6,8 @@ import pyarrow.parquet
 import pytest
 
 from prom_jax.data import sources
-from prom_jax.data.sources import Row, Sentence, Turn
+from prom_jax.data.pairing import pair
+from prom_jax.data.rows import Row, Sentence, Turn
 from prom_jax.utils.errors import UserError
 
 ROWS = [
@@ -44,10 +45,6 @@ def test_messages_become_turns(jsonl):
     source = jsonl("chat.jsonl", [{"messages": messages}])
     (row,) = sources.read_instructions((source,), "en")
     assert row.turns == (Turn("Hi", "", "Hello"), Turn("Bye", "", "See you"))
-    system = [{"role": "system", "content": "Be brief"}, *messages]
-    source = jsonl("system.jsonl", [{"messages": system}])
-    with pytest.raises(UserError, match=r"row 1: .*'system'.*without a system message"):
-        sources.read_instructions((source,), "en")
 
 
 def test_hub_source_passes_config_and_split(monkeypatch):
@@ -91,27 +88,36 @@ def test_pairs_by_id_or_by_order():
     def rows(*ids):
         return [Row(i, (Turn(f"{n}", "", "x"),)) for n, i in enumerate(ids)]
 
+    def ids(pairs):
+        both = [(english.id, target.id) for english, target in pairs.pairs]
+        return both, [row.id for row in pairs.english], [row.id for row in pairs.target]
+
     english, target = rows("a", "b", "c"), rows("c", "a", "d")
-    pairs, unmatched = sources.pair(english, target)
-    assert [(e.id, t.id) for e, t in pairs] == [("c", "c"), ("a", "a")] and unmatched == 2
-    pairs, unmatched = sources.pair(rows(None, None), rows(None, None))
-    assert [(e.id, t.id) for e, t in pairs] == [("#1", "#1"), ("#2", "#2")] and unmatched == 0
-    pairs, unmatched = sources.pair(rows(None, None, None), rows("#3", "#1"))  # as translation leaves it
-    assert [e.turns[0].instruction for e, _ in pairs] == ["2", "0"] and unmatched == 1
+    assert ids(pair(english, target)) == ([("c", "c"), ("a", "a")], ["b"], ["d"])
+    assert ids(pair(english, target, "order")) == ([("a", "c"), ("b", "a"), ("c", "d")], [], [])
+    assert ids(pair(english, target, "none")) == ([], ["a", "b", "c"], ["c", "a", "d"])
+    assert ids(pair(rows(None, None), rows(None, None))) == ([("#1", "#1"), ("#2", "#2")], [], [])
+    found = pair(rows(None, None, None), rows("#3", "#1"))  # as translation leaves it
+    assert [e.turns[0].instruction for e, _ in found.pairs] == ["2", "0"] and len(found.english) == 1
+    assert ids(pair(rows("a"), rows("b"))) == ([], ["a"], ["b"])
+    assert ids(pair([], rows("b", "b"))) == ([], [], ["b", "b"])
     with pytest.raises(UserError, match="The English row 2 has no id, and others have"):
-        sources.pair(rows("a", None), rows("b", "c"))
-    with pytest.raises(UserError, match=r"2 English and 1 target rows.*'id'"):
-        sources.pair(rows(None, None), rows(None))
-    with pytest.raises(UserError, match=r"No English row.*'a' and 'b'"):
-        sources.pair(rows("a"), rows("b"))
+        pair(rows("a", None), rows("b", "c"))
+    for sides, pairing in (((None, None), "id"), (("a", "b"), "order")):
+        with pytest.raises(UserError, match=r"2 English and 1 target rows.*'id', or set data.pairing=none"):
+            pair(rows(*sides), rows(sides[0]), pairing)
     with pytest.raises(UserError, match="'a' occurs twice on the English side"):
-        sources.pair(rows("a", "a"), rows("a", "b"))
+        pair(rows("a", "a"), rows("a", "b"))
+    with pytest.raises(UserError, match=r"data.pairing is 'ids': expected one of id, order, none"):
+        pair(rows("a"), rows("a"), "ids")
 
 
 def test_renamed_columns(jsonl):
     rows = [{"q": "Say hi", "n": {"a.b": "Hi", "c": 7}, "input": "now"}]
     source = jsonl("a.jsonl", rows) + "?instruction=q&output=n.a.b&id=n.c"
-    with pytest.raises(UserError, match=r"a.jsonl, row 1 has no column 'n.a.b' \(found: q, n, input\)"):
+    with pytest.raises(
+        UserError, match=r"a.jsonl, row 1 has no column 'n.a.b' \(found: q, n, input\).*bad_rows=skip"
+    ):
         sources.read_instructions((source,), "sw")
     source = jsonl("a.jsonl", [{"q": "Say hi", "n": {"a": "Hi", "c": 7}, "input": "now"}])
     renamed = source + "?instruction=q&output=n.a&id=n.c"
@@ -121,7 +127,7 @@ def test_renamed_columns(jsonl):
     assert sources.read_parallel((parallel,), "sw") == [Sentence(None, "One", "Moja")]
     for query in ("instruct=q", "instruction", "instruction=q&instruction=n"):
         with pytest.raises(
-            UserError, match=r"renames columns by .*expected 'ours=theirs'.*instruction, input"
+            UserError, match=r"renames columns by .*expected 'ours=theirs'.*instruction, output"
         ):
             sources.read_instructions((f"{source}?{query}",), "sw")
 
@@ -141,7 +147,7 @@ def test_blank_ids_are_none(tmp_path):
     rows = sources.read_instructions((str(path),), "sw")
     assert [row.id for row in rows] == [None, "7"]
     with pytest.raises(UserError, match="row 1 has no id, and others have"):
-        sources.pair(rows, rows)
+        pair(rows, rows)
 
 
 def test_columns_of_text_stay_text(tmp_path):
@@ -195,9 +201,9 @@ def test_tmx(tmp_path):
             '{"instruction": "a", "output": "b"}\n{"instruction": "c"}',
             r"r.jsonl, row 2 has no text under 'output' \(keys found: instruction\)",
         ),
-        ("r.jsonl", '{"instruction": ', "line 1 is not valid JSON"),
-        ("r.json", '{"instruction": "a"}', "holds a dict: expected a list"),
-        ("r.json", '["a"]', "row 1 is not an object"),
+        ("r.jsonl", '{"instruction": ', "row 1 has no valid JSON in line 1"),
+        ("r.json", '{"instruction":\n"a"}', "holds a dict with the keys instruction: expected a list"),
+        ("r.json", '["a"]', "row 1 has 'a' in place of an object"),
         ("r.json", "[]", "is empty"),
         ("r.parquet", "PAR1", r"r.parquet' cannot be read: ArrowInvalid.*fetch it again"),
         ("r.xml", "<a/>", "of no known kind"),
@@ -205,7 +211,7 @@ def test_tmx(tmp_path):
         ("r.jsonl", '{"instruction": "a", "output": "\\ud83d"}', "half a character"),
         ("none.json", None, "There is no file"),
         ("r.json", "[" * 100_000, "r.json is not valid JSON"),
-        ("r.jsonl", "[" * 100_000, "line 1 is not valid JSON"),
+        ("r.jsonl", "[" * 100_000, "no valid JSON in line 1"),
         ("r.jsonl", '{"id": "\\ud83d", "instruction": "a", "output": "b"}', "half a character"),
         ("r.csv", "instruction,output" + ",x" * 1000 + "\na,b\n", "has 1002 columns"),
     ],

@@ -1,10 +1,11 @@
+import dataclasses
 import unicodedata
 
 import pytest
 
 from prom_jax.data import templates as prompts
-from prom_jax.data.sources import Turn
-from prom_jax.data.templates import wording
+from prom_jax.data.rows import Turn
+from prom_jax.data.templates import Alpaca, Dialogue, wording
 from prom_jax.utils.errors import UserError
 
 LANGUAGES = {
@@ -12,6 +13,7 @@ LANGUAGES = {
     "sw": "LATIN", "ta": "TAMIL", "te": "TELUGU", "th": "THAI",
 }  # fmt: skip
 ENGLISH = wording("en")
+ALPACA = Alpaca(None)
 
 
 def test_alpaca_prompt_to_the_letter():
@@ -27,6 +29,13 @@ def test_alpaca_prompt_to_the_letter():
     assert wording("sw").prompt("Fanya.", "1", first=False) == (
         "\n\n### Maagizo:\nFanya.\n\n### Ingizo:\n1\n\n### Jibu:"
     )
+
+
+def test_a_system_message_stands_in_place_of_the_preamble():
+    turns = (Turn("Do it.", "", "Done"), Turn("Again", "", "Yes"))
+    first, second = ALPACA.spans(Dialogue(turns, system="Be brief."))
+    assert first.text == "Be brief.\n\n### Instruction:\nDo it.\n\n### Response:Done"
+    assert second == ALPACA.spans(Dialogue(turns))[1]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -47,15 +56,15 @@ def test_wording(language):
 
 
 def test_translation_wording_depends_on_the_variant_alone():
-    def text(variant, words=ENGLISH):
-        return prompts.translation("Hello", "Habari", "sw", variant, words)[0].text
+    def text(variant, words="en"):
+        return ALPACA.spans(prompts.translation("Hello", "Habari", "sw", variant, words))[0].text
 
     assert text("0:a") == text("0:a")
     assert len({text(f"0:{i}") for i in range(400)}) == len(ENGLISH.translate)
     assert "Swahili" in text("0:a") and "Hello" in text("0:a")
     target = wording("sw")
-    assert len({text(f"0:{i}", target) for i in range(100)}) == len(target.translate)
-    assert "Hapa chini" in text("0:a", target) and "Jibu:Habari" in text("0:a", target)
+    assert len({text(f"0:{i}", "sw") for i in range(100)}) == len(target.translate)
+    assert "Hapa chini" in text("0:a", "sw") and "Jibu:Habari" in text("0:a", "sw")
 
 
 def test_any_language_has_a_name():
@@ -68,14 +77,20 @@ def test_any_language_has_a_name():
 
 
 def test_translation_source_ends_with_the_english_sentence():
-    for words in (ENGLISH, wording("th")):
-        arguments = ("Hello", "Habari", "sw", "v", words)
-        (span,) = prompts.translation_source(*arguments)
-        assert span.text == prompts.translation(*arguments)[0].text
-        assert span.text[span.start : span.stop] == "Hello" and not span.eos
+    for words in ("en", "th"):
+        request = prompts.translation("Hello", "Habari", "sw", "v", words)
+        (span,) = ALPACA.spans(dataclasses.replace(request, learns="input"))
+        assert span.text == ALPACA.spans(request)[0].text
+        assert learnt(span) == "Hello" and not span.eos
+
+
+def learnt(span):
+    """The text of its only range that has a loss."""
+    ((start, stop),) = span.learnt
+    return span.text[start:stop]
 
 
 def test_conversation_repeats_headings_alone():
-    first, second = prompts.conversation((Turn("a", "", "b"), Turn("c", "d", "e")), ENGLISH)
-    assert first.text.startswith(ENGLISH.preamble) and first.text[first.start : first.stop] == "b"
+    first, second = ALPACA.spans(Dialogue((Turn("a", "", "b"), Turn("c", "d", "e"))))
+    assert first.text.startswith(ENGLISH.preamble) and learnt(first) == "b"
     assert second.text == "\n\n### Instruction:\nc\n\n### Input:\nd\n\n### Response:e"

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prom_jax.data.sources import Row, Turn
+from prom_jax.data.rows import Row, Turn
 from prom_jax.data.translation import checks
 from prom_jax.data.translation.engines import Engine
 from prom_jax.utils import console
@@ -130,10 +130,12 @@ def _collect(rows: list[Row], answers: dict[str, str], language: str) -> Result:
                 where = name if len(row.turns) == 1 else f"turns[{number}].{name}"
                 flaws += _flaws(row.id, where, lines, language)
             turns.append(Turn(**fields))
+        system, lines = _render(row.system, answers)
+        flaws += _flaws(row.id, "system", lines, language)
         if flaws:
             rejected += flaws
         else:
-            translated.append(replace(row, turns=tuple(turns)))
+            translated.append(replace(row, turns=tuple(turns), system=system))
     return Result(translated, rejected)
 
 
@@ -253,13 +255,11 @@ def _render(text: str, answers: dict[str, str]) -> tuple[str, list[tuple[str, st
 
 def _texts(rows: list[Row]) -> list[str]:
     """The distinct texts to send for `rows`, in order."""
-    return _distinct(
-        mask(line)[0]
-        for row in rows
-        for turn in row.turns
-        for name in FIELDS
-        for line in split(getattr(turn, name))[1::2]
-    )
+    return _distinct(mask(line)[0] for row in rows for text in _fields(row) for line in split(text)[1::2])
+
+
+def _fields(row: Row) -> list[str]:
+    return [row.system, *(getattr(turn, name) for turn in row.turns for name in FIELDS)]
 
 
 def _distinct(texts: Iterable[str]) -> list[str]:

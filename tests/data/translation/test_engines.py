@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from prom_jax.data.sources import Row, Turn
+from prom_jax.data.rows import Row, Turn
 from prom_jax.data.translation import engines, translate
 from prom_jax.data.translation.engines import NLLB, Google, flores_code
 from prom_jax.data.translation.translate import Cache
@@ -218,7 +218,7 @@ RUN = """
 import sys
 from prom_jax.data.translation import translate
 from prom_jax.data.translation.engines import Google
-from prom_jax.data.sources import Row, Turn
+from prom_jax.data.rows import Row, Turn
 
 Google.max_texts, Google.workers = 2, 3
 rows = [Row(str(i), (Turn(f"Say {'x' * i}.", "", ""),)) for i in range(40)]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from prom_jax.data.sources import Row, Turn
+from prom_jax.data.rows import Row, Turn
 from prom_jax.data.translation import translate
 from prom_jax.data.translation.translate import Cache, mask, split
 from prom_jax.utils.errors import UserError
