@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import prom_jax
+from prom_jax import convert
 from prom_jax.checkpoints import peft as our_peft
 from prom_jax.checkpoints.adapter import Adapted, Merged, NewAdapter, with_adapter
 from prom_jax.checkpoints.params import lazy_params, load_params
@@ -91,6 +92,16 @@ def test_an_adapter_is_written_as_peft_reads_it(root, tmp_path):
         assert file.metadata()["format"] == "pt"
     our_peft.save(again, tokenizer, tmp_path / "out", dtype="bfloat16", **settings)  # an earlier export
     assert {str(x.dtype) for x in load_file(tmp_path / "out" / our_peft.WEIGHTS).values()} == {"bfloat16"}
+
+
+def test_an_adapter_is_merged_into_a_folder_of_its_own(root, tmp_path):
+    convert.main(["merge", str(root / "adapter"), str(tmp_path / "merged")])
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        logits = hf(torch.from_numpy(TOKENS)).logits.numpy()
+    assert relative_error(logits, peft_logits(root / "adapter")) < 1e-5
+    with pytest.raises(UserError, match="has no adapter that could be merged: convert to_hf"):
+        convert.main(["merge", str(root / "base"), str(tmp_path / "again")])
 
 
 def test_a_new_adapter_changes_nothing_and_depends_on_the_seed_alone(root):
