@@ -72,15 +72,28 @@ def rows(texts: dict, layout, length: int, method: PROM) -> list[dict]:
     return result
 
 
-def load(source: str, remat: str):
+def load(source: str, remat: str, adapter):
     """transformers' model in float32, to train, with a `pivot_head` that starts as its head; its blocks are
-    recomputed where `remat` is 'full'."""
+    recomputed where `remat` is 'full'. With adapters, peft's are trained, and the main head serves as pivot
+    head, with an adapter."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float32, attn_implementation="sdpa"
     )
     model.pivot_head = copy.deepcopy(model.lm_head)  # which unties it
     if remat == "full":
         model.gradient_checkpointing_enable()
+    if adapter.kind == "lora":
+        import peft
+
+        model.pivot_head.weight = model.lm_head.weight
+        linear = {
+            name.split(".")[-1]
+            for name, each in model.model.named_modules()
+            if isinstance(each, torch.nn.Linear)
+        }
+        kind = {"r": adapter.rank, "lora_alpha": adapter.alpha, "use_rslora": adapter.rslora}
+        peft.get_peft_model(model, peft.LoraConfig(**kind, target_modules=sorted({*linear, "pivot_head"})))
+        model.enable_input_require_grads()  # or recomputed blocks would have no gradients
     return model.train()
 
 
@@ -119,8 +132,8 @@ class Peer:
         command.keep_freed_memory()  # as our side does
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.layout, self.method, self.config = LAYOUTS[layout], method, config
-        self.model = load(source, config.remat).to(self.device)
-        self.parameters = list(self.model.parameters())
+        self.model = load(source, config.remat, config.adapter).to(self.device)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         state = 16 * sum(parameter.numel() for parameter in self.parameters)  # with gradients and two moments
         if state > MOST_KEPT * budget.available_bytes():
             command.return_freed_memory()

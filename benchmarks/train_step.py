@@ -8,6 +8,8 @@ Times updates of PROM beside a peer's on the same examples, in the same dtype, o
   padded     the same, but a text a row, padded to the longest of four as in Alpaca; its losses must be ours
   xllama2    our own baseline: all text through all blocks and the main head
 
+With adapters (:lora) the peer's are peft's, of the same rank and matrices, its pivot head's too.
+
 Each side is a process of its own, and they take turns; a first update of each is not counted. λ is as
 configured, whatever a probe would say. Needs requirements-dev.txt.
 """
@@ -99,14 +101,17 @@ class Ours:
         jax.set_mesh(self.job.mesh)
         self.update, abstract = train.compile_update(self.job)
         checkpoints = train.open_checkpoints(self.job)
-        self.state = train.init_state(self.job, checkpoints, train.load(self.job), abstract)
+        params, opt_state = train.init_state(self.job, checkpoints, train.load(self.job), abstract)
+        trained, self.frozen = self.job.split(params)
+        self.state = trained, opt_state
         self.upcoming = train.batch_iterator(self.job, 0)
         self.stops = sharding.by_process(self.job.mesh, False)
 
     def step(self) -> tuple[float, int]:
         """The next update; returns its loss and the places of its rows, filled or not."""
         batch, _ = next(self.upcoming)
-        *self.state, metrics = jax.block_until_ready(self.update(*self.state, batch, self.stops))
+        results = jax.block_until_ready(self.update(*self.state, batch, self.stops, self.frozen))
+        *self.state, metrics = results
         return float(metrics["loss"]), sum(map(math.prod, self.job.batches.shapes.values()))
 
     def peak(self) -> int:
@@ -144,7 +149,7 @@ def texts(job: train.Job, step: int) -> dict[str, list]:
 def work(job: train.Job, step: int) -> dict[str, float]:
     """What an update trains on, whoever computes it."""
     records, examples = job.records, job.batches.examples_of(step)
-    flops = budget.training_flops(job.base.config, job.method, records, examples)
+    flops = budget.training_flops(job.base.config, job.method, records, examples, job.lora)
     loss_tokens = sum(records.streams[stream].weights[examples].sum() for stream in job.batches.shapes)
     return {
         "examples": len(examples),
@@ -201,8 +206,8 @@ def about(jobs: dict, peer: str) -> dict[str, str]:
         )
     if peer in LAYOUTS:
         descriptions["peer"] = (
-            f"prom in torch; {LAYOUTS[peer]}; English through all blocks; attention SDPA, causal; "
-            "heads on all tokens; AdamW fused, in float32"
+            f"prom in torch{' with peft' * (config.adapter.kind == 'lora')}; {LAYOUTS[peer]}; English "
+            "through all blocks; attention SDPA, causal; heads on all tokens; AdamW fused, in float32"
         )
     both = f"{config.compute_dtype}, remat {config.remat}, clip {config.optimizer.clip}"
     return descriptions | {"both": both}

@@ -38,6 +38,9 @@ VARIANTS = {
     # Controls for the pivot head: one that does not learn, and none besides the main head.
     "frozen_head": {"pivot.head": "frozen"},
     "shared_head": {"pivot.head": "shared"},
+    # Adapters in place of all parameters, with the rate at which they usually learn; on a model in 4 bits.
+    "lora": {"adapter.kind": "lora", "optimizer.learning_rate": 2e-4},
+    "qlora": {"adapter.kind": "lora", "optimizer.learning_rate": 2e-4, "adapter.base_dtype": "nf4"},
     # The script that the paper's authors published, where it differs from the paper's text.
     "published": {
         "pivot.layer": 23,
@@ -75,9 +78,10 @@ def default() -> ConfigDict:
     c.pivot.label_smoothing = 0.1
     # Norm before the pivot head: 'none' (the raw residual stream) or 'final' (the model's last norm).
     c.pivot.norm = "none"
-    # The pivot head: 'own' (a copy of the main head, trained), 'frozen' (that copy as it is) or 'shared' (the
-    # main head itself).
-    c.pivot.head = "own"
+    # The pivot head: 'own' (a copy of the main head, trained), 'lora' (the main head and a trained difference
+    # of low rank, as `adapter` says), 'frozen' (a copy as it is) or 'shared' (the main head itself); '':
+    # 'own', with adapters 'lora'.
+    c.pivot.head = ""
     # Language of the prompt before an English response: 'english' or 'target'.
     c.pivot.english_prompt = "english"
     # Whether the English sentence of a translation also feeds the pivot head.
@@ -137,6 +141,22 @@ def default() -> ConfigDict:
     # Into how many parts an update is split to fit memory. Never changes the result.
     c.batch.accumulation = 1
 
+    # What is trained in place of the model's own parameters, which then are frozen: see docs/lora.md.
+    c.adapter = ConfigDict()
+    # 'none' (all parameters are trained) or 'lora' (a difference of low rank to each target).
+    c.adapter.kind = "none"
+    c.adapter.rank = 16
+    # What the difference is multiplied by: alpha / rank, or with rslora alpha / √rank.
+    c.adapter.alpha = 32.0
+    c.adapter.rslora = False
+    # The share of an adapter's inputs that are 0 in training.
+    c.adapter.dropout = 0.0
+    # Matrices of the blocks that have an adapter: their names, such as ('q_proj', 'v_proj'), or 'all-linear'.
+    c.adapter.targets = ("all-linear",)
+    # In which the frozen parameters are kept: 'float32', 'bfloat16'; '': as they are computed with; 'int8' or
+    # 'nf4': the blocks' matrices in 8 or 4 bits, and the others as they are computed with.
+    c.adapter.base_dtype = ""
+
     c.optimizer = ConfigDict()  # AdamW, betas 0.9 and 0.999
     c.optimizer.learning_rate = 2e-5
     # Share of the steps over which the learning rate rises from 0.
@@ -195,6 +215,8 @@ def default() -> ConfigDict:
     c.export = ConfigDict()
     # Of the exported weights: 'float32', 'bfloat16', 'float16'; '': as the source has them.
     c.export.dtype = ""
+    # Whether adapters are exported too, as PEFT has them, into adapter/ next to hf/, where they are merged.
+    c.export.adapter = True
     # Where the export is pushed to on the hub, owner/name; '': nowhere. A new repository is private.
     c.export.hub = ""
 
@@ -203,15 +225,17 @@ def default() -> ConfigDict:
 
 
 def apply_variant(config: ConfigDict, variant: str, variants: dict | None = None) -> ConfigDict:
-    """`config` with a variant's changes; `variants` are the file's own, besides VARIANTS.
+    """`config` with the changes of a variant, or of several with '+' between, such as 'bactrian+lora', one
+    after the other; `variants` are the file's own, besides VARIANTS.
 
     Raises:
       UserError: for a name that neither has.
     """
     known = VARIANTS | (variants or {})
-    if variant not in known:
-        raise UserError(f"unknown variant {variant!r}: expected one of {', '.join(filter(None, known))}")
-    config.update_from_flattened_dict(known[variant])
+    for name in variant.split("+"):
+        if name not in known:
+            raise UserError(f"unknown variant {name!r}: expected one of {', '.join(filter(None, known))}")
+        config.update_from_flattened_dict(known[name])
     return config
 
 
@@ -223,11 +247,14 @@ def check(config: ConfigDict) -> None:
         "optimizer.clip": 0, "optimizer.epochs": 0, "eval.every": 0, "eval.holdout": 0, "eval.samples": 0,
         "checkpoint.every": 0, "checkpoint.keep": 1,
         "checkpoint.keep_best": 0, "checkpoint.keep_every": 0, "probe.shots": 0, "seed": 0,
+        "adapter.rank": 1, "adapter.alpha": 0, "adapter.dropout": 0,
     }  # fmt: skip
     one_of = {
         "data.prompts": ("english", "target"),
         "batch.share_prompts": ("auto", "never"),
         "pivot.regulate": REGULATE,
+        "adapter.kind": ("none", "lora"),
+        "adapter.base_dtype": ("", "float32", "bfloat16", "int8", "nf4"),
         "optimizer.schedule": ("cosine", "linear"),
         "optimizer.dtype": ("float32", "bfloat16"),
         "export.dtype": ("", "float32", "bfloat16", "float16"),
@@ -249,6 +276,13 @@ def check(config: ConfigDict) -> None:
             f"batch.sequences={config.batch.sequences} does not split into "
             f"batch.accumulation={config.batch.accumulation} equal parts; change either"
         )
+    if config.adapter.base_dtype and config.adapter.kind == "none":
+        raise UserError(
+            f"adapter.base_dtype={config.adapter.base_dtype!r} is of frozen parameters, and with "
+            "adapter.kind='none' they are trained: set adapter.kind='lora', or optimizer.dtype"
+        )
+    if config.adapter.dropout >= 1:
+        raise UserError(f"adapter.dropout={config.adapter.dropout}: expected a share, less than 1")
     if config.optimizer.warmup_ratio > 1:
         raise UserError(f"optimizer.warmup_ratio={config.optimizer.warmup_ratio}: expected a share, 0 to 1")
 

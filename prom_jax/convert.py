@@ -1,10 +1,12 @@
 """python -m prom_jax.convert to_hf SOURCE DESTINATION [--dtype=bfloat16]
 python -m prom_jax.convert from_hf SOURCE DESTINATION
 python -m prom_jax.convert to_gguf SOURCE FILE.gguf [--type=q8_0]
+python -m prom_jax.convert merge ADAPTER DESTINATION [--dtype=bfloat16]
 
-to_hf writes a Hugging Face directory, from_hf an Orbax checkpoint, to_gguf a file for llama.cpp and Ollama.
-SOURCE is whatever prom_jax loads: a Hugging Face directory or hub id, a .gguf file, an Orbax checkpoint or a
-work directory.
+to_hf writes a Hugging Face directory, from_hf an Orbax checkpoint, to_gguf a file for llama.cpp and Ollama,
+merge a Hugging Face directory of an adapter's model with the adapter in it. SOURCE is whatever prom_jax
+loads: a Hugging Face directory or hub id, a .gguf file, an Orbax checkpoint or a work directory; an adapter
+of any of these is merged by all of them.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import numpy as np
 
 from prom_jax.checkpoints import gguf_writer, orbax, safetensors, storage
 from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints.adapter import Merged
 from prom_jax.checkpoints.description import Description
 from prom_jax.checkpoints.params import lazy_params
 from prom_jax.data.chat import chat_template
@@ -28,7 +31,7 @@ def main(argv=None):
     if arguments.direction == "to_gguf":
         to_gguf(arguments.source, arguments.destination, arguments.type)
     else:
-        convert = to_hf if arguments.direction == "to_hf" else from_hf
+        convert = {"to_hf": to_hf, "from_hf": from_hf, "merge": merge}[arguments.direction]
         convert(arguments.source, arguments.destination, arguments.dtype)
     print(f"wrote {arguments.destination}")
 
@@ -37,7 +40,7 @@ def parse(argv) -> argparse.Namespace:
     """The command line's arguments."""
     parser = cli.Parser("prom_jax.convert", __doc__)
     add = parser.add_argument
-    add("direction", choices=("to_hf", "from_hf", "to_gguf"), help="what is written")
+    add("direction", choices=("to_hf", "from_hf", "to_gguf", "merge"), help="what is written")
     add("source", help="what is read")
     add("destination", help="a new folder; from_hf: also gs://bucket/…; to_gguf: a new file")
     dtypes = ("float32", "bfloat16", "float16")
@@ -57,6 +60,13 @@ def to_hf(source, destination, dtype=None):
         chat_template=template,
         card=card,
     )
+
+
+def merge(source, destination, dtype=None):
+    """`to_hf` of an adapter; raises UserError for what is none."""
+    if not isinstance(models.open_source(source)[0], Merged):
+        raise UserError(f"{source} has no adapter that could be merged: convert to_hf writes it as it is")
+    to_hf(source, destination, dtype)
 
 
 def to_gguf(source, destination, kind="f16"):

@@ -18,6 +18,7 @@ from prom_jax import config as configuration
 from prom_jax.analysis.interference import cosines, draw, inner_products, only, summary
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints.adapter import with_adapter
 from prom_jax.data.examples import further_streams
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Records, prepare
@@ -29,7 +30,7 @@ from prom_jax.reporting.plots import interference_by_layer
 from prom_jax.training import budget
 from prom_jax.training.methods import find_method, known_methods
 from prom_jax.training.objective import Method
-from prom_jax.training.setup import recipe
+from prom_jax.training.setup import find_lora, recipe
 from prom_jax.utils import cli
 from prom_jax.utils.console import console, track
 from prom_jax.utils.errors import UserError
@@ -113,14 +114,18 @@ def compared_methods() -> list[str]:
 def load(config, reader, mesh, methods) -> decoder.Decoder:
     """The model as the training of these methods begins or goes on; a further head that the source has is
     used, and otherwise made from the main one."""
-    split = {
-        "heads": {head: layer for method in methods for head, layer in method.heads.items()},
-        "exits": {layer for method in methods for layer in method.exits},
-    }
+    methods = list(methods)
+    heads = {head: layer for method in methods for head, layer in method.heads.items()}
+    kinds = [lora for method in methods if (lora := find_lora(config, reader.config, method))]
+    targets = tuple(dict.fromkeys(target for lora in kinds for target in lora.targets))
+    lora = dataclasses.replace(kinds[0], targets=targets) if kinds else None
+    exits = {layer for method in methods for layer in method.exits}
+    split = {"heads": heads, "exits": exits, "lora": lora}
     # Blocks are gone through one by one, so that nothing inside them is worth keeping.
     compute = Compute(config.compute_dtype or models.default_compute_dtype(), "full", config.attention)
     compute.check_platform()
     model = decoder.abstract(reader.config, compute=compute, **split)
+    reader = with_adapter(reader, lora, heads, config.seed)
     return decoder.with_params(model, weights.load_params(reader, mesh, dtype="float32", **split))
 
 

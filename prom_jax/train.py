@@ -16,6 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import jax
 import numpy as np
@@ -23,9 +24,10 @@ import optax
 from rich.table import Table
 
 from prom_jax.analysis import regulation
-from prom_jax.checkpoints import hub
+from prom_jax.checkpoints import hub, peft
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints.adapter import AdapterReader, base_of, with_adapter
 from prom_jax.checkpoints.description import Description, describe
 from prom_jax.checkpoints.training import Checkpoints
 from prom_jax.config import SOURCES
@@ -41,7 +43,7 @@ from prom_jax.training import balance, budget
 from prom_jax.training.objective import head_chunks
 from prom_jax.training.optimizer import abstract_state, make_optimizer, make_schedule
 from prom_jax.training.setup import Experiment, open_base, resolve
-from prom_jax.training.step import make_term_norms, make_update, trained_params
+from prom_jax.training.step import divide, make_term_norms, make_update, merge_params, split_params
 from prom_jax.training.trackers import MetricsLog, find_trackers
 from prom_jax.utils import cli, command
 from prom_jax.utils.console import console, progress
@@ -81,13 +83,15 @@ def train(config, workdir, dry_run: bool = False) -> dict:
             return {}
         checkpoints = open_checkpoints(job)
         with ThreadPoolExecutor(1) as executor:  # weights are read while the update is compiled
-            base = None if checkpoints.latest() else executor.submit(load, job)
+            needs_base = job.is_frozen or not checkpoints.latest()
+            base = executor.submit(load, job) if needs_base else None
             update, abstract = compile_update(job)
             term_norms = compile_term_norms(job, abstract[0])
-        start, state = checkpoints.resume(params=abstract[0], opt_state=abstract[1])
+        start, state = checkpoints.resume(params=job.kept(abstract[0]), opt_state=abstract[1])
         if state is None:
             state = init_state(job, checkpoints, base.result() if base else load(job), abstract)
         params, opt_state = state
+        params = merge_params(params, base.result()) if base else params
         log = MetricsLog(workdir, start or BEFORE_BASE, trackers, job.identity)
         with contextlib.closing(log):
             begun = recorded_versions(workdir) if start else {}
@@ -124,6 +128,25 @@ class Job(Experiment):
     optimizer: optax.GradientTransformation
 
     @property
+    def exports_adapter(self) -> bool:
+        """Whether adapters are written in PEFT's format."""
+        return self.is_frozen and self.config.export.adapter
+
+    @property
+    def base_source(self) -> str:
+        """Where the model is that adapters are trained for."""
+        base = base_of(self.base.reader, self.lora)
+        return self.config.model if base is self.base.reader else self.base.reader.adapter.base
+
+    def split(self, params) -> tuple[dict, dict]:
+        """The parameters that are trained, and those that are frozen."""
+        return split_params(params, self.model, self.method)
+
+    def kept(self, params) -> dict:
+        """The parameters that checkpoints hold: all but those that stay the base model's."""
+        return divide(params, lambda path: not self.model.is_frozen(path[-1]))[0]
+
+    @property
     def chunks(self) -> dict[str, int]:
         """Of loss tokens, by stream."""
         shards = self.config.batch.accumulation * sharding.num_batch_shards(self.mesh)
@@ -144,6 +167,7 @@ def plan(config, workdir: Path) -> Job:
         heads=method.heads,
         exits=method.exits,
         param_dtype=config.optimizer.dtype,
+        lora=experiment.lora,
     )
     for line in card.lines(write_card(experiment)):
         console.print(f"data      {line}")
@@ -154,7 +178,7 @@ def plan(config, workdir: Path) -> Job:
     console.print(
         f"mesh      {sharding.describe(mesh)}: "
         f"{decoder.num_parameters(model):,} parameters{' with the pivot head' * bool(method.heads)}, "
-        f"computed in {compute.dtype}"
+        f"{trained_number(model, method)}computed in {compute.dtype}"
     )
     rows = config.batch.sequences // config.batch.accumulation  # what fits in training fits in evaluation
     held_out = [
@@ -185,24 +209,34 @@ def plan(config, workdir: Path) -> Job:
     )
 
 
+def trained_number(model: decoder.Decoder, method) -> str:
+    """Of how many parameters adapters are trained, for people; '' where all are."""
+    trained, frozen = split_params(decoder.to_params(model), model, method)
+    number = sum(x.size for x in jax.tree.leaves(trained))
+    return f"{number:,} of them trained, " if frozen else ""
+
+
 def compile_update(job: Job):
-    """The compiled update and the state it takes, in shapes with their shardings; says what memory it needs.
+    """The compiled update, and all parameters and the optimizer's state, in shapes with their shardings; says
+    what memory it needs.
 
     Besides `make_update`'s arguments it takes whether to stop, from each process, and its metrics have
     `stop`: whether any of them asked. So a signal that reaches one process stops all after the same step.
     """
     parts = job.config.batch.accumulation
     params = weights.abstract_params(job.model, job.mesh)
-    opt_state = abstract_state(job.optimizer, trained_params(params, job.method), job.mesh)
+    trained, frozen = job.split(params)
+    opt_state = abstract_state(job.optimizer, trained, job.mesh)
     step = make_update(job.model, job.method, job.optimizer, parts, job.batches.appended, job.chunks)
 
-    def update(params, opt_state, batch, stops):
-        params, opt_state, metrics = step(params, opt_state, batch)
-        return params, opt_state, metrics | {"stop": stops.any()}
+    def update(trained, opt_state, batch, stops, frozen):
+        trained, opt_state, metrics = step(trained, opt_state, batch, frozen)
+        return trained, opt_state, metrics | {"stop": stops.any()}
 
     batch = sharding.place_rows(job.mesh, job.batches[0], parts)
     stops = sharding.by_process(job.mesh, False)
-    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, opt_state, batch, stops).compile()
+    lowered = jax.jit(update, donate_argnums=(0, 1)).lower(trained, opt_state, batch, stops, frozen)
+    compiled = lowered.compile()
     needed = budget.device_bytes(compiled)
     console.print(f"memory    {budget.summary(needed)}")
     if sum(needed.values()) > MOST_KEPT * budget.available_bytes():
@@ -211,8 +245,8 @@ def compile_update(job: Job):
 
 
 def compile_term_norms(job: Job, params):
-    """The compiled function (params, batch) → {'grad_norm_<name>': the norm of the gradient of a part of the
-    loss}; empty for a loss of one part, whose gradient is the update's.
+    """The compiled function (trained, batch, frozen) → {'grad_norm_<name>': the norm of the gradient of a
+    part of the loss}; empty for a loss of one part, whose gradient is the update's.
 
     Args:
       params: abstract.
@@ -220,16 +254,17 @@ def compile_term_norms(job: Job, params):
     parts = job.config.batch.accumulation
     term_norms = make_term_norms(job.model, job.method, parts, job.batches.appended, job.chunks)
 
-    def named(params, batch):
-        return {f"grad_norm_{name}": norm for name, norm in term_norms(params, batch).items()}
+    def named(trained, batch, frozen):
+        return {f"grad_norm_{name}": norm for name, norm in term_norms(trained, batch, frozen).items()}
 
-    def none(params, batch):
+    def none(trained, batch, frozen):
         return {}
 
     if sum(len(term.names) for term in job.method.terms) == 1:
         return none
     batch = sharding.place_rows(job.mesh, job.batches[0], parts)
-    return jax.jit(named).lower(params, batch).compile()
+    trained, frozen = job.split(params)
+    return jax.jit(named).lower(trained, batch, frozen).compile()
 
 
 def open_checkpoints(job: Job) -> Checkpoints:
@@ -239,25 +274,30 @@ def open_checkpoints(job: Job) -> Checkpoints:
 
 
 def load(job: Job) -> dict:
-    """Parameters of the base model, sharded."""
+    """Parameters of the base model and new adapters, sharded."""
     return weights.load_params(
-        job.base.reader,
+        with_adapter(job.base.reader, job.lora, job.model.heads, job.config.seed),
         job.mesh,
         heads=job.model.heads,
         exits=job.model.exits,
         dtype=job.config.optimizer.dtype,
+        lora=job.lora,
     )
 
 
 def init_state(job: Job, checkpoints: Checkpoints, params: dict, abstract):
     """The parameters and a new optimizer state, sharded as the abstract ones; checkpoints to come are
     described."""
-    dtype = np.dtype(job.base.reader.dtype).name
-    description = Description(job.base.config, job.model.heads, dtype, job.details, job.method.exits)
+    reader, base = job.base.reader, None
+    if job.is_frozen:
+        base = {"source": job.base_source, "fingerprint": weights.fingerprint(base_of(reader, job.lora))}
+    dtype = np.dtype(reader.dtype).name
+    exits = job.method.exits
+    description = Description(job.base.config, job.model.heads, dtype, job.details, exits, job.lora, base)
     describe(checkpoints.directory, description, job.base.tokenizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract[1])
     init = jax.jit(job.optimizer.init, out_shardings=shardings)
-    return params, init(trained_params(params, job.method))
+    return params, init(job.split(params)[0])
 
 
 def loop(
@@ -271,6 +311,7 @@ def loop(
     """
     config, num_steps = job.config, job.batches.num_steps
     told = set()  # kinds of warnings
+    trained, frozen = job.split(params)
 
     def is_due(step, every):
         return step == num_steps or (every and step % every == 0)
@@ -281,11 +322,11 @@ def loop(
         for step in range(start + 1, num_steps + 1):
             multihost.progress(f"step {step}")
             measured = step == 1 or (config.eval.every and step % config.eval.every == 0)
-            norms = jax.device_get(term_norms(params, batch)) if measured else {}
+            norms = jax.device_get(term_norms(trained, batch, frozen)) if measured else {}
             begun = time.perf_counter()
             stops = sharding.by_process(job.mesh, bool(stopping))
             with jax.transfer_guard("disallow"):
-                params, opt_state, metrics = update(params, opt_state, batch, stops)
+                trained, opt_state, metrics = update(trained, opt_state, batch, stops, frozen)
             done, (batch, tokens) = tokens, next(upcoming, (None, 0))  # while the devices work
             metrics = jax.device_get(metrics)
             stop = metrics.pop("stop") and step < num_steps
@@ -301,12 +342,12 @@ def loop(
                 if kind not in told:
                     console.print(f"WARNING   step {step}: {sentence}")
                 told.add(kind)
+            params = merge_params(trained, frozen)
             if is_due(step, config.eval.every):
                 evaluate(job, params, log, step)
             if is_due(step, config.checkpoint.every) or stop:
-                checkpoints.save(
-                    step, held_out_loss(job, log.evaluation(step)), params=params, opt_state=opt_state
-                )
+                loss = held_out_loss(job, log.evaluation(step))
+                checkpoints.save(step, loss, params=job.kept(params), opt_state=opt_state)
             if stop:
                 checkpoints.close()
                 console.print(f"stopped after step {step}, which is saved; run the same command to go on")
@@ -421,14 +462,26 @@ def export(job: Job, params, log: MetricsLog):
     used = (part.config[group][key] for part in job.parts for group, key in SOURCES if group == "data")
     card = job.details | {"data": list(dict.fromkeys(itertools.chain(*used)))}
     card |= {key: value for key, value in (("results", results), ("license", license)) if value}
+    model = decoder.with_params(job.model, params)
     models.save_hf(
-        decoder.with_params(job.model, params),
+        model,
         job.base.tokenizer,
         job.workdir / "hf",
         dtype=job.config.export.dtype or job.base.reader.dtype,
         card=card,
         template=job.chat_template,
+        base=base_of(job.base.reader, job.lora) if job.is_frozen else None,
     )
+    if job.exports_adapter:
+        peft.save(
+            cast(AdapterReader, weights.ParamsReader(model)),  # where adapters are trained
+            job.base.tokenizer,
+            job.workdir / "adapter",
+            base=job.base_source,
+            dtype=job.config.export.dtype or "float32",
+            chat_template=job.chat_template,
+            card=card,
+        )
     if job.config.export.hub and is_main_process():
         console.print(f"pushed    {hub.push(job.workdir / 'hf', job.config.export.hub)}")
 
@@ -450,6 +503,8 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
         "seconds": seconds,
         "export": str(job.workdir / "hf"),
     }
+    if job.exports_adapter:
+        summary["adapter"] = str(job.workdir / "adapter")
     if not is_main_process():
         return summary
     write_json(job.workdir / "summary.json", summary)

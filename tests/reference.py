@@ -14,7 +14,7 @@ from prom_jax.models import decoder
 from prom_jax.models.auto import config_from_hf
 from prom_jax.models.blocks import Compute
 from prom_jax.parallel.sharding import param_sharding
-from prom_jax.training.step import make_update
+from prom_jax.training.step import make_update, split_params
 
 torch.set_num_threads(1)  # faster on work this small
 
@@ -241,12 +241,15 @@ def generate(hf, prompt, max_new_tokens, eos=None):
     return new[:-1] if eos and new[-1] in eos else new
 
 
-def to_params(tensors, config, exits=(), heads=()):
-    """Tensors by transformers' names (weights or their gradients) as our nested dict of numpy arrays."""
+def to_params(tensors, config, exits=(), heads=(), lora=None):
+    """Tensors by transformers' names (weights or their gradients) as our nested dict of numpy arrays; with
+    adapters, of what there is of all."""
     arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
     params = {head: arrays[head] for head in heads}
     stacked = {}
-    for name, (*stack, ours), layer in hf_tensors(config, exits):
+    for name, (*stack, ours), layer in hf_tensors(config, exits, lora):
+        if lora and name not in arrays:
+            continue
         into = params.setdefault(stack[0], {}) if stack else params
         if layer:
             stacked.setdefault((stack[0], ours), []).append(arrays[name])
@@ -257,21 +260,37 @@ def to_params(tensors, config, exits=(), heads=()):
     return params
 
 
-def to_model(hf, pivot_layer=0, pivot_head=None, config=None, more_exits=(), **compute):
-    """Our model with the weights of transformers' `hf`; `config` in place of the one that they come with."""
-    tensors, config = dict(hf.named_parameters()), config or config_from_hf(hf.config.to_dict())
+def hf_parameters(hf):
+    """A model's parameters by transformers' names, those of peft's adapters as peft saves them."""
+    return {hf_name(name): parameter for name, parameter in hf.named_parameters()}
+
+
+def hf_name(name):
+    """The name of a parameter without what peft puts between."""
+    if ".lora_" in name:
+        return "base_model.model." + name.replace(".default", "")
+    return name.replace(".base_layer", "")
+
+
+def to_model(
+    hf, pivot_layer=0, pivot_head=None, config=None, more_exits=(), lora=None, low_rank=None, **compute
+):
+    """Our model with the weights of transformers' `hf`; `config` in place of the one that they come with;
+    with `lora` the adapters that peft put into `hf`, and the tensors `low_rank` of heads."""
+    tensors, config = hf_parameters(hf) | (low_rank or {}), config or config_from_hf(hf.config.to_dict())
     exits = sorted({pivot_layer, *more_exits} - {0})
     heads = {} if pivot_head is None else {"pivot_head": pivot_layer}
     if heads:
         tensors["pivot_head"] = pivot_head
-    model = decoder.abstract(config, compute=Compute(**compute), exits=exits, heads=heads)
-    params = to_params(tensors, config, exits, heads)
+    whole, heads = heads, heads | dict.fromkeys(lora.heads if lora else (), pivot_layer)
+    model = decoder.abstract(config, compute=Compute(**compute), exits=exits, heads=heads, lora=lora)
+    params = to_params(tensors, config, exits, whole, lora)
     return decoder.with_params(model, jax.tree.map(jnp.asarray, params))
 
 
-def place_params(mesh, params, config):
+def place_params(mesh, params, config, lora=None):
     """Parameters in their shards on a mesh."""
-    axes = decoder.param_axes(config, ["pivot_head"])
+    axes = decoder.param_axes(config, ["pivot_head"], lora)
     return jax.tree_util.tree_map_with_path(
         lambda path, x: jax.device_put(x, param_sharding(mesh, axes[path[-1].key], x.shape)), params
     )
@@ -313,7 +332,8 @@ def gradients(model, method, batch, accumulation=1, appended=None, chunk=16):
     )
     chunks = dict.fromkeys(method.streams, chunk)
     update = make_update(model, method, keep, accumulation, appended, chunks)
-    _, kept, metrics = update(decoder.to_params(model), None, batch)
+    trained, frozen = split_params(decoder.to_params(model), model, method)
+    _, kept, metrics = update(trained, None, batch, frozen)
     return {key: value for key, value in metrics.items() if key.startswith(("loss", "weight"))}, kept
 
 

@@ -101,6 +101,9 @@ def test_every_key_can_be_overridden_and_keeps_its_type():
         ("optimizer.schedule", "step", "optimizer.schedule='step': expected one of 'cosine', 'linear'"),
         ("optimizer.warmup_ratio", 2.0, "expected a share"),
         ("export.dtype", "int8", "export.dtype='int8'"),
+        ("adapter.rank", 0, "adapter.rank=0: expected 1 or more"),
+        ("adapter.dropout", 1.0, "adapter.dropout=1.0: expected a share"),
+        ("adapter.base_dtype", "nf4", "adapter.base_dtype='nf4' is of frozen parameters"),
     ],
 )
 def test_values_that_no_run_could_use(key, value, message):
@@ -108,6 +111,13 @@ def test_values_that_no_run_could_use(key, value, message):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
         configuration.check(config)
+
+
+def test_variants_are_joined():
+    config = load(Path("configs/th.py"), "bactrian+qlora")
+    assert (config.method, config.adapter.kind, config.adapter.base_dtype) == ("bactrian", "lora", "nf4")
+    assert config.optimizer.learning_rate == 2e-4
+    assert load(Path("configs/th.py"), "weight_1+lora").pivot.weight == 1.0
 
 
 def test_an_unknown_variant_is_named():

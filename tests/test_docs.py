@@ -226,7 +226,7 @@ def test_commands_and_their_flags_are_known(page):
 def test_configurations_of_commands_are_there():
     for page in PAGES:
         for _, arguments in commands(page):
-            for path, variant in re.findall(r"--config=(configs/\w+\.py)(?::(\w+))?", arguments):
+            for path, variant in re.findall(r"--config=(configs/\w+\.py)(?::([\w+]+))?", arguments):
                 spec = importlib.util.spec_from_file_location("configuration", ROOT / path)
                 module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)

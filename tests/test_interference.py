@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ from prom_jax.checkpoints import pretrained as models
 from prom_jax.data.loader import Batches
 from prom_jax.data.records import Records
 from prom_jax.models import decoder
+from prom_jax.parallel.sharding import make_mesh
 from prom_jax.training.methods.prom import PROM
 from prom_jax.training.methods.xllama2 import XLLaMA2
 from prom_jax.utils.errors import UserError
@@ -76,6 +78,27 @@ def test_cosines_between_whole_gradients(tiny, adapted, measured, method):
             assert entry["values"][0] == pytest.approx(english[layer] @ target[layer] / sizes, abs=1e-5)
         else:
             assert entry == {"layer": layer + 1, "mean": None, "interval": None, "values": None}
+
+
+@pytest.mark.slow
+def test_cosines_of_adapters_are_those_of_the_trained_part(tiny, measured):
+    workdir, results, out = measured
+    config = config_of(tiny)
+    config.adapter.kind, config.adapter.rank = "lora", 4
+    ours = door.measure(config, workdir, config.model, out.with_name("lora"), ["prom"], 1)
+    reader, _ = models.open_source(config.model)
+    method = PROM(PIVOT, config.pivot.weight, config.pivot.label_smoothing, head="lora")
+    model = door.load(config, reader, make_mesh(devices=jax.devices()[:1]), [method])
+    records = Records(workdir / "records" / results["settings"]["records"], "train")
+    batch = Batches(records, sequences=2, seq_len=config.data.seq_len, seed=config.seed, epochs=1.0)[0]
+    silent = {side: rows | {"weights": 0 * rows["weights"]} for side, rows in batch.items()}
+    english, target = (
+        layer_gradients(model, method, silent | {side: batch[side]}) for side in ("english", "target")
+    )
+    for layer, entry in enumerate(ours["prom"]["layers"][:PIVOT]):
+        sizes = np.linalg.norm(english[layer]) * np.linalg.norm(target[layer])
+        assert entry["values"][0] == pytest.approx(english[layer] @ target[layer] / sizes, abs=1e-5)
+        assert abs(entry["values"][0] - results["prom"]["layers"][layer]["values"][0]) > 1e-4
 
 
 def test_files(measured):

@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 import prom_jax
 from prom_jax import train as door
 from prom_jax.analysis.tables import TABLES
+from prom_jax.checkpoints.orbax import CheckpointReader
 from prom_jax.config import VARIANTS, apply_variant
 from prom_jax.data.records import prepare
 from prom_jax.evaluation.talk import Talker
+from prom_jax.models.lora import is_of_adapter
 from prom_jax.training.methods.prom import PROM
 from prom_jax.training.setup import recipe
 from prom_jax.utils.errors import UserError
@@ -161,6 +164,47 @@ def test_a_run_goes_on_on_another_mesh_in_the_middle_of_an_epoch(finished, confi
         assert row == pytest.approx(expected, rel=2e-3)
         if row["step"] <= 3:  # before the checkpoint that it went on from
             assert row == expected
+
+
+@pytest.mark.slow
+def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(tiny, config, tmp_path, crash):
+    """Checkpoints, resumption, exports and what is refused, of a run that trains adapters."""
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    config.model = str(tmp_path / "model")
+    config.adapter.kind, config.adapter.rank, config.adapter.dropout = "lora", 4, 0.1
+    config.steps, config.checkpoint.every = 4, 2
+    summary = door.train(config, tmp_path / "whole")
+    assert summary["final"]["eval_target_bits_per_byte"] < summary["base"]["eval_target_bits_per_byte"]
+    crash(3, config, tmp_path / "run")
+    door.train(config, tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+    reader = CheckpointReader(tmp_path / "run" / "checkpoints")
+    assert reader.names and all(is_of_adapter(name) for name in reader.tensors)
+    models = [prom_jax.load(tmp_path / "run" / name)[0] for name in ("", "adapter", "hf")]
+    tokens = jnp.arange(20)[None]
+    for other in models[1:]:
+        np.testing.assert_array_equal(models[0](tokens), other(tokens))
+        np.testing.assert_array_equal(models[0].head("pivot_head"), other.head("pivot_head"))
+    assert np.abs(models[0](tokens) - prom_jax.load(tmp_path / "model")[0](tokens)).max() > 0.01
+
+    # Training goes on from the adapter, where it stood.
+    config.model, config.steps = str(tmp_path / "run" / "adapter"), 2
+    on = door.train(config, tmp_path / "on")
+    assert on["base"]["eval_target_nats"] == pytest.approx(summary["final"]["eval_target_nats"], rel=1e-5)
+    assert on["base"]["eval_pivot_nats"] == pytest.approx(summary["final"]["eval_pivot_nats"], rel=1e-5)
+    kept = json.loads((tmp_path / "on" / "adapter" / "adapter_config.json").read_text())
+    assert kept["base_model_name_or_path"] == str(tmp_path / "model")
+
+    # Another base model in the same place.
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    changed = {name: 2 * value for name, value in tensors.items()}
+    save_file(changed, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"holds an adapter of .*, which is another model now"):
+        prom_jax.load(tmp_path / "run")
+    config.model, config.steps = str(tmp_path / "model"), 4
+    with pytest.raises(UserError, match=r"holds a run with base='.*': give another --workdir"):
+        door.train(config, tmp_path / "run")
 
 
 def test_a_finished_run_is_left_as_it_is(finished, config, capsys):

@@ -1,7 +1,8 @@
 """Gradient interference: do two kinds of text that a method trains on pull a layer in one direction?
 
-Measured as the cosine between the gradients of two batches over the parameters of one block (attention,
-feed-forward and norms; embeddings and heads are in none), under the method's own loss (the paper's figure 2).
+Measured as the cosine between the gradients of two batches over the trained parameters of one block
+(attention, feed-forward and norms, or their adapters; embeddings and heads are in none), under the method's
+own loss (the paper's figure 2).
 What is compared is what meets in that loss:
 
   xllama2   English and target text, both at h_N through the main head
@@ -178,11 +179,17 @@ def _rest(x_BTD, model: decoder.Decoder, depth: int, term: TokenLoss, rows: dict
 
 
 def _back(block: Blocks, kind, model, x_BTD, context, gradient_BTD):
-    """Gradients of one block's parameters, as a dict, and of its input."""
-    _, backward = jax.vjp(lambda block, x: _block(block, kind, x, context), block, x_BTD)
+    """Gradients of one block's parameters that are trained, as a dict, and of its input."""
+    params = decoder.to_params(block)
+    trained = {name: value for name, value in params.items() if not model.is_frozen(name)}
+
+    def run(trained, x):
+        return _block(decoder.with_params(block, params | trained), kind, x, context)
+
+    _, backward = jax.vjp(run, trained, x_BTD)
     of_block, of_input = backward(gradient_BTD)
-    axes = decoder.param_axes(model.config)
-    return constrain_params(decoder.to_params(of_block), axes), constrain(of_input, BATCH)
+    axes = decoder.param_axes(model.config, lora=model.lora)
+    return constrain_params(of_block, axes), constrain(of_input, BATCH)
 
 
 def _dot(one: dict, other: dict):

@@ -15,6 +15,7 @@ from prom_jax.checkpoints import generation
 from prom_jax.checkpoints.storage import STORE_ERRORS, is_remote, reason, reraise_storage_errors, resolve_path
 from prom_jax.models.auto import config_from_hf, config_to_hf
 from prom_jax.models.config import DecoderConfig
+from prom_jax.models.lora import LoRA
 from prom_jax.tokenization import folder
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
@@ -33,6 +34,8 @@ class Description:
       dtype: of the source's weights, the default of an export.
       details: for the model card.
       exits: blocks, besides those of heads, above which another stack begins.
+      lora: the adapters, and heads of low rank; None for none.
+      base: where adapters are trained alone, the model that they are for: its 'source' and 'fingerprint'.
     """
 
     config: DecoderConfig
@@ -40,6 +43,8 @@ class Description:
     dtype: str
     details: dict
     exits: tuple[int, ...] = ()
+    lora: LoRA | None = None
+    base: dict | None = None
 
     def write(self, directory):
         """Writes `model.json`."""
@@ -70,7 +75,11 @@ class Description:
             exits = tuple(fields.get("exits", ()))
             if not all(type(layer) is int and 0 < layer < config.num_hidden_layers for layer in exits):
                 raise TypeError(f"exits is {exits!r:.100}")
-            return cls(**fields | {"config": config, "exits": exits})
+            lora = LoRA.from_dict(fields["lora"]) if fields.get("lora") else None
+            base = fields.get("base")
+            if (lora is not None and not lora.trains_base) != isinstance(base, dict):
+                raise TypeError(f"base is {base!r:.100}")
+            return cls(**fields | {"config": config, "exits": exits, "lora": lora})
 
 
 def check_readable(directory):

@@ -1,15 +1,19 @@
 """Models as Hugging Face has them: finding a folder or fetching it, writing one, and pushing it."""
 
+import contextlib
 import os
 import re
 import shutil
 from pathlib import Path
 
 import huggingface_hub
+import jax
 from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+from jax.experimental import multihost_utils
 
 from prom_jax.checkpoints import model_card
 from prom_jax.utils.errors import UserError
+from prom_jax.utils.process import is_main_process
 
 FILES = ("*.json", "*.jinja", "tokenizer.model", "README.md")  # of a model besides its weights
 HUB_ID = r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.][\w./-]*))?"
@@ -122,6 +126,40 @@ def replace_folder(directory: Path, partial: Path):
         directory.rename(old)
     partial.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_folder(directory, num_bytes: int):
+    """A folder to write in, which takes its place at the end, whole or not at all. All processes must come
+    here; process 0 writes.
+
+    Args:
+      directory: where the folder is to be in the end: a new place, or that of an earlier export.
+      num_bytes: that will be written.
+    Yields:
+      The folder to write in.
+    Raises:
+      UserError: if the directory holds something else, or cannot be written.
+    """
+    directory = Path(directory).resolve()
+    partial = directory.with_name(f".{directory.name}.partial")
+    writer = is_main_process()
+    try:
+        if writer:
+            prepare_folder(directory, partial, num_bytes)
+        yield partial
+        if writer:
+            replace_folder(directory, partial)
+    except OSError as error:
+        raise UserError(
+            f"{directory} could not be written ({error}): free some space or choose another place; "
+            "nothing was left there"
+        ) from error
+    finally:
+        if writer:
+            shutil.rmtree(partial, ignore_errors=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("whole_folder")
 
 
 def check_can_push(repository: str):

@@ -29,6 +29,12 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 """
 
+_ADAPTER_USAGE = (
+    _USAGE.replace("AutoModelForCausalLM, AutoTokenizer", "AutoTokenizer")
+    .replace("from transformers", "from peft import AutoPeftModelForCausalLM\nfrom transformers")
+    .replace("model = AutoModel", "model = AutoPeftModel")
+)
+
 
 def public(card: Mapping[str, object]) -> dict:
     """A model card's rows, without paths of this machine, which say nothing to others.
@@ -44,19 +50,20 @@ def public(card: Mapping[str, object]) -> dict:
     return {**card, **named, **data}
 
 
-def model_card(card: Mapping[str, object], name: str) -> str:
+def model_card(card: Mapping[str, object], name: str, adapter: bool = False) -> str:
     """A model card, whose tag marks its folder as an export.
 
     Args:
       card: its rows. 'base_model', where it is a hub id, 'language', 'license' of the base model and 'data',
         the sources, also go to the hub's metadata; 'results' are {measure: [before, after]} on held-out data.
       name: of the model, for the snippet that loads it.
+      adapter: whether it is an adapter of PEFT's and no whole model.
     Returns:
       The content of a `README.md`.
     """
     base, data = str(card.get("base_model", "")).partition("@")[0], card.get(_DATA, [])
     metadata = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[TAG],
         base_model=base if "/" in base else None,
@@ -67,7 +74,7 @@ def model_card(card: Mapping[str, object], name: str) -> str:
     rows = {key: value for key, value in card.items() if key not in (_LICENSE, _DATA, _RESULTS)}
     parts = [
         ADAPTED if "method" in card else CONVERTED,
-        _USAGE.format(name=name),
+        (_ADAPTER_USAGE if adapter else _USAGE).format(name=name),
         _results(card.get(_RESULTS, {})),
         "## Data\n\n" + "\n".join(f"- `{source}`" for source in data) if data else "",
         _table("Settings", ("", ""), rows.items()),

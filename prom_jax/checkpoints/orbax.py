@@ -19,9 +19,10 @@ from etils import epath
 from jax.sharding import AbstractMesh
 
 from prom_jax.checkpoints.description import DESCRIPTION, Description, describe
-from prom_jax.checkpoints.params import LazyArray, head_tensor, hf_tensors
+from prom_jax.checkpoints.params import LazyArray, head_tensor, hf_tensors, is_of_head
 from prom_jax.checkpoints.storage import STORE_ERRORS, reason, reraise_storage_errors, resolve_path
 from prom_jax.models import decoder
+from prom_jax.models.lora import is_of_adapter
 from prom_jax.parallel.sharding import AXES, param_sharding
 from prom_jax.utils.errors import UserError
 
@@ -119,16 +120,27 @@ class CheckpointReader:
         description = Description.read(directory)
         self.source, self.config, self.dtype = directory, description.config, np.dtype(description.dtype)
         self.heads, self.details = description.heads, description.details
+        self.lora, base = description.lora, description.base or {}
+        self.base, self.fingerprint = base.get("source"), base.get("fingerprint")
         steps = ocp.utils.checkpoint_steps(directory)
         if not steps or (place != directory and int(place.name) not in steps):
             raise UserError(f"{place} holds no whole checkpoint: train on, or give another source")
         self.step = max(steps) if place == directory else int(place.name)
         exits = decoder.abstract(self.config, heads=self.heads, exits=description.exits).exits
-        self._paths = {name: (path, index) for name, path, index in hf_tensors(self.config, exits)}
-        self.names = set(self._paths)
-        self._paths |= {head_tensor(head): ((head,), ()) for head in self.heads}
+        tensors = hf_tensors(self.config, exits, self.lora)
+        self._paths = {
+            name: (path, index) for name, path, index in tensors if not self.base or is_of_adapter(name)
+        }
+        self.names = {name for name in self._paths if not is_of_head(name)}
+        low_rank = self.lora.heads if self.lora else ()
+        self._paths |= {head_tensor(head): ((head,), ()) for head in self.heads if head not in low_rank}
         pools = {"cache_pool": {"total_bytes_limit": CACHE_BYTES}, "cache_pool#ocdbt": {}}
         self._context, self._stores = ts.Context(pools), {}
+
+    @property
+    def tensors(self) -> set[str]:
+        """Those of the adapter and of heads, as `adapter.AdapterReader` has them."""
+        return {name for name in self._paths if is_of_adapter(name) or is_of_head(name)}
 
     def shape(self, name) -> tuple[int, ...]:
         """Of a tensor, by its Hugging Face name."""

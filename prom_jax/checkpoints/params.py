@@ -14,6 +14,8 @@ from jax.sharding import SingleDeviceSharding
 from prom_jax.checkpoints.reader import Reader
 from prom_jax.models import decoder
 from prom_jax.models.config import DecoderConfig
+from prom_jax.models.lora import SCALES, LoRA, is_of_adapter, peft_names
+from prom_jax.ops.quantised import codes_of, scales_of
 from prom_jax.parallel.sharding import Axes, param_sharding, path_keys
 from prom_jax.utils.errors import UserError
 
@@ -33,7 +35,14 @@ class LazyArray:
     read: Callable[[tuple[slice, ...]], np.ndarray]
 
 
-def lazy_params(reader: Reader, *, heads: Mapping[str, int] | None = None, exits=(), dtype=None) -> dict:
+def lazy_params(
+    reader: Reader,
+    *,
+    heads: Mapping[str, int] | None = None,
+    exits=(),
+    dtype=None,
+    lora: LoRA | None = None,
+) -> dict:
     """A model's parameters as `LazyArray`s: their values are still where the reader has them.
 
     Args:
@@ -41,6 +50,7 @@ def lazy_params(reader: Reader, *, heads: Mapping[str, int] | None = None, exits
       heads, exits: as in `models.decoder.Decoder`. A further head is the one that is stored with the weights
         if there is one, otherwise a copy of lm_head (of the embedding where they are tied).
       dtype: of the parameters, default the source's.
+      lora: as in `models.decoder.Decoder`; the reader then has the adapters' tensors too.
     Returns:
       A nested dict like that of `decoder.to_params`.
     Raises:
@@ -48,22 +58,27 @@ def lazy_params(reader: Reader, *, heads: Mapping[str, int] | None = None, exits
         that is stored with the weights belongs to another layer.
     """
     dtype, heads = np.dtype(dtype or reader.dtype), heads or {}
-    model = decoder.abstract(reader.config, heads=heads, exits=exits, param_dtype=dtype)
-    params, axes = decoder.to_params(model), decoder.param_axes(reader.config, heads)
-    shapes = hf_shapes(reader.config)
+    model = decoder.abstract(reader.config, heads=heads, exits=exits, param_dtype=dtype, lora=lora)
+    params, axes = decoder.to_params(model), decoder.param_axes(reader.config, heads, lora)
+    shapes = hf_shapes(reader.config, lora)
     sources = defaultdict(list)  # of each path its tensors in the order of layers
-    for name, path, _ in hf_tensors(reader.config, model.exits):
+    for name, path, _ in hf_tensors(reader.config, model.exits, lora):
         sources[path].append(name)
     for head, layer in heads.items():
         name = _head_source(reader, head, layer)
-        sources[(head,)] = [name]
-        shapes[name] = params[head].shape
+        if head in params:  # one of low rank has its tensors among the adapters'
+            sources[(head,)] = [name]
+            shapes[name] = params[head].shape
     check_tensors(reader, shapes)
 
     def lazy(path, param):
-        path = path_keys(path)
-        read = functools.partial(_read_part, reader, sources[path], param)
-        return LazyArray(param.shape, dtype, axes[path[-1]], read)
+        *stack, name = path_keys(path)
+        names = sources[(*stack, name.removesuffix(SCALES))]
+        read = functools.partial(_read_part, reader, names, param)
+        if name.removesuffix(SCALES) + SCALES in axes:
+            settings = {"kind": lora.quantised, "is_scales": name.endswith(SCALES)}
+            read = functools.partial(_read_quantised, reader, names, param, **settings)
+        return LazyArray(param.shape, param.dtype, axes[name], read)
 
     return jax.tree.map_with_path(lazy, params)
 
@@ -91,7 +106,7 @@ def load_params(reader: Reader, mesh=None, **settings) -> dict:
 
 def abstract_params(model: decoder.Decoder, mesh) -> dict:
     """The parameters of an abstract model as shapes with the mesh's shardings."""
-    axes = decoder.param_axes(model.config, model.heads)
+    axes = decoder.param_axes(model.config, model.heads, model.lora)
 
     def shard(path, leaf):
         sharding = param_sharding(mesh, axes[path[-1].key], leaf.shape)
@@ -113,10 +128,14 @@ def fingerprint(reader: Reader) -> str:
     return digest.hexdigest()[:16]
 
 
-def hf_tensors(config: DecoderConfig, exits=()) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """Each Hugging Face tensor of a model cut into stacks at `exits`: its name, the path of our parameter,
-    and the index of its layer in there. Further heads are not among them (`head_tensor`)."""
-    table = decoder.tensors(config)
+def hf_tensors(
+    config: DecoderConfig, exits=(), lora: LoRA | None = None
+) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """Each Hugging Face tensor of a model cut into stacks at `exits`, and those of its adapters: its name,
+    the path of our parameter, and the index of its layer in there. Further heads are not among them
+    (`head_tensor`), but for those of low rank."""
+    table = decoder.tensors(config, lora.heads if lora else (), lora)
+    table = [row for row in table if not row.name.endswith(SCALES)]
     for row in (row for row in table if not row.in_layers):
         yield row.hf, (row.name,), ()
     for number, (first, last) in enumerate(decoder.stack_bounds(config.num_hidden_layers, exits)):
@@ -126,15 +145,34 @@ def hf_tensors(config: DecoderConfig, exits=()) -> Iterator[tuple[str, tuple[str
                 yield row.hf.format(layer=layer), path, (layer - first,)
 
 
-def hf_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each Hugging Face tensor."""
-    params = decoder.to_params(decoder.abstract(config))
-    return {name: at_path(params, path).shape[len(index) :] for name, path, index in hf_tensors(config)}
+def hf_shapes(config: DecoderConfig, lora: LoRA | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of each Hugging Face tensor, and of those of adapters."""
+    heads = dict.fromkeys(lora.heads if lora else ())
+    params = decoder.to_params(decoder.abstract(config, heads=heads, lora=lora))
+    return {
+        name: at_path(params, path).shape[len(index) :] for name, path, index in hf_tensors(config, lora=lora)
+    }
 
 
 def head_tensor(head: str) -> str:
     """The name of a further head's tensor."""
     return f"{head}.weight"
+
+
+def head_tensors(head: str) -> tuple[str, ...]:
+    """The names of all tensors that a further head may have: its matrix, or a difference of low rank."""
+    return (head_tensor(head), *peft_names(head_tensor(head)))
+
+
+def is_of_head(name: str) -> bool:
+    """Whether a tensor is one of a further head."""
+    head = name.partition(".")[0]
+    return head.endswith("_head") and head != "lm_head"
+
+
+def main_head_tensor(config: DecoderConfig) -> str:
+    """The name of the tensor that serves as the main head."""
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
 def at_path(params: dict, path: tuple[str, ...]):
@@ -147,8 +185,7 @@ def at_path(params: dict, path: tuple[str, ...]):
 def _head_source(reader: Reader, head: str, layer: int) -> str:
     """The tensor that a further head, which reads after block `layer`, starts from."""
     if head not in reader.heads:
-        tied = reader.config.tie_word_embeddings
-        return "model.embed_tokens.weight" if tied else "lm_head.weight"
+        return main_head_tensor(reader.config)
     if reader.heads[head] != layer:
         raise UserError(
             f"{reader.where(head_tensor(head))} was trained for layer {reader.heads[head]}, but pivot.layer "
@@ -159,7 +196,7 @@ def _head_source(reader: Reader, head: str, layer: int) -> str:
 
 def check_tensors(reader: Reader, shapes: Mapping[str, tuple[int, ...]]):
     """Raises UserError unless a reader has exactly these tensors, in these shapes."""
-    held = reader.names | {head_tensor(head) for head in reader.heads}
+    held = reader.names | {name for head in reader.heads for name in head_tensors(head)}
     for part, remedy in _OTHER_NAMES.items():
         if found := sorted(name for name in reader.names - shapes.keys() if part in name):
             raise UserError(f"{reader.source} holds {_some(found)}: {remedy}")
@@ -209,6 +246,19 @@ def _read_part(reader: Reader, names: list[str], param, index: tuple[slice, ...]
     return shard
 
 
+def _read_quantised(
+    reader: Reader, names: list[str], param, index: tuple[slice, ...], *, kind: str, is_scales: bool
+) -> np.ndarray:
+    """A part of the codes, or scales, of a stack of matrices that are quantised as they are read: row by row,
+    as a block of values may be in several parts."""
+    *first, last = index
+    layers = []
+    for name in names[first[0]]:
+        matrix = _read_finite(reader, name, (*first[1:], slice(None)))
+        layers.append((scales_of if is_scales else codes_of)(matrix, kind)[..., last])
+    return np.stack(layers).astype(param.dtype, copy=False)
+
+
 def _read_finite(reader: Reader, name: str, index: tuple[slice, ...]) -> np.ndarray:
     """A part of a tensor; raises UserError if it is not all numbers, of which nothing could be computed."""
     part = reader.read(name, index)
@@ -232,9 +282,16 @@ class ParamsReader:
         self.source, self.config, self.details, self.heads = "the model", model.config, {}, model.heads
         self._params = decoder.to_params(model)
         self.dtype = np.dtype(self._params["embed_tokens"].dtype)
-        self._paths = {name: (path, index) for name, path, index in hf_tensors(model.config, model.exits)}
-        self.names = set(self._paths)
-        self._paths |= {head_tensor(head): ((head,), ()) for head in self.heads}
+        self.lora = model.lora
+        tensors = hf_tensors(model.config, model.exits, model.lora)
+        self._paths = {name: (path, index) for name, path, index in tensors}
+        self.names = {name for name in self._paths if not is_of_head(name)}
+        self._paths |= {head_tensor(head): ((head,), ()) for head in self.heads if head in self._params}
+
+    @property
+    def tensors(self) -> set[str]:
+        """Those of adapters and of heads, as `adapter.AdapterReader` has them."""
+        return {name for name in self._paths if is_of_adapter(name) or is_of_head(name)}
 
     def shape(self, name) -> tuple[int, ...]:
         """Of a tensor, by its Hugging Face name."""

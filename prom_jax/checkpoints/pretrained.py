@@ -2,7 +2,8 @@
 
 import jax
 
-from prom_jax.checkpoints import gguf, model_card, params, safetensors
+from prom_jax.checkpoints import gguf, model_card, params, peft, safetensors
+from prom_jax.checkpoints.adapter import Merged
 from prom_jax.checkpoints.description import DESCRIPTION, Description, find, read_tokenizer
 from prom_jax.checkpoints.hub import local_path
 from prom_jax.checkpoints.orbax import CheckpointReader
@@ -20,8 +21,9 @@ from prom_jax.utils.errors import UserError
 def open_source(source):
     """Opens a Hugging Face directory, hub id, `.gguf` file or Orbax checkpoint.
 
-    An Orbax checkpoint is a directory of steps, of which the latest is read, or one step of it. A line tells
-    which keys of its `config.json` are skipped.
+    An Orbax checkpoint is a directory of steps, of which the latest is read, or one step of it. An adapter is
+    read as its model with the adapter merged (`adapter.Merged`). A line tells which keys of a `config.json`
+    are skipped.
 
     Returns:
       Its reader and its tokenizer.
@@ -31,7 +33,7 @@ def open_source(source):
     directory = find(source)
     if directory:
         reader = CheckpointReader(directory)
-        return reader, read_tokenizer(reader.source)
+        return _merge(reader), read_tokenizer(reader.source)
     reader, tokenizer = open_reader(source), load_tokenizer(source)
     _check_tokens(source, reader.config, tokenizer)
     _print_skipped(source, reader.config)
@@ -48,6 +50,8 @@ def open_reader(source) -> Reader:
     path = local_path(source)
     if path.is_file():
         return gguf.GGUFReader(path)
+    if peft.is_adapter(path):
+        return _merge(peft.PEFTReader(path))
     reader = safetensors.SafetensorsReader(path)
     if reader.left_out:
         parts = sorted({name.removeprefix("model.").split(".")[0] for name in reader.left_out})
@@ -56,6 +60,21 @@ def open_reader(source) -> Reader:
             f"{reader.multimodal.architecture}: its language model alone is read"
         )
     return reader
+
+
+def _merge(adapter) -> Reader:
+    """The reader of an adapter's model with the adapter merged; of a checkpoint without one, itself."""
+    if adapter.lora is None:
+        return adapter
+    if not adapter.base:  # heads of low rank alone
+        return Merged(adapter, adapter)
+    base, _ = open_source(adapter.base)
+    if getattr(adapter, "fingerprint", None) not in (None, params.fingerprint(base)):
+        raise UserError(
+            f"{adapter.source} holds an adapter of {adapter.base}, which is another model now: expected the "
+            "one that it was trained on; put that back in its place"
+        )
+    return Merged(base, adapter)
 
 
 def load_tokenizer(source):
@@ -68,6 +87,8 @@ def load_tokenizer(source):
     path = local_path(source)
     if path.is_file():
         return gguf_tokenizer.load(gguf.open_gguf(path).metadata, path, source)
+    if peft.is_adapter(path) and not folder.has_tokenizer(path):
+        return load_tokenizer(peft.read_config(path)[1])
     return folder.load(path, source)
 
 
@@ -114,7 +135,9 @@ def build(
     return decoder.with_params(decoder.abstract(reader.config, compute=compute, heads=reader.heads), loaded)
 
 
-def save_hf(model: decoder.Decoder, model_tokenizer, directory, *, dtype=None, card=None, template=None):
+def save_hf(
+    model: decoder.Decoder, model_tokenizer, directory, *, dtype=None, card=None, template=None, base=None
+):
     """Writes a directory that transformers' `from_pretrained` loads as it is.
 
     The tokenizer gets the training prompt as its chat template. A pivot head goes into a file of its own,
@@ -124,10 +147,13 @@ def save_hf(model: decoder.Decoder, model_tokenizer, directory, *, dtype=None, c
       dtype: of the tensors, default that of the parameters.
       card: rows of the model card.
       template: a chat template (jinja) in place of the training prompt.
+      base: reader of the model that a model's adapters are merged into, in place of its own parameters, which
+        may be of less precision.
     Raises:
       UserError: if the directory holds something else, or cannot be written.
     """
     reader = params.ParamsReader(model)
+    reader = Merged(base or reader, reader) if model.lora else reader
     safetensors.save_hf(
         reader,
         model_tokenizer,
@@ -157,6 +183,8 @@ def open_config(source):
         directory = directory if (directory / DESCRIPTION).is_file() else directory.parent
         return Description.read(directory).config, read_tokenizer(directory)
     path = local_path(source, weights=False)
+    if peft.is_adapter(path):
+        return open_config(peft.read_config(path)[1])[0], load_tokenizer(path)
     config = gguf.GGUFReader(path).config if path.is_file() else safetensors.read_config(path)[0]
     tokenizer = load_tokenizer(path)
     _check_tokens(source, config, tokenizer)

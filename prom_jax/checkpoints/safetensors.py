@@ -6,15 +6,13 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
-from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 
 from prom_jax.checkpoints import generation, hub, model_card
@@ -30,6 +28,7 @@ from prom_jax.utils.process import is_main_process
 # The rows of the model card, in `config.json` under a key that transformers keeps and does not read.
 DETAILS_KEY = "prom_jax"
 ADAPTER = "adapter_config.json"  # of peft
+_NOTHING = MappingProxyType({})
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -51,7 +50,7 @@ class SafetensorsReader:
         self._files = {}  # tensor -> the open file it is in, that file's path, and its name in there
         self.left_out = set()
         for path, names in self._shards():
-            file = _open_safetensors(path)
+            file = open_safetensors(path)
             held = set(file.keys())
             for name in held if names is None else names:
                 if name not in held:
@@ -102,7 +101,7 @@ class SafetensorsReader:
         index = self.source / "model.safetensors.index.json"
         single = self.source / "model.safetensors"
         if index.exists():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise UserError(f"{index} has no object `weight_map`: fetch the file again")
             shards = {}
@@ -146,15 +145,27 @@ class SafetensorsReader:
         """Further heads, and after which block each reads."""
         model = {path for _, path, _ in self._files.values()}  # shards may have any names
         for path in sorted(set(self.source.glob("*_head.safetensors")) - model):
-            head, file = path.stem, _open_safetensors(path)
-            name, layer = head_tensor(head), (file.metadata() or {}).get("pivot_layer", "")
-            if name not in file.keys() or not re.fullmatch("[1-9][0-9]{0,4}", layer):  # noqa: SIM118 (no mapping)
-                raise UserError(
-                    f"{path}: expected a tensor {name!r} and its layer as metadata 'pivot_layer'; "
-                    "delete the file to do without its head"
-                )
-            self._files[name] = (file, path, name)
-            yield head, int(layer)
+            file, layer = open_head(path, [head_tensor(path.stem)])
+            self._files[head_tensor(path.stem)] = (file, path, head_tensor(path.stem))
+            yield path.stem, layer
+
+
+def open_head(path: Path, names: list[str]):
+    """Opens the file of a further head.
+
+    Returns:
+      The open file, and after which block the head reads.
+    Raises:
+      UserError: if it lacks one of the tensors, or the layer.
+    """
+    file = open_safetensors(path)
+    layer = (file.metadata() or {}).get("pivot_layer", "")
+    if not set(names) <= set(file.keys()) or not re.fullmatch("[1-9][0-9]{0,4}", layer):
+        raise UserError(
+            f"{path}: expected {' and '.join(f'a tensor {name!r}' for name in names)} and its layer as "
+            "metadata 'pivot_layer'; delete the file to do without its head"
+        )
+    return file, int(layer)
 
 
 def read_config(directory: Path) -> tuple[DecoderConfig, dict]:
@@ -183,7 +194,7 @@ def _read_config(directory: Path) -> tuple[dict, dict]:
             + ": expected a model alone; load both with peft, call `merge_and_unload`, and save the result"
             + (f"; or remove {ADAPTER} to do without" if has_model else "")
         )
-    content = _read_json(directory / "config.json")
+    content = read_json(directory / "config.json")
     details = content.pop(DETAILS_KEY, {})
     if not isinstance(details, dict):
         raise UserError(
@@ -193,7 +204,8 @@ def _read_config(directory: Path) -> tuple[dict, dict]:
     return content, details
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises UserError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -207,7 +219,8 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _open_safetensors(path: Path):
+def open_safetensors(path: Path):
+    """An open safetensors file; raises UserError if it is not whole."""
     try:
         return safe_open(path, framework="numpy")
     except FileNotFoundError as error:
@@ -246,18 +259,14 @@ def save_hf(
       UserError: for another dtype, if the reader's tensors are not those of its config, or if the directory
         holds something else or cannot be written.
     """
-    if str(dtype) not in _DTYPE_NAMES:
-        raise UserError(f"export.dtype={str(dtype)!r}: expected one of {', '.join(_DTYPE_NAMES)}")
-    directory, dtype, card = Path(directory).resolve(), np.dtype(dtype), model_card.public(card)
+    directory, dtype, card = Path(directory), checked_dtype(dtype), model_card.public(card)
     shapes = hf_shapes(reader.config)
     check_tensors(reader, shapes)
-    partial = directory.with_name(f".{directory.name}.partial")
     writer = is_main_process()
-    try:
+    with hub.whole_folder(directory, dtype.itemsize * sum(map(math.prod, shapes.values()))) as partial:
         if writer:
-            hub.prepare_folder(directory, partial, dtype.itemsize * sum(map(math.prod, shapes.values())))
             _write_small_files(partial, reader.config, dtype, model_tokenizer, chat_template)
-            _write_card(partial, directory.name, card)
+            _write_card(partial, directory.resolve().name, card)
         split = split_state_dict_into_shards_factory(
             shapes,
             get_storage_size=lambda shape: math.prod(shape) * dtype.itemsize,
@@ -266,36 +275,44 @@ def save_hf(
         )
         for file_name, names in split.filename_to_tensors.items():
             path = partial / file_name if writer else os.devnull
-            _write_safetensors(path, reader, names, dtype, {"format": "pt"})
+            write_tensors(path, reader, names, dtype)
         for head, layer in reader.heads.items():
-            path = partial / f"{head}.safetensors" if writer else os.devnull
-            metadata = {"format": "pt", "pivot_layer": str(layer)}
-            _write_safetensors(path, reader, [head_tensor(head)], dtype, metadata)
-        if writer:
-            # A folder with another head has one too, so that who reads all files without it reads the model.
-            if split.is_sharded or reader.heads:
-                total = {"total_parameters": sum(map(math.prod, shapes.values()))}
-                index = {"metadata": total | split.metadata, "weight_map": split.tensor_to_filename}
-                _write_json(partial / "model.safetensors.index.json", index)
-            hub.replace_folder(directory, partial)
-    except OSError as error:
-        raise UserError(
-            f"{directory} could not be written ({error}): free some space or choose another place; "
-            "nothing was left there"
-        ) from error
-    finally:
-        if writer:
-            shutil.rmtree(partial, ignore_errors=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("save_hf")
+            write_head(partial, reader, [head_tensor(head)], dtype, layer)
+        # A folder with another head has one too, so that who reads all files without it reads the model.
+        if writer and (split.is_sharded or reader.heads):
+            total = {"total_parameters": sum(map(math.prod, shapes.values()))}
+            index = {"metadata": total | split.metadata, "weight_map": split.tensor_to_filename}
+            write_json(partial / "model.safetensors.index.json", index)
 
 
-def _write_safetensors(path, reader, names: list[str], dtype: np.dtype, metadata: dict[str, str]):
+def checked_dtype(dtype) -> np.dtype:
+    """A dtype that tensors may be written in, by name or as numpy's; raises UserError for another one."""
+    if str(dtype) not in _DTYPE_NAMES:
+        raise UserError(f"export.dtype={str(dtype)!r}: expected one of {', '.join(_DTYPE_NAMES)}")
+    return np.dtype(dtype)
+
+
+def write_head(directory: Path, reader, names: list[str], dtype: np.dtype, layer: int):
+    """Writes the tensors of a further head, which reads after block `layer`, into a file of its own. All
+    processes must call it."""
+    file_name = f"{names[0].partition('.')[0]}.safetensors"
+    path = directory / file_name if is_main_process() else os.devnull
+    write_tensors(path, reader, names, dtype, {"pivot_layer": str(layer)})
+
+
+def write_tensors(path, reader, names: list[str], dtype: np.dtype, metadata: Mapping[str, str] = _NOTHING):
     """Writes tensors one by one: the safetensors library would want all those of a file in memory.
 
     The format: the header's length (8 bytes, little-endian), the header (JSON), the values in its order.
+
+    Args:
+      path: of the file.
+      reader: that has the tensors.
+      names: of the tensors.
+      dtype: that they are written in.
+      metadata: of the file, besides that it is in PyTorch's order.
     """
-    header, start = {"__metadata__": metadata}, 0
+    header, start = {"__metadata__": {"format": "pt", **metadata}}, 0
     for name in names:
         end = start + math.prod(reader.shape(name)) * dtype.itemsize
         header[name] = {
@@ -332,8 +349,8 @@ def _write_small_files(
     model_tokenizer: PreTrainedTokenizerFast,
     chat_template: str | None,
 ):
-    _write_json(directory / "config.json", {**config_to_hf(config), "torch_dtype": dtype.name})
-    _write_json(directory / generation.FILE, generation.keys(config, model_tokenizer))
+    write_json(directory / "config.json", {**config_to_hf(config), "torch_dtype": dtype.name})
+    write_json(directory / generation.FILE, generation.keys(config, model_tokenizer))
     folder.save(model_tokenizer, directory, chat_template, config.max_position_embeddings)
     if not (directory / "tokenizer.json").exists():
         console.print(
@@ -346,9 +363,10 @@ def _write_card(directory: Path, name: str, card: Mapping[str, object]):
     """The rows of the model card in `config.json`, for programs, and in a README for people."""
     if card:
         path = directory / "config.json"
-        _write_json(path, {**_read_json(path), DETAILS_KEY: card})
+        write_json(path, {**read_json(path), DETAILS_KEY: card})
     (directory / "README.md").write_text(model_card.model_card(card, name), encoding="utf-8")
 
 
-def _write_json(path: Path, content: dict):
+def write_json(path: Path, content: dict):
+    """Writes a JSON file."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ is a dict of [rows, length] arrays, of a shape of its own for each stream:
   segments   int32, as `ops.attention.segment_id` numbers them within a row; 0 for padding
   labels     int32, the next token of the same example
   weights    float32, 1 where `labels` has a loss, else 0
+  keys       uint32, where asked for: a hash of the example's tokens up to this one, of seed and step
 
 Prompt prefixes that texts share are computed once: a row has such a prefix as a segment that its texts
 continue. Where a stream is `appended`, its row i is appended to row i of the primary stream, and its texts
@@ -39,6 +40,7 @@ class Batches:
     Args:
       sequences, seq_len: rows of the primary stream, and their length.
       share_prompts: whether prompts and prefixes that texts share are computed once, or every text is whole.
+      keys: whether rows have `keys`, which no packing changes.
       append: whether a stream may be appended to the primary rows, so that neither is of use alone.
 
     Attributes:
@@ -64,10 +66,12 @@ class Batches:
         steps: int = 0,
         share_prompts: bool = False,
         append: bool = True,
+        keys: bool = False,
     ):
         if not (steps > 0 or epochs > 0):
             raise UserError(f"steps is {steps} and epochs is {epochs}: one of them must be more than 0.")
         self._records, self.share_prompts = records, share_prompts
+        self._seed = seed if keys else None
         texts = {stream: _texts(records.streams[stream], share_prompts) for stream in records.names}
         primary, *_ = records.names
         prompts = {}
@@ -132,10 +136,11 @@ class Batches:
             slots = {stream: [x[wanted[stream][of[1]]] for x in of] for stream, of in slots.items()}
         needed = np.unique(np.concatenate([examples for examples, *_ in slots.values()]))
         records = dict(zip(needed.tolist(), self._records.read(needed), strict=True))
+        salt = None if self._seed is None else np.random.SeedSequence((self._seed, step)).generate_state(1)[0]
         joint = _SegmentPaths()  # of the primary rows and of what is appended to them
         return {
             stream: self._rows(
-                records, stream, slots[stream], joint if self._is_joint(stream) else _SegmentPaths()
+                records, stream, slots[stream], joint if self._is_joint(stream) else _SegmentPaths(), salt
             )
             for stream in self.shapes
         }
@@ -174,13 +179,16 @@ class Batches:
         steps = grain.MapDataset.range(start, len(self)).map(lambda step: self.read(step, wanted))
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
-    def _rows(self, records: dict, stream: str, slots, paths: "_SegmentPaths") -> dict[str, np.ndarray]:
+    def _rows(
+        self, records: dict, stream: str, slots, paths: "_SegmentPaths", salt: np.uint32 | None
+    ) -> dict[str, np.ndarray]:
         """The rows of one stream, with each text in its slots."""
         shape, is_joint = self.shapes[stream], self._is_joint(stream)
         number = 1 + self._records.names.index(stream)
         names = ("tokens", "positions", "segments", "labels")
         rows = {name: np.zeros(shape, np.int32) for name in names}
         rows["weights"] = np.zeros(shape, np.float32)
+        rows |= {} if salt is None else {"keys": np.zeros(shape, np.uint32)}
         for example, row, offset, length in zip(*(column.tolist() for column in slots), strict=True):
             tokens, loss = records[example][f"{stream}_tokens"], records[example][f"{stream}_loss"]
             first = len(tokens) - length
@@ -198,7 +206,17 @@ class Batches:
             rows["segments"][row, here] = segments[first:]
             rows["labels"][row, predicting] = tokens[first + 1 :]
             rows["weights"][row, predicting] = loss[first + 1 :]
+            if salt is not None:
+                rows["keys"][row, here] = prefix_hashes(tokens)[first:] ^ salt
         return rows
+
+
+def prefix_hashes(tokens: np.ndarray) -> np.ndarray:
+    """Of each token a hash of itself and all before it, uint32: a polynomial modulo 2⁶⁴, whose upper half
+    depends on all that came before."""
+    base = np.full(len(tokens), 0x9E3779B97F4A7C15, np.uint64)
+    terms = (tokens.astype(np.uint64) + np.uint64(1)) * np.cumprod(base)
+    return (np.cumsum(terms) >> np.uint64(32)).astype(np.uint32)
 
 
 def _texts(stream: Stream, share: bool) -> packing.Texts:

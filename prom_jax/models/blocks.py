@@ -9,8 +9,10 @@ from flax import nnx
 from prom_jax.models import layers
 from prom_jax.models.config import DecoderConfig
 from prom_jax.models.inputs import Context
+from prom_jax.models.lora import SCALES, UP, LoRA
 from prom_jax.ops.attention import BACKENDS, has_tokamax
 from prom_jax.ops.attention_cpu import OUTPUT
+from prom_jax.ops.quantised import Quantised
 from prom_jax.parallel.sharding import BATCH, constrain, unshard_fsdp
 from prom_jax.utils.errors import UserError
 
@@ -84,37 +86,62 @@ class Blocks(nnx.Module):
       compute: how it is computed.
       tensors: the rows of the family's table that each layer has.
       first, last: the stack has blocks first + 1 … last of the model.
-      init: of a parameter, from its row of the table and its shape.
+      init: of a parameter, from its row of the table and the number of layers.
+      lora: of the adapters that are among the tensors; None without any.
     """
 
-    def __init__(self, config: DecoderConfig, compute: Compute, tensors, first: int, last: int, init):
-        self.config, self.compute, self.tensors = config, compute, tensors
+    def __init__(
+        self,
+        config: DecoderConfig,
+        compute: Compute,
+        tensors,
+        first: int,
+        last: int,
+        init,
+        lora: LoRA | None = None,
+    ):
+        self.config, self.compute, self.tensors, self.lora = config, compute, tensors, lora
         kinds = [config.kinds.index(kind) for kind in config.layers[first:last]]
-        self.kinds = tuple(kinds)
+        self.kinds, self.first = tuple(kinds), first
         for row in tensors:
-            shape = (last - first, *(config.sizes[size] for size in row.shape))
-            setattr(self, row.name, nnx.Param(init(row, shape)))
+            setattr(self, row.name, nnx.Param(init(row, last - first)))
 
     def __len__(self):
         return len(self.kinds)
 
     def unsharded(self, dtype) -> dict:
-        """The weights of one block, by name, as a device computes with them."""
-        return {row.name: unshard_fsdp(getattr(self, row.name)[...], row.axes, dtype) for row in self.tensors}
+        """The weights of one block, by name, as a device computes with them: B of an adapter times its
+        scale, quantised matrices as they are."""
+        names = {row.name for row in self.tensors}
 
-    def run(self, weights: dict, x_BTD, context: Context, kind, cache=None):
+        def unshard(row):
+            weight = getattr(self, row.name)[...]
+            weight = self.lora.scale * weight if row.name.endswith(UP) else weight
+            is_quantised = row.name + SCALES in names or row.name.endswith(SCALES)
+            return unshard_fsdp(weight, row.axes, weight.dtype if is_quantised else dtype)
+
+        weights = {row.name: unshard(row) for row in self.tensors}
+        for name in (name.removesuffix(SCALES) for name in names if name.endswith(SCALES)):
+            weights[name] = Quantised(weights[name], weights.pop(name + SCALES))
+        return weights
+
+    def run(self, weights: dict, x_BTD, context: Context, kind, cache=None, number=0):
         """One block.
 
         Args:
           weights: of `unsharded`, which serve several batches.
           kind: the layer's number in `config.kinds`, an int or a traced int32.
           cache: a `layers.LayerCache` or None.
+          number: of the block in the stack, on which dropout depends.
         Returns:
           Its output [B, T, D] and the cache.
         """
         mask = context.masks.of(self._choice("windows", "window", kind))
         rope = self._rope(context.angles, kind)
-        x, cache = layers.block(self.config, weights, x_BTD, rope, mask, self.compute.attention, cache)
+        drop = None
+        if self.lora and self.lora.dropout and context.keys is not None:
+            drop = layers.Dropout(context.keys, self.first + number, self.lora.dropout)
+        x, cache = layers.block(self.config, weights, x_BTD, rope, mask, self.compute.attention, cache, drop)
         return constrain(x, BATCH), cache
 
     def _rope(self, angles, kind):
@@ -149,7 +176,7 @@ class Blocks(nnx.Module):
             outputs = []
             for x, context in zip(xs, contexts):
                 layer_cache = None if kv is None else layers.LayerCache(*kv, number, slot)
-                output, layer_cache = block.run(weights, x, context, kind, layer_cache)
+                output, layer_cache = block.run(weights, x, context, kind, layer_cache, number)
                 kv = None if kv is None else (layer_cache.keys, layer_cache.values)
                 outputs.append(output)
             return (outputs, kv), (collect(outputs[0]) if collect else None)

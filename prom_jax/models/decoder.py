@@ -22,10 +22,12 @@ from prom_jax.models import layers
 from prom_jax.models.auto import family_of
 from prom_jax.models.blocks import Blocks, Compute
 from prom_jax.models.config import DecoderConfig
-from prom_jax.models.family import HEAD_AXES, Tensor
+from prom_jax.models.family import HEAD_AXES, HEAD_SHAPE, Tensor
 from prom_jax.models.inputs import Cache, Context, Output, Rows, append_slots, with_defaults
+from prom_jax.models.lora import DOWN, SCALES, UP, LoRA
 from prom_jax.ops.attention import layer_masks, packed_masks
 from prom_jax.ops.norm import rms_norm
+from prom_jax.ops.quantised import KINDS
 from prom_jax.parallel.sharding import BATCH, constrain, make_mesh, param_spec, unshard_fsdp
 from prom_jax.utils.errors import UserError
 
@@ -41,6 +43,7 @@ class Decoder(nnx.Module):
       exits: further numbers of blocks after which hidden states may leave; after all of them they always may.
       rngs: randomness of the initial values (normal, σ = 0.02).
       param_dtype: of the parameters.
+      lora: adapters, and further heads of low rank; None for none.
     Raises:
       UserError: if an exit is not in 1 … N-1.
     """
@@ -54,6 +57,7 @@ class Decoder(nnx.Module):
         exits: Sequence[int] = (),
         rngs: nnx.Rngs,
         param_dtype=jnp.float32,
+        lora: LoRA | None = None,
     ):
         heads = {name: layer or config.num_hidden_layers for name, layer in heads.items()}
         if wrong := [name for name in heads if not re.fullmatch(r"\w+_head", name) or name == "lm_head"]:
@@ -64,20 +68,24 @@ class Decoder(nnx.Module):
         for layer in exits:
             check_exit(layer, config.num_hidden_layers)
 
-        def init(row: Tensor, shape):
+        self.config, self.compute, self.lora = config, compute, lora
+        self.exits, self._heads = tuple(sorted(exits)), tuple(heads.items())
+        sizes = config.sizes | (lora.sizes(config.sizes) if lora else {})
+
+        def init(row: Tensor, *layers: int):
+            shape = (*layers, *(sizes[size] for size in row.shape))
+            dtype = self._dtype(row) or param_dtype
             if len(row.shape) == 1:  # a norm's weight, or a bias
                 one = row.name.endswith("norm") and not config.unit_offset_norms
-                return jnp.full(shape, float(one), param_dtype)
-            return (0.02 * jax.random.normal(rngs.params(), shape)).astype(param_dtype)
+                return jnp.full(shape, float(one), dtype)
+            return (0.02 * jax.random.normal(rngs.params(), shape)).astype(dtype)
 
-        self.config, self.compute = config, compute
-        self.exits, self._heads = tuple(sorted(exits)), tuple(heads.items())
-        table = tensors(config, heads)
+        table = tensors(config, heads, lora)
         for row in (row for row in table if not row.in_layers):
-            setattr(self, row.name, nnx.Param(init(row, tuple(config.sizes[size] for size in row.shape))))
+            setattr(self, row.name, nnx.Param(init(row)))
         in_layers = tuple(row for row in table if row.in_layers)
         for i, (first, last) in enumerate(stack_bounds(config.num_hidden_layers, self.exits)):
-            setattr(self, stack_name(i), Blocks(config, compute, in_layers, first, last, init))
+            setattr(self, stack_name(i), Blocks(config, compute, in_layers, first, last, init, lora))
 
     @property
     def stacks(self) -> list[Blocks]:
@@ -96,10 +104,34 @@ class Decoder(nnx.Module):
         named = isinstance(sharding, NamedSharding)
         return sharding.mesh if named else make_mesh(devices=list(sharding.device_set))
 
+    def is_frozen(self, name: str) -> bool:
+        """Whether a parameter is the model's own and adapters are trained in its place."""
+        own = (row.name for row in family_of(self.config).tensors)
+        return self.lora is not None and not self.lora.trains_base and name.removesuffix(SCALES) in own
+
+    def _dtype(self, row: Tensor):
+        """Of a parameter that is kept in another dtype than those that are trained; None of others."""
+        if not self.is_frozen(row.name):
+            return None
+        if row.name.endswith(SCALES):
+            return jnp.float32
+        is_map = row.in_layers and len(row.shape) == 2
+        return KINDS.get(self.lora.quantised) if is_map and self.lora.quantised else self.lora.base_dtype
+
     def head(self, name: str = "lm_head"):
         """A head's matrix [V, D]; 'lm_head' is the embedding where they are tied."""
         tied = name == "lm_head" and self.config.tie_word_embeddings
         return (self.embed_tokens if tied else getattr(self, name))[...]
+
+    def head_products(self, name: str, hidden_BTD) -> tuple[tuple, tuple]:
+        """What a head's logits are made of: inputs, and for each of them a matrix; the logits are the sum of
+        their products. A head of low rank is the main one, which does not learn from it, and a difference."""
+        if self.lora is None or name not in self.lora.targets:
+            return (hidden_BTD,), (self.head(name),)
+        down, up = (getattr(self, name + end)[...] for end in (DOWN, UP))
+        down = unshard_fsdp(down, (None, "fsdp"), hidden_BTD.dtype)
+        low_BTR = jnp.einsum("btd,rd->btr", hidden_BTD, down)
+        return (hidden_BTD, low_BTR), (jax.lax.stop_gradient(self.head()), self.lora.scale * up)
 
     def final_norm(self, x_BTD):
         """The norm before the main head."""
@@ -130,7 +162,7 @@ class Decoder(nnx.Module):
             if slot is None:
                 kv = [append_slots(before, after) for before, after in zip(kv, (positions, segments))]
             masks = layer_masks(positions, kv[0], segments, kv[1], windows)
-        return Context(self._angles(positions), masks)
+        return Context(self._angles(positions), masks, rows.keys)
 
     def _angles(self, positions_BT):
         share = next((rope.share for rope in self.config.ropes if rope), 1.0)
@@ -274,15 +306,21 @@ def _identity(x):
 # Of models in general.
 
 
-def tensors(config: DecoderConfig, heads: Iterable[str] = ()) -> tuple[Tensor, ...]:
-    """The rows of the family's table that a model has, and one for each further head."""
-    more = (Tensor(name, ("vocabulary", "hidden"), HEAD_AXES, f"{name}.weight", "") for name in heads)
-    return (*family_of(config).tensors_of(config), *more)
+def tensors(config: DecoderConfig, heads: Iterable[str] = (), lora: LoRA | None = None) -> tuple[Tensor, ...]:
+    """The rows of the family's table that a model has, one for each further head, and those of adapters."""
+    own = family_of(config).tensors_of(config)
+    more = tuple(Tensor(name, HEAD_SHAPE, HEAD_AXES, f"{name}.weight", "") for name in heads)
+    if lora is None:
+        return (*own, *more)
+    whole = (head for head in more if head.name not in lora.targets)
+    return (*own, *lora.scales(own), *whole, *lora.rows((*own, *more)))
 
 
-def param_axes(config: DecoderConfig, heads: Iterable[str] = ()) -> dict[str, tuple]:
+def param_axes(
+    config: DecoderConfig, heads: Iterable[str] = (), lora: LoRA | None = None
+) -> dict[str, tuple]:
     """The mesh axes of each parameter's last dimensions, by its name."""
-    return {row.name: row.axes for row in tensors(config, heads)}
+    return {row.name: row.axes for row in tensors(config, heads, lora)}
 
 
 def stack_name(number: int) -> str:
@@ -327,4 +365,5 @@ def to_params(model: Decoder) -> dict:
 
 def num_parameters(model: Decoder) -> int:
     """The number of parameters, those of further heads included."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(to_params(model)))
+    leaves = jax.tree_util.tree_leaves_with_path(to_params(model))
+    return sum(math.prod(leaf.shape) for path, leaf in leaves if not path[-1].key.endswith(SCALES))

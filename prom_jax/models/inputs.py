@@ -25,7 +25,7 @@ class Exit(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "positions", "segments"],
+    data_fields=["tokens", "positions", "segments", "keys"],
     meta_fields=["exits"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Rows:
       tokens: int32 [B, T].
       positions: int32 [B, T]; None for 0 … T-1.
       segments: int32 [B, T], `ops.attention.segment_id`; None for one segment.
+      keys: uint32 [B, T], which decide what adapters' dropout takes; None for no dropout.
       exits: where its columns leave. A column must not attend to one that leaves before it, unless one that
         leaves later stands between that and the end of the row.
     """
@@ -43,6 +44,7 @@ class Rows:
     tokens: jax.Array
     positions: jax.Array | None = None
     segments: jax.Array | None = None
+    keys: jax.Array | None = None
     exits: tuple[Exit, ...] = (Exit(),)
 
 
@@ -53,10 +55,12 @@ class Context(NamedTuple):
       angles: rotary angles of each different rotary embedding, float32 [B, T, F] where there is one, else
         [R, B, T, F].
       masks: those of each different window.
+      keys: of the rows' dropout; None for none.
     """
 
     angles: jax.Array
     masks: LayerMasks
+    keys: jax.Array | None = None
 
 
 @functools.partial(
@@ -118,7 +122,7 @@ def with_defaults(rows: Rows) -> Rows:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segments is None:
         segments = jnp.ones(tokens.shape, jnp.int32)
-    return Rows(tokens, positions, segments, rows.exits)
+    return dataclasses.replace(rows, positions=positions, segments=segments)
 
 
 def append_slots(before, after):

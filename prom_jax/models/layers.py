@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from prom_jax.models.config import DecoderConfig, Rope
+from prom_jax.models.lora import DOWN, UP
 from prom_jax.ops.attention import attention
-from prom_jax.ops.linear import linear
+from prom_jax.ops.linear import linear, low_rank
 from prom_jax.ops.norm import rms_norm
+from prom_jax.ops.random import dropout
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -107,7 +109,57 @@ class LayerCache(NamedTuple):
         return after(self.keys, k_BTKD), after(self.values, v_BTKD)
 
 
-def block(config: DecoderConfig, weights: dict, x_BTD, rope, mask, backend: str, cache=None):
+class Dropout(NamedTuple):
+    """Of what a block's adapters read.
+
+    Attributes:
+      keys: uint32 [B, T], which decide what is dropped.
+      layer: the block's number in the model, an int or a traced int32.
+      rate: the share of values that are 0.
+    """
+
+    keys: jax.Array
+    layer: jax.Array | int
+    rate: float
+
+
+class Projections(NamedTuple):
+    """The linear maps of a block, with their adapters and biases where there are some.
+
+    Attributes:
+      weights: of the block by name.
+      training: whether the maps themselves may have gradients.
+      dropout: None for none.
+    """
+
+    weights: dict
+    training: bool
+    dropout: Dropout | None
+
+    def __call__(self, x, *names: str) -> list:
+        """`x` times the projections of these names."""
+        products = linear(x, [self.weights[f"{name}_proj"] for name in names], self.training)
+        adapted = [i for i, name in enumerate(names) if f"{name}_proj{DOWN}" in self.weights]
+        downs, ups = ([self.weights[f"{names[i]}_proj{end}"] for i in adapted] for end in (DOWN, UP))
+        if self.dropout and adapted:  # maps of one input share it
+            place = 4 * self.dropout.layer + ("q", "o", "gate", "down").index(names[0])
+            x = dropout(x, self.dropout.keys, place, self.dropout.rate)
+        for i, difference in zip(adapted, low_rank(x, downs, ups)):
+            products[i] += difference
+        biases = (self.weights.get(f"{name}_bias") for name in names)
+        return [y if bias is None else y + bias for y, bias in zip(products, biases)]
+
+
+def block(
+    config: DecoderConfig,
+    weights: dict,
+    x_BTD,
+    rope,
+    mask,
+    backend: str,
+    cache=None,
+    drop: Dropout | None = None,
+):
     """One block. Norms stand before or after attention and MLP, or both, as the weights have them.
 
     Args:
@@ -117,11 +169,15 @@ def block(config: DecoderConfig, weights: dict, x_BTD, rope, mask, backend: str,
       mask: of this layer, as `ops.attention.attention` takes it.
       backend: of attention.
       cache: a `LayerCache` or None.
+      drop: of adapters; None for none.
     Returns:
       The residual stream after the block [B, T, D], and the cache.
     """
 
     weights = _unfused(config, weights)
+    # With adapters the maps are frozen, and next to a cache nothing is trained.
+    training = cache is None and not any(name.endswith(DOWN) for name in weights)
+    project = Projections(weights, training, drop)
 
     def norm(name, x):
         return _norm(config, weights, name, x)
@@ -129,30 +185,40 @@ def block(config: DecoderConfig, weights: dict, x_BTD, rope, mask, backend: str,
     def add(x, h):
         return x + (h if config.residual_scale == 1 else _scaled(h, config.residual_scale))
 
-    h, cache = _attend(config, weights, norm("attention_norm", x_BTD), rope, mask, backend, cache)
+    h, cache = _attend(config, weights, project, norm("attention_norm", x_BTD), rope, mask, backend, cache)
     x_BTD = add(x_BTD, norm("attention_out_norm", h))
-    h = _mlp(config, weights, norm("mlp_norm", x_BTD), training=cache is None)
+    h = _mlp(config, project, norm("mlp_norm", x_BTD))
     return add(x_BTD, norm("mlp_out_norm", h)), cache
 
 
 def _unfused(config, weights: dict) -> dict:
     """Weights in which matrices that a family keeps as one are apart."""
     parts, sizes = {}, config.sizes
-    if "qkv_proj" in weights:
-        cuts = [sizes["queries"], sizes["queries"] + sizes["keys"]]
-        parts |= zip(("q_proj", "k_proj", "v_proj"), jnp.split(weights["qkv_proj"], cuts))
-    if "gate_up_proj" in weights:
-        parts |= zip(("gate_proj", "up_proj"), jnp.split(weights["gate_up_proj"], 2))
+    for fused, names, cuts in (
+        ("qkv_proj", ("q_proj", "k_proj", "v_proj"), [sizes["queries"], sizes["queries"] + sizes["keys"]]),
+        ("gate_up_proj", ("gate_proj", "up_proj"), 2),
+    ):
+        for end in ("", UP):
+            if fused + end in weights:
+                parts |= zip((name + end for name in names), _split(weights[fused + end], cuts))
+        if fused + DOWN in weights:  # the parts of an adapter have the same A
+            parts |= {name + DOWN: weights[fused + DOWN] for name in names}
     return weights | parts
 
 
-def _attend(config, weights, x_BTD, rope, mask, backend, cache):
-    training, layer = cache is None, None
+def _split(weight, cuts) -> list:
+    """Parts of a matrix, which may be quantised, along its outputs."""
+    arrays, structure = jax.tree.flatten(weight)
+    return [structure.unflatten(parts) for parts in zip(*(jnp.split(x, cuts) for x in arrays))]
+
+
+def _attend(config, weights, project, x_BTD, rope, mask, backend, cache):
+    layer = None
 
     def split_heads(y):
         return y.reshape(*y.shape[:2], -1, config.head_dim)
 
-    q, k, v = _project(weights, x_BTD, "q", "k", "v", training=training)
+    q, k, v = project(x_BTD, "q", "k", "v")
     q, k = _whole_norm(config, weights, "q_norm", q), _whole_norm(config, weights, "k_norm", k)
     q, k, v = map(split_heads, (q, k, v))
     q, k = _head_norm(config, weights, "q_norm", q), _head_norm(config, weights, "k_norm", k)
@@ -165,7 +231,7 @@ def _attend(config, weights, x_BTD, rope, mask, backend, cache):
         cache = cache.write(k, v)
         k, v, layer = cache.keys, cache.values, cache.layer
     h = attention(q, k, v, mask, backend, layer, config.attention_softcap)
-    (h,) = _project(weights, h.reshape(*h.shape[:2], -1), "o", training=training)
+    (h,) = project(h.reshape(*h.shape[:2], -1), "o")
     return h, cache
 
 
@@ -174,17 +240,10 @@ def _scaled(x, scale: float):
     return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
-def _mlp(config, weights, x_BTD, training: bool):
-    gate, up = _project(weights, x_BTD, "gate", "up", training=training)
-    (h,) = _project(weights, ACTIVATIONS[config.activation](gate) * up, "down", training=training)
+def _mlp(config, project, x_BTD):
+    gate, up = project(x_BTD, "gate", "up")
+    (h,) = project(ACTIVATIONS[config.activation](gate) * up, "down")
     return h
-
-
-def _project(weights: dict, x, *names: str, training: bool) -> list:
-    """`x` times the projections of these names, and their biases where there are some."""
-    products = linear(x, [weights[f"{name}_proj"] for name in names], training)
-    biases = (weights.get(f"{name}_bias") for name in names)
-    return [y if bias is None else y + bias for y, bias in zip(products, biases)]
 
 
 def _norm(config, weights, name, x):

@@ -19,18 +19,18 @@ _PARTS = 64  # of the vocabulary, for a sum over it on a CPU, where its size is 
 _HEAD_AXES = ("tensor", "fsdp")  # of a head [V, D]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing=0.0, chunk=None, softcap=None):
     """Sum of weighted token losses, the targets smoothed to (1-α)·onehot + α/V.
 
     Only tokens of non-zero weight reach the head. Their gradient is computed in the forward pass, chunk by
     chunk, so that no logits are kept or computed twice. Under a mesh each batch shard works through its own
     tokens. It gets the head whole, once, in the compute dtype, and keeps its own part alone of the sum of all
-    shards' gradients of the head.
+    shards' gradients of the head. A head that is not differentiated has no gradient made.
 
     Args:
-      hidden_RTD: what the head reads, in the compute dtype.
-      head_VD: the head's matrix, in the parameter dtype; its gradient is summed in float32.
+      hidden_RTD: what the head reads, in the compute dtype; or a tuple of arrays [R, T, …].
+      head_VD: the head's matrix, in the parameter dtype; its gradient is summed in float32. Or a tuple of as
+        many, and the logits are the sum of their products.
       labels_RT: int32 token ids.
       weights_RT: float32; 0 where the token has no loss.
       label_smoothing: α.
@@ -39,8 +39,8 @@ def cross_entropy(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing=0.
     Returns:
       Float32 scalar, the sum; divide by the sum of weights of the whole update.
     """
-    value = functools.partial(_value, label_smoothing=label_smoothing, chunk=chunk, softcap=softcap)
-    return _on_shards(value, hidden_RTD, head_VD, labels_RT, weights_RT)[0]
+    hiddens, heads = (x if isinstance(x, tuple) else (x,) for x in (hidden_RTD, head_VD))
+    return _loss(hiddens, heads, labels_RT, weights_RT, label_smoothing, chunk, softcap)
 
 
 def choose_chunk(loss_tokens, slots: int) -> int:
@@ -59,25 +59,36 @@ def choose_chunk(loss_tokens, slots: int) -> int:
     return options[int(costs.argmin())]
 
 
-def _forward(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing, chunk, softcap):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _loss(hiddens, heads, labels_RT, weights_RT, label_smoothing, chunk, softcap):
+    value = functools.partial(_value, label_smoothing=label_smoothing, chunk=chunk, softcap=softcap)
+    return _on_shards(value, hiddens, heads, labels_RT, weights_RT)[0]
+
+
+def _forward(hiddens, heads, labels_RT, weights_RT, label_smoothing, chunk, softcap):
     settings = {"label_smoothing": label_smoothing, "chunk": chunk, "softcap": softcap}
-    gradients = functools.partial(_gradients, **settings)
-    loss, d_hidden, d_head = _on_shards(gradients, hidden_RTD, head_VD, labels_RT, weights_RT)
-    return loss, (d_hidden, d_head.astype(head_VD.dtype))
+    gradients = functools.partial(_gradients, learns=tuple(head.perturbed for head in heads), **settings)
+    hiddens, heads = (tuple(x.value for x in xs) for xs in (hiddens, heads))
+    loss, d_hiddens, d_heads = _on_shards(gradients, hiddens, heads, labels_RT.value, weights_RT.value)
+    d_heads = (None if d_head is None else d_head.astype(head.dtype) for d_head, head in zip(d_heads, heads))
+    return loss, (d_hiddens, tuple(d_heads))
 
 
 def _backward(label_smoothing, chunk, softcap, gradients, cotangent):
-    d_hidden, d_head = ((cotangent * gradient).astype(gradient.dtype) for gradient in gradients)
-    return d_hidden, d_head, None, None
+    d_hiddens, d_heads = jax.tree.map(
+        lambda gradient: (cotangent * gradient).astype(gradient.dtype), gradients
+    )
+    return d_hiddens, d_heads, None, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+# With symbolic zeros `_forward` is told which arguments are differentiated.
+_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _on_shards(function, hidden_RTD, head_VD, labels_RT, weights_RT):
-    """`function` of each batch shard's rows and the head; the loss and the head's gradient are summed over
+def _on_shards(function, hiddens, heads, labels_RT, weights_RT):
+    """`function` of each batch shard's rows and the heads; the loss and the heads' gradients are summed over
     shards. (Gradients may be None.)"""
-    head_VD = unshard_fsdp(head_VD, _HEAD_AXES, hidden_RTD.dtype)
+    heads = tuple(unshard_fsdp(head, _HEAD_AXES, hidden.dtype) for hidden, head in zip(hiddens, heads))
     if num_batch_shards(jax.sharding.get_abstract_mesh()) > 1:
         rows = PartitionSpec(BATCH)
         function = jax.shard_map(
@@ -87,9 +98,9 @@ def _on_shards(function, hidden_RTD, head_VD, labels_RT, weights_RT):
             axis_names=set(BATCH),
             check_vma=False,
         )
-    losses, d_hidden, d_heads = function(hidden_RTD, head_VD, labels_RT, weights_RT)
-    d_head = None if d_heads is None else reduce_scatter_grad(d_heads.sum(0), _HEAD_AXES)
-    return losses.sum(), d_hidden, d_head
+    losses, d_hiddens, d_heads = function(hiddens, heads, labels_RT, weights_RT)
+    d_heads = jax.tree.map(lambda d_head: reduce_scatter_grad(d_head.sum(0), _HEAD_AXES), d_heads)
+    return losses.sum(), d_hiddens, d_heads
 
 
 def _value(*arrays, **settings):
@@ -99,37 +110,50 @@ def _value(*arrays, **settings):
     return loss[None], None, None
 
 
-def _gradients(hidden_RTD, *arrays, **settings):
-    """The loss of one shard's rows and its gradients: of hidden states, and of the head in float32; each has
-    an axis of shards, or, for hidden states, of rows."""
-    chunks = _Chunks(hidden_RTD, *arrays, **settings)
+def _gradients(hiddens, *arrays, learns, **settings):
+    """The loss of one shard's rows and its gradients: of hidden states, and in float32 of the heads that
+    learn, None of others; each has an axis of shards, or, for hidden states, of rows."""
+    chunks = _Chunks(hiddens, *arrays, **settings)
 
     def of_chunk(i):
-        loss, (at, hidden, d_logits) = chunks.loss(i, gradient=True)
-        d_head = jnp.einsum("cv,cd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
-        return loss, at, (d_logits @ chunks.head).astype(chunks.hidden.dtype), d_head
+        loss, (at, hiddens, d_logits) = chunks.loss(i, gradient=True)
+        d_heads = tuple(
+            jnp.einsum("cv,cd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+            if learns_it
+            else None
+            for hidden, learns_it in zip(hiddens, learns)
+        )
+        rows = tuple(
+            (d_logits @ head).astype(hidden.dtype) for hidden, head in zip(chunks.hiddens, chunks.heads)
+        )
+        return loss, at, rows, d_heads
+
+    def scatter(d_hiddens, at, rows):
+        return jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), d_hiddens, rows)
 
     def body(i, carry):
-        loss, d_hidden, d_head = carry
-        chunk_loss, at, rows, d_head_of_chunk = of_chunk(i)
-        return loss + chunk_loss, d_hidden.at[at].set(rows, mode="drop"), d_head + d_head_of_chunk
+        loss, d_hiddens, d_heads = carry
+        chunk_loss, at, rows, d_heads_of_chunk = of_chunk(i)
+        d_heads = jax.tree.map(jnp.add, d_heads, d_heads_of_chunk)
+        return loss + chunk_loss, scatter(d_hiddens, at, rows), d_heads
 
     # The first chunk before the loop: there is always one, and no zeros as large as the head are written.
-    loss, at, rows, d_head = of_chunk(0)
-    d_hidden = jnp.zeros_like(chunks.hidden).at[at].set(rows, mode="drop")
+    loss, at, rows, d_heads = of_chunk(0)
+    d_hiddens = scatter(jax.tree.map(jnp.zeros_like, chunks.hiddens), at, rows)
     if chunks.num_chunks > 1:
-        loss, d_hidden, d_head = jax.lax.fori_loop(1, chunks.num_active, body, (loss, d_hidden, d_head))
-    return loss[None], d_hidden.reshape(hidden_RTD.shape), d_head[None]
+        loss, d_hiddens, d_heads = jax.lax.fori_loop(1, chunks.num_active, body, (loss, d_hiddens, d_heads))
+    d_hiddens = jax.tree.map(lambda d_hidden, hidden: d_hidden.reshape(hidden.shape), d_hiddens, hiddens)
+    return loss[None], d_hiddens, jax.tree.map(lambda d_head: d_head[None], d_heads)
 
 
 class _Chunks:
     """The loss tokens of one shard, a chunk at a time."""
 
-    def __init__(self, hidden_RTD, head_VD, labels_RT, weights_RT, *, label_smoothing, chunk, softcap):
+    def __init__(self, hiddens, heads, labels_RT, weights_RT, *, label_smoothing, chunk, softcap):
         tokens = weights_RT.size
         self.chunk = min(chunk or min(max(-(-tokens // 2), 256), CHUNKS[-1]), tokens)
-        self.hidden = hidden_RTD.reshape(tokens, -1)
-        self.head, self.labels, self.weights = head_VD, labels_RT.ravel(), weights_RT.ravel()
+        self.hiddens = tuple(hidden.reshape(tokens, -1) for hidden in hiddens)
+        self.heads, self.labels, self.weights = heads, labels_RT.ravel(), weights_RT.ravel()
         self.label_smoothing, self.softcap = label_smoothing, softcap
         # Loss tokens first; indices past the end point outside and are filled with zeros.
         order = jnp.argsort(self.weights == 0, stable=True)
@@ -140,10 +164,14 @@ class _Chunks:
     def loss(self, i, gradient=False):
         """Loss of chunk i; with `gradient` also its token indices, hidden states and d loss / d logits."""
         at = jax.lax.dynamic_slice_in_dim(self.order, i * self.chunk, self.chunk)
-        hidden, labels, weights = (
-            x.at[at].get(mode="fill", fill_value=0) for x in (self.hidden, self.labels, self.weights)
+        hiddens, labels, weights = jax.tree.map(
+            lambda x: x.at[at].get(mode="fill", fill_value=0), (self.hiddens, self.labels, self.weights)
         )
-        logits = jnp.einsum("cd,vd->cv", hidden, self.head, preferred_element_type=jnp.float32)
+        logits, *more = (
+            jnp.einsum("cd,vd->cv", hidden, head, preferred_element_type=jnp.float32)
+            for hidden, head in zip(hiddens, self.heads)
+        )
+        logits = functools.reduce(jnp.add, more, logits)
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         vocabulary, normalizer = logits.shape[-1], _logsumexp(logits)
@@ -158,7 +186,7 @@ class _Chunks:
         d_logits = weights[:, None] * (jnp.exp(logits - normalizer[:, None]) - targets)
         if self.softcap is not None:
             d_logits *= 1 - (logits / self.softcap) ** 2
-        return loss, (at, hidden, d_logits.astype(hidden.dtype))
+        return loss, (at, hiddens, d_logits.astype(hiddens[0].dtype))
 
 
 def _logsumexp(logits_CV):

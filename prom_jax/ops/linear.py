@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prom_jax.ops.platform import on_cpu
+from prom_jax.ops.quantised import Quantised, quantised_linear
 
 
 def linear(x, weights, training: bool = True) -> list:
@@ -16,14 +17,20 @@ def linear(x, weights, training: bool = True) -> list:
 
     Args:
       x: [..., I].
-      weights: a list of [O, I], each O its own.
-      training: False where a few new tokens next to a cache are not worth a copy of the weights.
+      weights: a list of [O, I], each O its own; those that are `Quantised` have no gradient.
+      training: False where the weights have no gradient, such as for a few new tokens next to a cache, which
+        are not worth a copy of them.
     Returns:
       A list of [..., O].
     """
     split_by_tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
     if len(weights) == 1 or not training or split_by_tensor or not on_cpu():
-        return [jnp.einsum("...i,oi->...o", x, weight) for weight in weights]
+        return [
+            quantised_linear(x, weight)
+            if isinstance(weight, Quantised)
+            else jnp.einsum("...i,oi->...o", x, weight)
+            for weight in weights
+        ]
     return joined_linear(x, weights)
 
 
@@ -31,3 +38,20 @@ def joined_linear(x, weights) -> list:
     """`linear` by one product."""
     ends = np.cumsum([len(weight) for weight in weights])
     return jnp.split(jnp.einsum("...i,oi->...o", x, jnp.concatenate(weights)), ends[:-1], axis=-1)
+
+
+def low_rank(x, downs, ups) -> list:
+    """x [..., I] times each product of matrices B A, of which A [R, I] goes first, so that B A is never made.
+
+    Args:
+      x: [..., I].
+      downs: a list of A [R, I], which are applied by one product.
+      ups: as many B [O, R], each O and R its own.
+    Returns:
+      A list of [..., O].
+    """
+    if not downs:
+        return []
+    ends = np.cumsum([len(down) for down in downs])
+    inner = jnp.split(jnp.einsum("...i,ri->...r", x, jnp.concatenate(downs)), ends[:-1], axis=-1)
+    return [jnp.einsum("...r,or->...o", low, up) for low, up in zip(inner, ups)]

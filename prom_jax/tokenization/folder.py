@@ -87,11 +87,16 @@ def save(
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return (path / "tokenizer.json").exists() or (path / sentencepiece.FILE).exists()
+
+
 def _from_directory(path: Path) -> PreTrainedTokenizerFast:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         _check_names_no_files(path / name)
     own, by_scores = path / "tokenizer.json", path / sentencepiece.FILE
-    if not own.exists() and not by_scores.exists():
+    if not has_tokenizer(path):
         raise UserError(
             f"{path} has no tokenizer: expected a tokenizer.json or a SentencePiece {by_scores.name} in it"
         )

@@ -1,5 +1,6 @@
 """What a run costs, known before any weight is loaded: FLOPs, bytes, and whether they fit."""
 
+import math
 import os
 from collections import Counter
 
@@ -7,49 +8,77 @@ import jax
 import numpy as np
 
 from prom_jax.models.config import DecoderConfig
-from prom_jax.training.objective import Method, TokenLoss
+from prom_jax.models.decoder import tensors
+from prom_jax.models.lora import LoRA
+from prom_jax.training.objective import MAIN_HEAD, Method, TokenLoss
 
 
-def training_flops(config: DecoderConfig, method: Method, records, examples) -> float:
+def training_flops(
+    config: DecoderConfig, method: Method, records, examples, lora: LoRA | None = None
+) -> float:
     """Model FLOPs of training on examples.
 
     Two a multiply-add, three passes (forward, and backward in inputs and weights): 6 · parameters · tokens
     for matrices, causal attention, and a head for loss tokens alone; two passes for a head that does not
-    learn, and for a method that combines gradients (`Method.combine`) a way back through the blocks for each
-    of them. Padding and recomputation are not counted, as they are not the model's.
+    learn and for matrices that are frozen, whose adapters have three, and for a method that combines
+    gradients (`Method.combine`) a way back through the blocks for each of them. Padding and recomputation are
+    not counted, as they are not the model's.
 
     Args:
       config: of the model.
       method: which streams go through how many blocks; only its `TokenLoss`es are counted.
       records: of `data.records`.
       examples: indices into the records, repeated as they come.
+      lora: the adapters; None for none.
     Returns:
       A number of operations.
     """
     exits = [term for term in method.terms if isinstance(term, TokenLoss)]
     gradients = sum(len(term.names) for term in method.terms) if method.combine else 1
     return sum(
-        (1 + 2 * gradients) * _of_blocks(config, term.layer, records.streams[stream], examples)
-        + (3 if term.trains_head else 2) * _of_head(config, records.streams[stream], examples)
+        _of_blocks(config, term.layer, records.streams[stream], examples, gradients, lora)
+        + _of_head(config, term, records.streams[stream], examples, lora)
         for term in exits
         for stream in term.streams
         if stream in records.streams
     )
 
 
-def _of_blocks(config: DecoderConfig, layer: int | None, texts, examples) -> float:
-    """Forward FLOPs of one stream of examples through some layers."""
-    hidden, queries, keys = (config.sizes[name] for name in ("hidden", "queries", "keys"))
-    matrices = hidden * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+def _of_blocks(config: DecoderConfig, layer: int | None, texts, examples, gradients: int, lora) -> float:
+    """FLOPs of one stream of examples through some layers, and back so many times."""
     lengths = texts.lengths[examples].astype(np.float64)
     layers = config.layers[:layer]
+    passes, is_frozen = 1 + 2 * gradients, lora is not None and not lora.trains_base
+    of_matrices = (1 + gradients if is_frozen else passes) * _matrices(config) + passes * _adapters(
+        config, lora
+    )
     pairs = sum(number * _attended(lengths, window) for window, number in _counts(layers).items())
-    return len(layers) * 2 * matrices * lengths.sum() + 4 * queries * pairs
+    return len(layers) * 2 * of_matrices * lengths.sum() + passes * 4 * config.sizes["queries"] * pairs
 
 
-def _of_head(config: DecoderConfig, texts, examples) -> float:
-    """Forward FLOPs of a head on the loss tokens of one stream of examples."""
-    return 2 * config.hidden_size * config.vocab_size * float(texts.weights[examples].sum())
+def _of_head(config: DecoderConfig, term: TokenLoss, texts, examples, lora) -> float:
+    """FLOPs of a head on the loss tokens of one stream of examples."""
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    low_rank = lora is not None and term.head in lora.heads
+    is_frozen = lora is not None and not lora.trains_base and term.head == MAIN_HEAD
+    values = (3 if term.trains_head and not low_rank and not is_frozen else 2) * hidden * vocabulary
+    values += 3 * lora.rank * (hidden + vocabulary) if low_rank else 0
+    return 2 * values * float(texts.weights[examples].sum())
+
+
+def _matrices(config: DecoderConfig) -> int:
+    """The number of values in a block's matrices."""
+    hidden, queries, keys = (config.sizes[name] for name in ("hidden", "queries", "keys"))
+    return hidden * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+
+
+def _adapters(config: DecoderConfig, lora: LoRA | None) -> int:
+    """The number of values in a block's adapters."""
+    if lora is None:
+        return 0
+    rows = lora.rows(row for row in tensors(config) if row.in_layers)
+    sizes = config.sizes | {"rank": lora.rank}
+    return sum(math.prod(sizes[size] for size in row.shape) for row in rows)
 
 
 def _counts(layers) -> Counter:

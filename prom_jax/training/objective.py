@@ -90,9 +90,9 @@ class TokenLoss:
 
     def read(self, model, states_BTD, rows: Mapping, chunk: int | None = None):
         """The sum of token losses, float32, of rows whose hidden states are these."""
-        head = model.head(self.head)
+        hidden, head = model.head_products(self.head, model.head_input(states_BTD, self.norm))
         return cross_entropy(
-            model.head_input(states_BTD, self.norm),
+            hidden,
             head if self.trains_head else jax.lax.stop_gradient(head),
             rows["labels"],
             rows["weights"],
@@ -158,7 +158,8 @@ def _rows(batch, streams: tuple[str, ...], term_of: Mapping[str, TokenLoss]) -> 
     """The rows of streams, one appended to the other, and where each leaves."""
     columns = {
         name: jnp.concatenate([batch[stream][name] for stream in streams], axis=1)
-        for name in ("tokens", "positions", "segments")
+        for name in ("tokens", "positions", "segments", "keys")
+        if name in batch[streams[0]]
     }
     ends = list(itertools.accumulate(batch[stream]["tokens"].shape[1] for stream in streams))
     exits = (Exit(term_of[s].layer, start, stop) for s, start, stop in zip(streams, [0, *ends], ends))
@@ -256,6 +257,11 @@ class Method:
         """Heads besides the model's own, and after which block each reads."""
         exits = [term for term in self.terms if isinstance(term, TokenLoss)]
         return {term.head: term.layer for term in exits if term.head != MAIN_HEAD}
+
+    @property
+    def low_rank_heads(self) -> tuple[str, ...]:
+        """Those of `heads` that are the main head and a difference of low rank."""
+        return ()
 
     @property
     def exits(self) -> tuple[int, ...]:

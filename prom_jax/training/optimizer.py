@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from prom_jax.ops.random import hash_bits
+
 
 def make_schedule(learning_rate, warmup_ratio, schedule, num_steps):
     """Learning rate by update: linear warmup from 0, then 'cosine' or 'linear' decay to 0."""
@@ -89,7 +91,6 @@ def stochastic_round(x, seed):
     """Stochastic rounding of float32 to bfloat16; unbiased.
 
     The random bits are a hash of index and seed: elementwise, so that it becomes part of what makes `x`.
-    `jax.random` would first write eight bytes for each number on a GPU.
 
     Args:
       x: float32 of any shape.
@@ -100,17 +101,10 @@ def stochastic_round(x, seed):
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    noise = _hash(index ^ _hash(jnp.uint32(seed))) >> 16
+    noise = hash_bits(index ^ hash_bits(jnp.uint32(seed))) >> 16
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
-
-
-def _hash(x):
-    """Mixes the bits of uint32 (multiply and xor-shift, constants found by C. Wellons's search)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
-    x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
-    return x ^ (x >> 15)
 
 
 def _decays(params: dict) -> dict:

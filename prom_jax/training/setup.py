@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from prom_jax import config as configuration
+from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.checkpoints.generation import with_stops
 from prom_jax.data import mixture
@@ -17,14 +18,17 @@ from prom_jax.data.loader import Batches
 from prom_jax.data.mixture import Mixture
 from prom_jax.data.records import Prepared, Records, prepare
 from prom_jax.models.config import DecoderConfig
-from prom_jax.models.decoder import check_exit
+from prom_jax.models.decoder import check_exit, tensors
+from prom_jax.models.lora import ALL_LINEAR, LoRA, linear_maps
 from prom_jax.ops.attention import supports_shared_prefixes
+from prom_jax.ops.quantised import KINDS
 from prom_jax.parallel.multihost import main_process_first
 from prom_jax.training import budget
 from prom_jax.training.methods import find_method
 from prom_jax.training.objective import Method
 from prom_jax.training.regulation import Regulation, decide
 from prom_jax.utils.console import console
+from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
 from prom_jax.utils.workdir import as_dict, check_same_config, check_shared
 
@@ -83,6 +87,7 @@ class Experiment:
       parts: what each language brings, in the order of the configuration.
       records: of all languages.
       batches: of the whole run.
+      lora: the adapters, and heads of low rank; None for none.
       flops: of the whole run, as `budget.training_flops` counts.
     """
 
@@ -92,6 +97,7 @@ class Experiment:
     method: Method
     parts: tuple[Part, ...]
     records: Records | Mixture
+    lora: LoRA | None
     batches: Batches
     flops: float
 
@@ -100,7 +106,15 @@ class Experiment:
         """What a work directory remembers of its run: the configuration, and what its sources hold."""
         shared = self.batches.share_prompts  # with 'auto' it depends on `attention`, which may change
         records = "+".join(part.data.fingerprint for part in self.parts)
-        return as_dict(self.config) | {"records": records, "prompts_shared": shared}
+        identity = as_dict(self.config) | {"records": records, "prompts_shared": shared}
+        # Of frozen parameters a run keeps this alone.
+        frozen = self.is_frozen and self.base.reader is not None
+        return identity | ({"base": weights.fingerprint(self.base.reader)} if frozen else {})
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the model's own parameters are not trained, but adapters."""
+        return self.lora is not None and not self.lora.trains_base
 
     @property
     def details(self) -> dict:
@@ -112,6 +126,10 @@ class Experiment:
         if self.method.exits:
             unusual = {"english_prompt": "target", "translation_source": True}  # as in the published script
             details |= {f"pivot.{key}": value for key, value in unusual.items() if config.pivot[key] == value}
+        if self.lora is not None:
+            adapter = {key: self.config.adapter[key] for key in ("rank", "alpha", "rslora")}
+            adapter |= {"targets": ", ".join(self.lora.targets)}
+            details |= {f"adapter.{key}": value for key, value in adapter.items()}
         return details | {
             "regulate": config.pivot.regulate,
             "regulation": "; ".join(f"{part.label}{part.regulation.reason}" for part in self.parts),
@@ -198,6 +216,7 @@ def resolve(
     methods = {code: kind.from_config(config, base.layer, decisions[code].weight) for code in codes}
     # λ of a language is as configured or 0, and then its records have no English.
     method = kind.from_config(config, base.layer, max(each.weight for each in decisions.values()))
+    lora = find_lora(config, base.config, method)
     if config.data.seq_len > base.config.max_position_embeddings:
         console.print(
             f"WARNING   data.seq_len={config.data.seq_len} is more than the "
@@ -224,8 +243,9 @@ def resolve(
         epochs=config.optimizer.epochs,
         steps=config.steps,
         share_prompts=config.batch.share_prompts == "auto" and supports_shared_prefixes(config.attention),
+        keys=lora is not None and lora.dropout > 0,
     )
-    flops = budget.training_flops(base.config, method, records, batches.examples)
+    flops = budget.training_flops(base.config, method, records, batches.examples, lora)
     experiment = Experiment(
         config=config,
         workdir=workdir,
@@ -233,6 +253,7 @@ def resolve(
         method=method,
         parts=parts,
         records=records,
+        lora=lora,
         batches=batches,
         flops=flops,
     )
@@ -247,6 +268,43 @@ def _together(parts: list[Records], share: tuple[str, ...], codes: tuple[str, ..
         return parts[0]
     sizes = [len(part) for part in parts]
     return Mixture(parts, mixture.counts(sizes, shares) if shares else sizes)
+
+
+def find_lora(config, base: DecoderConfig, method: Method) -> LoRA | None:
+    """The adapters that a configuration asks for, and the method's heads of low rank.
+
+    Args:
+      config: see `prom_jax.config`.
+      base: the architecture of the model.
+      method: as configured.
+    Returns:
+      What `models.decoder.Decoder` takes; None where there is neither.
+    Raises:
+      UserError: for targets that the model has not.
+    """
+    adapter, maps = config.adapter, linear_maps(tensors(base))
+    targets = maps if tuple(adapter.targets) == (ALL_LINEAR,) else tuple(dict.fromkeys(adapter.targets))
+    if adapter.kind == "none":
+        targets = ()
+    elif not targets or not set(targets) <= set(maps):
+        raise UserError(
+            f"adapter.targets={tuple(adapter.targets)}: expected {ALL_LINEAR!r} or some of "
+            f"{', '.join(maps)}, which a {base.model_type!r} has"
+        )
+    if not targets and not method.low_rank_heads:
+        return None
+    computed = config.compute_dtype or models.default_compute_dtype()
+    quantised = adapter.base_dtype in KINDS
+    return LoRA(
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=(*targets, *method.low_rank_heads),
+        dropout=adapter.dropout,
+        rslora=adapter.rslora,
+        trains_base=adapter.kind == "none",
+        base_dtype=computed if quantised else adapter.base_dtype or computed,
+        quantised=adapter.base_dtype if quantised else "",
+    )
 
 
 def recipe(config, method: Method) -> Recipe:

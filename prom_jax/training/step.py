@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from prom_jax.models import decoder
-from prom_jax.parallel.sharding import BATCH, constrain, constrain_params, path_keys
+from prom_jax.parallel.sharding import BATCH, constrain, constrain_params
 from prom_jax.training.objective import Method
 from prom_jax.training.optimizer import to_float32
 
@@ -21,27 +22,27 @@ def make_update(
     appended: str | None = None,
     chunks: Mapping[str, int] | None = None,
 ):
-    """The function (params, opt_state, batch) → (params, opt_state, metrics) of one update.
+    """The function (trained, opt_state, batch, frozen) → (trained, opt_state, metrics) of one update, of the
+    parameters that are trained and of the others ({} for none), as `split_params` divides them.
 
     Args:
-      model: abstract, the structure that `params` fill.
+      model: abstract, the structure that both parts of the parameters fill.
       method: whose loss is minimised.
-      optimizer: its state is that of the parameters that the method trains (`trained_params`).
+      optimizer: its state is that of the trained parameters.
       accumulation: into how many parts the batch is split; gradients are summed over them, each term
         divided by the divisors of the whole update, so the result is that of the whole batch.
       appended: the stream that continues the rows of the first one, as `data.loader.Batches` says.
       chunks: of loss tokens by stream, as in `training.objective.head_chunks`.
     Returns:
       Metrics are float32 scalars: loss, and by name of a sum loss_… (per token) and weight_…; grad_norm;
-      param_norm after the update.
+      param_norm, of the trained parameters after the update.
     """
-    axes = decoder.param_axes(model.config, model.heads)
+    axes = decoder.param_axes(model.config, model.heads, model.lora)
 
-    def update(params, opt_state, batch):
+    def update(trained, opt_state, batch, frozen=MappingProxyType({})):
         divisors = method.divisors(batch)
         scale = method.coefficients(divisors)
-        trained = trained_params(params, method)
-        losses = _losses(model, method, params, scale, appended, chunks)
+        losses = _losses(model, method, frozen, scale, appended, chunks)
         gradients, sums = accumulate(_differentiate(losses, method.combine), trained, batch, accumulation)
         if method.combine is not None:
             gradients = method.combine(gradients)
@@ -52,9 +53,9 @@ def make_update(
             metrics[f"weight_{name}"] = divisors[name]
         metrics["grad_norm"] = optax.global_norm(to_float32(gradients))
         updates, opt_state = optimizer.update(gradients, opt_state, trained)
-        params = merge_params(optax.apply_updates(trained, updates), params)
-        metrics["param_norm"] = optax.global_norm(to_float32(params))
-        return params, opt_state, metrics
+        trained = optax.apply_updates(trained, updates)
+        metrics["param_norm"] = optax.global_norm(to_float32(trained))
+        return trained, opt_state, metrics
 
     return update
 
@@ -66,7 +67,8 @@ def make_term_norms(
     appended: str | None = None,
     chunks: Mapping[str, int] | None = None,
 ):
-    """The function (params, batch) → {name of a sum: the norm of its gradient, float32} of an update.
+    """The function (trained, batch, frozen) → {name of a sum: the norm of its gradient, float32} of an
+    update.
 
     Each gradient is multiplied and divided as in the loss, so that their sum, but for a method that combines
     them otherwise, is the update's. They are made one after the other, so that no more than one is in memory.
@@ -74,13 +76,12 @@ def make_term_norms(
     Args:
       model, method, accumulation, appended, chunks: as in `make_update`.
     """
-    axes = decoder.param_axes(model.config, model.heads)
+    axes = decoder.param_axes(model.config, model.heads, model.lora)
     names = [name for term in method.terms for name in term.names]
 
-    def term_norms(params, batch):
+    def term_norms(trained, batch, frozen=MappingProxyType({})):
         scale = method.coefficients(method.divisors(batch))
-        trained = trained_params(params, method)
-        losses = _losses(model, method, params, scale, appended, chunks)
+        losses = _losses(model, method, frozen, scale, appended, chunks)
 
         def norm(chosen):
             def total(trained, part):
@@ -95,11 +96,11 @@ def make_term_norms(
     return term_norms
 
 
-def _losses(model, method: Method, params, scale: dict, appended, chunks):
+def _losses(model, method: Method, frozen, scale: dict, appended, chunks):
     """The function (trained parameters, part of a batch) → each sum as it is in the loss, and as it is."""
 
     def losses(trained, part):
-        whole = decoder.with_params(model, merge_params(trained, params))
+        whole = decoder.with_params(model, merge_params(trained, frozen))
         sums = method.sums(whole, part, appended, chunks)
         return {name: scale[name] * sums[name] for name in sums}, sums
 
@@ -122,18 +123,32 @@ def _differentiate(losses, combine):
     return jax.grad(total, has_aux=True) if combine is None else of_each
 
 
-def trained_params(params: dict, method: Method) -> dict:
-    """The parameters that a method trains; None in place of the others, which JAX takes for no leaf."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x if method.trains(path_keys(path)) else None, params
-    )
+def split_params(params: dict, model: decoder.Decoder, method: Method) -> tuple[dict, dict]:
+    """The parameters that a method trains, and those that are frozen: by the method, or around adapters."""
+
+    def is_trained(path):
+        return method.trains(path) and not model.is_frozen(path[-1])
+
+    return divide(params, is_trained)
 
 
-def merge_params(trained: dict, params: dict) -> dict:
-    """The parameters, with the trained ones replaced."""
-    return jax.tree.map(
-        lambda new, old: old if new is None else new, trained, params, is_leaf=lambda x: x is None
-    )
+def divide(params: Mapping, belongs, path: tuple[str, ...] = ()) -> tuple[dict, dict]:
+    """Two parts of a nested dict: the leaves whose path belongs to the first, and the others."""
+    parts = {}, {}
+    for name, value in params.items():
+        here = (*path, name)
+        if isinstance(value, Mapping):
+            for part, inner in zip(parts, divide(value, belongs, here)):
+                part |= {name: inner} if inner else {}
+        else:
+            parts[0 if belongs(here) else 1][name] = value
+    return parts
+
+
+def merge_params(one: Mapping, other: Mapping) -> dict:
+    """The nested dict of which both are parts; of what is in both, the first's."""
+    shared = {name: value for name, value in one.items() if isinstance(value, Mapping) and name in other}
+    return {**other, **one, **{name: merge_params(value, other[name]) for name, value in shared.items()}}
 
 
 def accumulate(function, params, batch, parts: int):

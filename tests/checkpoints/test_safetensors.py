@@ -330,7 +330,7 @@ def test_bad_folders_are_refused(tmp_path):
     ])  # fmt: skip
     bad(r"has both model\.safetensors and an index of other files: .*remove", both)
     bad(r"holds an adapter \(adapter_config\.json\) beside its model.*merge_and_unload.*or remove", adapter)
-    bad(r"holds an adapter .* and no whole model.*merge_and_unload", adapter_alone)
+    bad(r"sets base_model_name_or_path=None: expected the path or hub id of the model", adapter_alone)
     bad(r"names of a compiled model; save `model\._orig_mod`", renamed("_orig_mod."))
     bad("are an adapter's; merge", weights(**{f"{norm}.lora_A.weight": content[norm]}))
     bad(r"lacks lm_head\.weight.*set `tie_word_embeddings` to true", weights(**{"lm_head.weight": None}))

@@ -327,3 +327,25 @@ def digest(run) -> str:
     numbers = [run.shapes, run.fill, run.saved, run.steps_per_epoch, run.num_steps, tokens]
     found.update(json.dumps(numbers).encode())
     return found.hexdigest()[:16]
+
+
+def test_keys_are_those_of_a_text_however_it_is_packed(records):
+    """Tokens that others share have one key, which is that of each text in its own row."""
+
+    def found(step=0, **changes):
+        run = batches(records, epochs=2.0, keys=True, **changes)
+        named = ("positions", "tokens", "keys")
+        return {
+            values
+            for rows in run[step].values()
+            for values in zip(*(rows[name][rows["segments"] > 0].tolist() for name in named))
+        }
+
+    whole = found(sequences=40)
+    assert len({key for *_, key in whole}) == len(whole)
+    assert whole == found(sequences=60, share_prompts=True)
+    keys = lambda found: {key for *_, key in found}
+    for other in (found(step=1, sequences=40), found(seed=1, sequences=40)):
+        assert {values[:2] for values in other} == {values[:2] for values in whole}
+        assert not keys(other) & keys(whole)
+    assert "keys" not in batches(records)[0]["target"]

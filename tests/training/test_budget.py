@@ -8,15 +8,17 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from prom_jax.models import decoder
 from prom_jax.models.auto import config_from_hf
+from prom_jax.models.lora import LoRA
 from prom_jax.training import budget
 from prom_jax.training.methods.bactrian import Bactrian
 from prom_jax.training.methods.pcgrad import PCGrad
 from prom_jax.training.methods.prom import PROM
 from prom_jax.training.methods.xllama2 import XLLaMA2
-from prom_jax.training.step import make_update
+from prom_jax.training.step import make_update, split_params
 from tests.reference import hf_model, pack, random_examples, to_model
 
 ROWS, LENGTH, PIVOT = 16, 32, 1
@@ -39,7 +41,7 @@ def records_of(examples):
     return types.SimpleNamespace(streams={"target": texts, "english": texts})
 
 
-def step_flops(method):
+def step_flops(method, lora=None):
     """FLOPs of one update by XLA's count and by ours, on the same full rows of either language."""
     hf = hf_model("llama3", **WIDE)
     all_bear_loss = np.append(np.ones(LENGTH - 1, np.float32), 0)
@@ -47,13 +49,17 @@ def step_flops(method):
     rows = pack(examples, [[i] for i in range(ROWS)], LENGTH)
     head = copy.deepcopy(hf.lm_head).weight if method.heads else None
     model = to_model(hf, PIVOT * bool(method.heads), head, attention="xla")  # 'blocks' is a loop
+    if lora:
+        settings = {"compute": model.compute, "heads": method.heads, "rngs": nnx.Rngs(0), "lora": lora}
+        model = decoder.Decoder(model.config, **settings)
     optimizer = optax.sgd(1e-3)
-    params = decoder.to_params(model)
+    params, frozen = split_params(decoder.to_params(model), model, method)
     whole = ROWS * LENGTH  # tokens of a chunk: one turn of the loss's loop
     update = jax.jit(make_update(model, method, optimizer, 1, chunks={"target": whole, "english": whole}))
     batch = {"target": rows, "english": rows}
-    counted = update.lower(params, optimizer.init(params), batch).compile().cost_analysis()["flops"]
-    arguments = model.config, method, records_of(examples), np.arange(ROWS)
+    lowered = update.lower(params, optimizer.init(params), batch, frozen)
+    counted = lowered.compile().cost_analysis()["flops"]
+    arguments = model.config, method, records_of(examples), np.arange(ROWS), lora
     return counted, budget.training_flops(*arguments)
 
 
@@ -72,6 +78,14 @@ def test_flops_are_those_that_xla_counts(unrolled):
 def test_flops_of_heads_that_do_not_learn_and_of_several_gradients(unrolled, method):
     counted, ours = step_flops(method)
     assert 1 <= counted / ours <= 1.05
+
+
+def test_flops_of_adapters(unrolled):
+    """No gradient of a frozen matrix is counted, and none is made; nor, without a loop, of the embeddings."""
+    maps = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    counted, ours = step_flops(PROM(PIVOT, head="lora"), LoRA(4, 8.0, (*maps, "pivot_head")))
+    print(f"counted / ours {counted / ours:.4f}")
+    assert 0.97 <= counted / ours <= 1.03
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -7,7 +7,7 @@ from prom_jax.training.objective import MAIN_HEAD, L, Method, Texts
 from prom_jax.utils.errors import UserError
 
 NORMS = ("none", "final")
-HEADS = ("own", "frozen", "shared")
+HEADS = ("own", "lora", "frozen", "shared")
 PIVOT_HEAD = "pivot_head"
 
 
@@ -20,8 +20,9 @@ class PROM(Method):
       weight: λ; 0 drops the English stream.
       label_smoothing: α.
       norm: before the pivot head: 'none' (the raw residual stream) or 'final' (the model's last norm).
-      head: the pivot head: 'own' (a copy of the main head, trained), 'frozen' (that copy as it is) or
-        'shared' (the main head itself).
+      head: the pivot head: 'own' (a copy of the main head, trained), 'lora' (the main head, which does not
+        learn from it, and a trained difference of low rank), 'frozen' (a copy as it is) or 'shared' (the main
+        head itself).
     Raises:
       UserError: for a value that cannot be used.
     """
@@ -55,7 +56,8 @@ class PROM(Method):
     def from_config(cls, config, layer, weight):
         """See `Method`."""
         pivot = config.pivot
-        return cls(layer, weight, pivot.label_smoothing, pivot.norm, pivot.head)
+        head = pivot.head or ("own" if config.adapter.kind == "none" else "lora")
+        return cls(layer, weight, pivot.label_smoothing, pivot.norm, head)
 
     @property
     def loss(self):
@@ -74,6 +76,11 @@ class PROM(Method):
             "label_smoothing": self.label_smoothing,
             "trains_head": self.head != "frozen",
         }
+
+    @property
+    def low_rank_heads(self):
+        """See `Method`."""
+        return (PIVOT_HEAD,) if self.head == "lora" and PIVOT_HEAD in self.heads else ()
 
     def trains(self, path):
         """See `Method`."""

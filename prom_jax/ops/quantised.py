@@ -1,0 +1,85 @@
+"""Frozen matrices in 8 or 4 bits, with a scale for each block of values, and the linear map of one.
+
+int8 codes are multiples of a block's largest value over 127. nf4 codes are the 16 quantiles of a normal
+distribution that Dettmers et al. (2023, "QLoRA", appendix E) give, times a block's largest value.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = 64  # values of a row that share a scale
+KINDS = {"int8": jnp.int8, "nf4": jnp.uint4}
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
+], np.float32)  # fmt: skip
+
+
+class Quantised(NamedTuple):
+    """A matrix, or a stack of them.
+
+    Attributes:
+      codes: int8, or uint4 for nf4, of the matrix's shape [..., O, I].
+      scales: float32 [..., O, I / block].
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+
+
+def block_size(inputs: int) -> int:
+    """How many values of a row of so many share a scale."""
+    return math.gcd(BLOCK, inputs)
+
+
+def scales_of(matrix: np.ndarray, kind: str) -> np.ndarray:
+    """The scales of a matrix [..., O, I], on the host: float32 [..., O, I / block]."""
+    largest = np.abs(_blocks(matrix)).max(axis=-1)
+    return largest / np.float32(127) if kind == "int8" else largest
+
+
+def codes_of(matrix: np.ndarray, kind: str) -> np.ndarray:
+    """The codes of a matrix [..., O, I], on the host."""
+    scales = scales_of(matrix, kind)[..., None]
+    shares = _blocks(matrix) / np.where(scales > 0, scales, 1)
+    middles = (NF4[1:] + NF4[:-1]) / 2
+    codes = np.rint(shares) if kind == "int8" else np.searchsorted(middles, shares)
+    return codes.reshape(matrix.shape).astype(KINDS[kind])
+
+
+def _blocks(matrix) -> np.ndarray:
+    size = block_size(matrix.shape[-1])
+    return np.asarray(matrix, np.float32).reshape(*matrix.shape[:-1], -1, size)
+
+
+def dequantise(weight: Quantised, dtype) -> jax.Array:
+    """The matrix."""
+    codes, scales = weight
+    is_nf4 = codes.dtype == jnp.uint4
+    values = jnp.asarray(NF4)[codes.astype(jnp.int32)] if is_nf4 else codes.astype(jnp.float32)
+    blocks = values.reshape(*scales.shape, -1) * scales[..., None]
+    return blocks.reshape(codes.shape).astype(dtype)
+
+
+@jax.custom_vjp
+def quantised_linear(x, weight: Quantised):
+    """x [..., I] times the matrix [O, I], which has no gradient. The codes alone are kept for the way back,
+    on which it is made again."""
+    return jnp.einsum("...i,oi->...o", x, dequantise(weight, x.dtype))
+
+
+def _forward(x, weight):
+    return quantised_linear(x, weight), weight
+
+
+def _backward(weight, gradient):
+    return jnp.einsum("...o,oi->...i", gradient, dequantise(weight, gradient.dtype)), None
+
+
+quantised_linear.defvjp(_forward, _backward)
