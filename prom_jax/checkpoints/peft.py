@@ -81,8 +81,9 @@ class PEFTReader:
         for path in sorted(self.source.glob("*_head.safetensors")):
             whole, low_rank = [head_tensor(path.stem)], list(peft_names(head_tensor(path.stem)))
             held = set(safetensors.open_safetensors(path).keys())
-            file, layer = safetensors.open_head(path, whole if set(whole) <= held else low_rank)
-            self._files |= dict.fromkeys(held, (file, path))
+            names = whole if set(whole) <= held else low_rank
+            file, layer = safetensors.open_head(path, names)
+            self._files |= dict.fromkeys(names, (file, path))
             yield path.stem, layer
 
     def _kind(self, content: Mapping) -> LoRA:
