@@ -32,6 +32,8 @@ from tests.tiny import make, tiny_config
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
+MOST_MAPS = 25_000  # that tests may leave behind
+
 CORPUS = [
     "Below is an instruction that describes a task, paired with an input.",
     "Write a response that appropriately completes the request. ### Instruction: Response: Input:",
@@ -54,10 +56,13 @@ def train(model, pre_tokenizer, alphabet):
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_programs_are_freed():
-    """Each takes memory maps, of which a process has 65,530; past them it ends by a segmentation fault."""
+    """Each takes memory maps, of which a process has 65,530; past them it ends by a segmentation fault. To
+    free them takes seconds, and what is freed is compiled again: only where there are many."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -234,7 +234,8 @@ def test_sigterm_saves_and_asks_to_be_run_again(config, tmp_path, monkeypatch):
     assert door.Checkpoints(tmp_path / "checkpoints").latest() in (2, 3)
 
 
-@pytest.mark.parametrize("variant", [pytest.param("xllama2", marks=pytest.mark.slow), "published"])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["xllama2", "published"])
 def test_variants_run(config, tmp_path, variant):
     apply_variant(config, variant, {"published": VARIANTS["published"] | {"pivot.layer": 2}})
     config.data.seq_len, config.steps = 256, 2
@@ -357,6 +358,7 @@ def test_changed_data_is_another_run(config, tmp_path):
         door.train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_start_that_failed_leaves_the_work_directory_free(config, tmp_path):
     good = config.model
     truncated_weights(config, tmp_path)

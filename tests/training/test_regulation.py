@@ -290,6 +290,7 @@ def test_auto_on_a_real_probe(tiny, tables, swahili, tmp_path):
     assert decision.weight == 0 and set(decision.measured["tasks"]) == {"cloze"}
 
 
+@pytest.mark.slow
 def test_without_a_pivot_the_run_is_bactrian(tiny, tables, swahili, tmp_path):
     config = probed(tiny, tables, swahili)
     config.steps, config.eval.samples = 4, 0
