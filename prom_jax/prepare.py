@@ -74,6 +74,8 @@ def prepare(config, workdir: Path, inspect: int = 0, run: str = "") -> dict:
         )
     made = write_card(experiment)
     console.print(card.as_markdown(made))
+    for sentence in card.warnings(made):
+        console.print(f"WARNING   {sentence}")
     if inspect:
         inspection.show(experiment.batches, experiment.records, experiment.base.tokenizer, inspect)
     console.print(f"card: {workdir}/data_card.md")

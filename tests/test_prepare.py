@@ -92,7 +92,7 @@ def test_records_in_a_chat_template(tiny, tmp_path):
     (tmp_path / "own.jinja").write_text(TEMPLATE)
     base = open_base(config, tmp_path / "run", weights=False)
     experiment = resolve(config, tmp_path / "run", base)
-    record, tokenizer = experiment.records[0], base.tokenizer
+    record, tokenizer = experiment.parts[0].data.train[0], base.tokenizer
     rows = {str(row["id"]): row for row in read(tiny / "sw.jsonl")}
     row = rows[record["id"]]
     said = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
