@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from prom_jax.data import quality
 from prom_jax.data.examples import ENGLISH, role_in
 from prom_jax.data.loader import Batches
 from prom_jax.data.mixture import Mixture
@@ -33,14 +34,14 @@ def make(config, data: Mapping[str, Prepared], records, batches: Batches, flops:
       flops: of the whole run.
     Returns:
       {"model", "language", "method", "records" (fingerprint), "sources", "unmatched" (instruction rows
-      without a partner), "rows" (`sources.Tally.as_dict`), "roles": {role: counts}, "holdout" and "text": the
-      same of these splits, "packing", "update" ({role: "examples" and "loss_tokens" of an update on average,
-      and the number of "updates" that have any}), "steps", "steps_per_epoch", "epochs", "training_flops"}.
-      `roles` always has english, target and translation. Counts are those of `records.Prepared` with
-      "tokens_per_byte" and "tokens_per_word" (of the text that has a loss, EOS apart; None where words have
-      no spaces, and of several languages together), and "tokens_per_english_token" where examples have
-      English too. With several languages also "languages": {code: {"examples" of an epoch, "records",
-      "unmatched", "rows", "roles", "holdout", "text"}}.
+      without a partner), "rows" (`sources.Tally.as_dict`), "checks" (`quality.look`), "roles": {role:
+      counts}, "holdout" and "text": the same of these splits, "packing", "update" ({role: "examples" and
+      "loss_tokens" of an update on average, and the number of "updates" that have any}), "steps",
+      "steps_per_epoch", "epochs", "training_flops"}. `roles` always has english, target and translation. Counts are those of
+      `records.Prepared` with "tokens_per_byte" and "tokens_per_word" (of the text that has a loss, EOS apart;
+      None where words have no spaces, and of several languages together), and "tokens_per_english_token"
+      where examples have English too. With several languages also "languages": {code: {"examples" of an
+      epoch, "records", "unmatched", "rows", "checks", "roles", "holdout", "text"}}.
     """
     parts = {code: _of_language(code, prepared) for code, prepared in data.items()}
     first, *others = parts.values()
@@ -71,6 +72,7 @@ def _of_language(language: str, data: Prepared) -> dict:
         "records": data.fingerprint,
         "unmatched": data.report["unmatched"],
         "rows": data.report.get("rows", {}),
+        "checks": data.report.get("checks", {}),
         "roles": _with_ratios(roles, language, data.train),
         "holdout": _with_ratios(data.report.get("holdout", {}), language, data.holdout),
         "text": _with_ratios(data.report.get("text", {}), language, data.text),
@@ -82,6 +84,7 @@ def _together(parts: list[dict]) -> dict:
     whole = {
         "records": "+".join(part["records"] for part in parts),
         "unmatched": sum(part["unmatched"] for part in parts),
+        "checks": {},
         "rows": {source: counts for part in parts for source, counts in part["rows"].items()},
     }
     for split in SPLITS:
@@ -211,6 +214,9 @@ def warnings(card: dict):
                 f"{counts['truncated']:,} of {counts['examples']:,} texts of {role} are cut at data.seq_len="
                 f"{card['packing']['seq_len']}: raise it, or leave them out with data.too_long=drop"
             )
+    for language, part in card.get("languages", {"": card}).items():
+        for sentence in quality.warnings(part["checks"]):
+            yield f"{language}{': ' * bool(language)}{sentence}"
     for role, counts in card["update"].items():
         if counts["updates"] < RARE * card["steps"]:
             stream = ENGLISH if role in ("english", "english_text", "translation_source") else role
@@ -238,6 +244,7 @@ def as_markdown(card: dict) -> str:
         _table(card),
         *([f"An epoch takes {_shares(card)}."] if "languages" in card else []),
         *_left_out(card),
+        *_checks(card),
         "## Packing",
         _rows(packing),
         *_saved(packing),
@@ -326,6 +333,18 @@ def _held(card: dict) -> str:
         for role, counts in card["update"].items()
     ]
     return _as_table([head, *rows])
+
+
+def _checks(card: dict):
+    """What is suspicious, with examples."""
+    found = [
+        f"- {' '.join(filter(None, (language, role)))}: {check['rows']:,} of {check['of']:,} "
+        f"{quality.MEANING[name]}: {'; '.join(f'“{example}”' for example in check['examples'])}"
+        for language, part in card.get("languages", {"": card}).items()
+        for role, of in part["checks"].items()
+        for name, check in of.items()
+    ]
+    return ["## To look at", *found] if found else []
 
 
 def _left_out(card: dict):

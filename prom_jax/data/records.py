@@ -24,10 +24,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from google.protobuf.json_format import MessageToDict
 
-from prom_jax.data import sources
+from prom_jax.data import quality, sources
 from prom_jax.data import templates as prompts
 from prom_jax.data.chat_templates import find_template, own_template
-from prom_jax.data.examples import Example, Recipe, check_streams, read_examples, role_in
+from prom_jax.data.examples import (
+    CONVERSION,
+    ENGLISH,
+    PRIMARY,
+    Example,
+    Recipe,
+    check_streams,
+    read_examples,
+    role_in,
+)
 from prom_jax.data.shared_prefixes import NONE, PrefixIndex, common_prompt
 from prom_jax.data.templates import Dialogue, Plain, Span, Template, Unusable
 from prom_jax.data.tokens import EncodedText, encode
@@ -130,7 +139,7 @@ class Records:
 class Prepared:
     """What `prepare` made or found: training records, the held-out pairs and plain texts (None where not
     asked for), and the report: {"unmatched": rows, "rows": what became of those of
-    each source, split: {role: counts}}, the roles being those of
+    each source, "checks": as `quality.look` gives them, split: {role: counts}}, the roles being those of
     `examples.role_in` and the counts "examples", "tokens", "loss_tokens", "bytes" and "words" (of the text
     that has a loss), "text_tokens" (loss tokens without EOS), "truncated", "dropped" and "reasons"
     ({why: dropped}).
@@ -205,7 +214,7 @@ def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
     splits, unmatched, rows = read_examples(recipe)
     found = {stream for examples in splits.values() for example in examples for stream in example.texts}
     names = recipe.streams + tuple(sorted(found - set(recipe.streams)))
-    report: dict[str, Any] = {"unmatched": unmatched, "rows": rows}
+    report: dict[str, Any] = {"unmatched": unmatched, "rows": rows, "checks": _look(recipe, splits)}
     infos = []
     settings = tokenizer, recipe, names
     with _workers(sum(map(len, splits.values())), settings) as each:
@@ -230,6 +239,27 @@ def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
             np.savez(directory / f"{split}.npz", **statistics)
     _write_info(directory, infos, names)
     (directory / "report.json").write_text(json.dumps(report, indent=2))
+
+
+def _look(recipe: Recipe, splits: dict[str, list[Example]]) -> dict:
+    """What is suspicious in the texts that are trained on (`quality.look`)."""
+    texts: dict[str, tuple[str, list]] = {}
+    pairs: dict[str, list[tuple]] = {}
+    for example in splits.get("train", []):
+        for stream, text in example.texts.items():
+            role = role_in(stream, example.role)
+            if role not in (CONVERSION, "translation_source"):
+                language = recipe.language if stream == PRIMARY else "en"
+                texts.setdefault(role, (language, []))[1].append(text)
+        target, english = (example.texts.get(stream) for stream in (PRIMARY, ENGLISH))
+        if example.role == "translation" and isinstance(target, Dialogue):
+            pairs.setdefault("translation", []).extend((turn.input, turn.output) for turn in target.turns)
+        elif example.role == "target" and target and english and not recipe.shuffled:
+            pairs.setdefault("target", []).append((quality.answer(english), quality.answer(target)))
+    held_out = splits.get("holdout", [])
+    same = held_out[0].role if held_out else ""
+    held = [example.texts[PRIMARY] for example in held_out if PRIMARY in example.texts]
+    return quality.look(texts, pairs, held, same)
 
 
 def _check_lengths(recipe: Recipe, counts: dict[str, dict]) -> None:
