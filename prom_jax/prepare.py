@@ -161,7 +161,12 @@ def _line(row: dict) -> str:
 
 
 def _engine(arguments: argparse.Namespace, language: str) -> engines.Engine:
-    """The translator into a language that the command line asks for."""
+    """The translator into a language that the command line asks for; for a dry run its price and rate, unless
+    only a trial of a local model tells these."""
+    if arguments.dry_run and not arguments.nllb:
+        if arguments.translate == "nllb":
+            return engines.Unconnected("nllb", engines.NLLB.price, math.inf)
+        return engines.Unconnected("google", engines.Google.price, arguments.characters_per_minute / 60)
     if arguments.translate == "nllb":
         if not arguments.nllb:
             raise UserError("--nllb is missing: the folder of an NLLB-200 model converted by CTranslate2.")

@@ -37,11 +37,11 @@ def make(config, data: Mapping[str, Prepared], records, batches: Batches, flops:
       without a partner), "rows" (`sources.Tally.as_dict`), "checks" (`quality.look`), "roles": {role:
       counts}, "holdout" and "text": the same of these splits, "packing", "update" ({role: "examples" and
       "loss_tokens" of an update on average, and the number of "updates" that have any}), "steps",
-      "steps_per_epoch", "epochs", "training_flops"}. `roles` always has english, target and translation. Counts are those of
-      `records.Prepared` with "tokens_per_byte" and "tokens_per_word" (of the text that has a loss, EOS apart;
-      None where words have no spaces, and of several languages together), and "tokens_per_english_token"
-      where examples have English too. With several languages also "languages": {code: {"examples" of an
-      epoch, "records", "unmatched", "rows", "checks", "roles", "holdout", "text"}}.
+      "steps_per_epoch", "epochs", "training_flops"}. `roles` always has english, target and translation.
+      Counts are those of `records.Prepared` with "tokens_per_byte" and "tokens_per_word" (of the text that
+      has a loss, EOS apart; None where words have no spaces, and of several languages together), and
+      "tokens_per_english_token" where examples have English too. With several languages also "languages":
+      {code: {"examples" of an epoch, "records", "unmatched", "rows", "checks", "roles", "holdout", "text"}}.
     """
     parts = {code: _of_language(code, prepared) for code, prepared in data.items()}
     first, *others = parts.values()

@@ -9,6 +9,7 @@ import re
 import shlex
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -44,6 +45,25 @@ class Engine(Protocol):
           UserError: what trying again cannot fix.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Unconnected:
+    """An engine of which the cost is known and nothing else: without client, account or network.
+
+    Attributes: as of `Engine`; an infinite rate where only a trial could tell.
+    """
+
+    name: str
+    price: float
+    rate: float
+    workers: int = 1
+    max_texts: int = 1
+    max_characters: int = 1
+
+    def translate(self, texts: list[str]) -> list[str]:
+        """See `Engine`."""
+        raise UserError(f"'{self.name}' was asked for its cost alone: leave --dry_run out.")
 
 
 # Google ---------------------------------------------------------------------------------------
