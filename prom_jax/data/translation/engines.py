@@ -51,7 +51,7 @@ class Engine(Protocol):
 class Unconnected:
     """An engine of which the cost is known and nothing else: without client, account or network.
 
-    Attributes: as of `Engine`; an infinite rate where only a trial could tell.
+    Its attributes are those of `Engine`, with an infinite rate where only a trial could tell.
     """
 
     name: str
