@@ -60,7 +60,7 @@ def default() -> ConfigDict:
     # Hugging Face directory or hub id, .gguf file, or Orbax checkpoint directory.
     c.model = "meta-llama/Llama-2-7b-hf"
     # ISO 639-1 code of the target language, or several of them, 'sw,th', which then are learnt together. In
-    # data.english, .target, .translation, .streams and eval.text `{language}` stands for each one's code.
+    # the sources of `data` and in eval.text `{language}` stands for each one's code.
     c.language = ""
     # One of prom_jax/training/methods: 'prom' (English at the pivot head, target at the main one), 'bactrian'
     # (target alone), 'xllama2' (both at the main head), 'pcgrad' (the same, with projected gradients),
@@ -125,13 +125,18 @@ def default() -> ConfigDict:
     # What examples are put into: 'alpaca', 'model' (the model's own chat template, the right one for a model
     # that can chat already), or a file with a chat template, FILE.jinja.
     c.data.template = "alpaca"
+    # Of the examples of an epoch, the share that has a stream: 'english=0.25'. They come more or less often
+    # than once for it.
+    c.data.stream_share = ()
     # Language of Alpaca's template and its translation requests around target text: 'english' or 'target'.
     c.data.prompts = "english"
     # Of several languages: how many examples of an epoch each has, 'sw=1','th=3'. They are repeated where a
     # language has too few, and none is left out; (): as they are, once each.
     c.data.share = ()
-    # Tokens a row; examples are packed into rows, and cut at this length.
+    # Tokens a row; examples are packed into rows.
     c.data.seq_len = 1024
+    # What is done with longer ones: 'cut' (at their end), 'drop' or 'refuse'. All are counted.
+    c.data.too_long = "cut"
 
     c.batch = ConfigDict()
     # Rows of target tokens an update; English takes the few rows that it needs.
@@ -251,6 +256,9 @@ def check(config: ConfigDict) -> None:
     }  # fmt: skip
     one_of = {
         "data.prompts": ("english", "target"),
+        "data.too_long": ("cut", "drop", "refuse"),
+        "data.bad_rows": ("refuse", "skip"),
+        "data.pairing": ("id", "order", "none"),
         "batch.share_prompts": ("auto", "never"),
         "pivot.regulate": REGULATE,
         "adapter.kind": ("none", "lora"),

@@ -74,6 +74,8 @@ def prepare(config, workdir: Path, inspect: int = 0, run: str = "") -> dict:
         )
     made = write_card(experiment)
     console.print(card.as_markdown(made))
+    for sentence in card.warnings(made):
+        console.print(f"WARNING   {sentence}")
     if inspect:
         inspection.show(experiment.batches, experiment.records, experiment.base.tokenizer, inspect)
     console.print(f"card: {workdir}/data_card.md")
@@ -159,10 +161,15 @@ def _line(row: dict) -> str:
 
 
 def _engine(arguments: argparse.Namespace, language: str) -> engines.Engine:
-    """The translator into a language that the command line asks for."""
+    """The translator into a language that the command line asks for; for a dry run its price and rate, unless
+    only a trial of a local model tells these."""
+    if arguments.dry_run and not arguments.nllb:
+        if arguments.translate == "nllb":
+            return engines.Unconnected("nllb", engines.NLLB.price, math.inf)
+        return engines.Unconnected("google", engines.Google.price, arguments.characters_per_minute / 60)
     if arguments.translate == "nllb":
         if not arguments.nllb:
-            raise UserError("--nllb is missing: the folder of an NLLB-200 model converted by CTranslate2.")
+            raise UserError("--nllb is missing: the folder or hub id of an NLLB-200 model for CTranslate2.")
         return engines.NLLB(language, arguments.nllb, device=arguments.device)
     return engines.Google(
         language,
@@ -211,7 +218,7 @@ def parse(argv) -> argparse.Namespace:
     add("--dry_run", action="store_true", help="tell what the translation would cost, and stop")
     add("--yes", action="store_true", help="agree to the cost of the translation")
     add("--cache", metavar="FILE", default=str(CACHE), help="SQLite file of the translations made so far")
-    add("--nllb", metavar="DIR", help="folder of an NLLB-200 model converted by CTranslate2")
+    add("--nllb", metavar="MODEL", help="folder or hub id of an NLLB-200 model converted by CTranslate2")
     add("--device", choices=("cpu", "cuda", "auto"), default="auto", help="of NLLB")
     add("--project", metavar="NAME", help="Google Cloud project (default: that of the credentials)")
     add("--endpoint", metavar="HOST", help="of the service, such as translate-eu.googleapis.com")

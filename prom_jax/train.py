@@ -169,8 +169,11 @@ def plan(config, workdir: Path) -> Job:
         param_dtype=config.optimizer.dtype,
         lora=experiment.lora,
     )
-    for line in card.lines(write_card(experiment)):
+    made = write_card(experiment)
+    for line in card.lines(made):
         console.print(f"data      {line}")
+    for sentence in card.warnings(made):
+        console.print(f"WARNING   {sentence}")
     console.print(
         f"steps     {batches.num_steps} ({batches.steps_per_epoch} an epoch), {experiment.flops:.3g} model "
         f"FLOPs, {experiment.flops / batches.num_steps:.3g} a step"

@@ -11,7 +11,7 @@ from prom_jax import prepare as door
 from prom_jax.checkpoints.generation import stop_tokens
 from prom_jax.data import inspection
 from prom_jax.data.records import Records
-from prom_jax.data.translation import translate
+from prom_jax.data.translation import engines, translate
 from prom_jax.training.methods import find_method
 from prom_jax.training.setup import open_base, recipe, resolve
 from prom_jax.utils.errors import UserError
@@ -92,7 +92,7 @@ def test_records_in_a_chat_template(tiny, tmp_path):
     (tmp_path / "own.jinja").write_text(TEMPLATE)
     base = open_base(config, tmp_path / "run", weights=False)
     experiment = resolve(config, tmp_path / "run", base)
-    record, tokenizer = experiment.records[0], base.tokenizer
+    record, tokenizer = experiment.parts[0].data.train[0], base.tokenizer
     rows = {str(row["id"]): row for row in read(tiny / "sw.jsonl")}
     row = rows[record["id"]]
     said = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
@@ -194,6 +194,21 @@ def test_nothing_is_sent_unasked(tiny, tmp_path, capsys):
     door.translate_sources(config, engine, cache, agreed=lambda: pytest.fail("was asked"), dry_run=True)
     assert not engine.sent and not (tmp_path / "out").exists()
     assert "$0.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("engine", door.ENGINES)
+def test_a_dry_run_needs_no_client_and_no_account(tiny, tmp_path, capsys, monkeypatch, engine):
+    for name in ("Google", "NLLB"):
+        monkeypatch.setattr(getattr(engines, name), "__init__", lambda *_, **__: pytest.fail("was made"))
+    sources = (f"--config.data.english={tiny / 'en.jsonl'}", f"--config.data.target={tmp_path / 'th.jsonl'}")
+    cache = f"--cache={tmp_path / 'cache.sqlite'}"
+    door.main(["--config=configs/th.py", *sources, f"--translate={engine}", "--dry_run", cache])
+    printed = " ".join(capsys.readouterr().out.split())
+    texts = {row[key] for row in read(tiny / "en.jsonl") for key in ("instruction", "output")}
+    characters = sum(map(len, texts))
+    assert f"{len(texts):,} texts and {characters:,} characters to go" in printed
+    price = 20 * characters / 1e6 if engine == "google" else 0
+    assert f"about ${price:,.2f}" in printed and not (tmp_path / "th.jsonl").exists()
 
 
 def test_a_corrected_translation_is_not_overwritten(tiny, tmp_path):

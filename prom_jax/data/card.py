@@ -8,14 +8,18 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from prom_jax.data.examples import ENGLISH
+from prom_jax.data import quality
+from prom_jax.data.examples import ENGLISH, role_in
 from prom_jax.data.loader import Batches
+from prom_jax.data.mixture import Mixture
 from prom_jax.data.records import COUNTS, Prepared, Records
 from prom_jax.data.translation.checks import script
 
 # Scripts that put no space between words, so that "words" are not counted.
 SPACELESS = ("Thai", "Laoo", "Khmr", "Mymr", "Tibt", "Hans", "Hant", "Jpan")
 IN_LANGUAGE = ("target", "translation", "text")  # roles of texts in the target language
+RARE = 0.5  # a share of the updates below which a role is said to be rare
+MANY_CUT = 0.02  # a share of texts that are cut from which on it is said
 SPLITS = ("roles", "holdout", "text")  # of a card; the first is what is trained on
 NONE = dict.fromkeys(COUNTS, 0) | {"reasons": {}}
 
@@ -30,13 +34,14 @@ def make(config, data: Mapping[str, Prepared], records, batches: Batches, flops:
       flops: of the whole run.
     Returns:
       {"model", "language", "method", "records" (fingerprint), "sources", "unmatched" (instruction rows
-      without a partner), "rows" (`sources.Tally.as_dict`), "roles": {role: counts}, "holdout" and "text": the
-      same of these splits, "packing", "steps", "steps_per_epoch", "epochs", "training_flops"}. `roles` always
-      has english, target and translation. Counts are those of `records.Prepared` with "tokens_per_byte" and
-      "tokens_per_word" (of the text that has a loss, EOS apart; None where words have no spaces, and of
-      several languages together), and "tokens_per_english_token" where examples have English too. With
-      several languages also "languages": {code: {"examples" of an epoch, "records", "unmatched", "rows",
-      "roles", "holdout", "text"}}.
+      without a partner), "rows" (`sources.Tally.as_dict`), "checks" (`quality.look`), "roles": {role:
+      counts}, "holdout" and "text": the same of these splits, "packing", "update" ({role: "examples" and
+      "loss_tokens" of an update on average, and the number of "updates" that have any}), "steps",
+      "steps_per_epoch", "epochs", "training_flops"}. `roles` always has english, target and translation.
+      Counts are those of `records.Prepared` with "tokens_per_byte" and "tokens_per_word" (of the text that
+      has a loss, EOS apart; None where words have no spaces, and of several languages together), and
+      "tokens_per_english_token" where examples have English too. With several languages also "languages":
+      {code: {"examples" of an epoch, "records", "unmatched", "rows", "checks", "roles", "holdout", "text"}}.
     """
     parts = {code: _of_language(code, prepared) for code, prepared in data.items()}
     first, *others = parts.values()
@@ -52,9 +57,10 @@ def make(config, data: Mapping[str, Prepared], records, batches: Batches, flops:
         **(_together(list(parts.values())) if others else first),
         **({"languages": by_language} if others else {}),
         "packing": _packing(config, batches),
+        "update": _update(batches, records),
         "steps": batches.num_steps,
         "steps_per_epoch": batches.steps_per_epoch,
-        "epochs": len(batches.examples) / len(records),
+        "epochs": len(batches.examples) / batches.examples_per_epoch,
         "training_flops": flops,
     }
 
@@ -66,6 +72,7 @@ def _of_language(language: str, data: Prepared) -> dict:
         "records": data.fingerprint,
         "unmatched": data.report["unmatched"],
         "rows": data.report.get("rows", {}),
+        "checks": data.report.get("checks", {}),
         "roles": _with_ratios(roles, language, data.train),
         "holdout": _with_ratios(data.report.get("holdout", {}), language, data.holdout),
         "text": _with_ratios(data.report.get("text", {}), language, data.text),
@@ -77,6 +84,7 @@ def _together(parts: list[dict]) -> dict:
     whole = {
         "records": "+".join(part["records"] for part in parts),
         "unmatched": sum(part["unmatched"] for part in parts),
+        "checks": {},
         "rows": {source: counts for part in parts for source, counts in part["rows"].items()},
     }
     for split in SPLITS:
@@ -121,6 +129,25 @@ def _packing(config, batches: Batches) -> dict:
     }
 
 
+def _update(batches: Batches, records: Records | Mixture) -> dict:
+    """What updates hold, by role."""
+    steps, taken = batches.steps_of_examples, batches.examples
+    found = {}
+    for stream in batches.shapes:
+        weights = records.streams[stream].weights[taken]
+        names = np.array([role_in(stream, role) for role in np.unique(records.roles)])
+        of_example = names[np.unique(records.roles, return_inverse=True)[1]][taken]
+        for role in dict.fromkeys(names.tolist()):
+            ours = (of_example == role) & (weights > 0)
+            if ours.any():
+                found[role] = {
+                    "examples": round(int(ours.sum()) / batches.num_steps, 2),
+                    "loss_tokens": round(int(weights[ours].sum()) / batches.num_steps, 1),
+                    "updates": len(np.unique(steps[ours])),
+                }
+    return found
+
+
 def _with_ratios(roles: dict, language: str, records: Records) -> dict:
     result = {}
     for role, counts in roles.items():
@@ -160,11 +187,11 @@ def lines(card: dict):
             f"{language}{' ' * bool(language)}{name}, {role}: {counts['examples']:,} examples, "
             f"{counts['tokens']:,} tokens, {counts['loss_tokens']:,} loss tokens{cut}{dropped}"
         )
-    if "languages" in card:
-        yield f"an epoch: {_shares(card)}"
     for source, counts in card["rows"].items():
         if bad := sum(counts["bad"].values()):
             yield f"{bad:,} of {counts['rows']:,} rows of {source} cannot be used and are left out"
+    if "languages" in card:
+        yield f"an epoch: {_shares(card)}"
     if card["unmatched"]:
         yield f"{card['unmatched']:,} instruction rows found no partner of the same id"
     packing = card["packing"]
@@ -177,6 +204,26 @@ def lines(card: dict):
     )
     saved = f"; shared prompts save {packing['saved'] * 100:.0f} % of the tokens"
     yield f"an update: {', '.join(streams)}{saved * (packing['saved'] > 0)}"
+
+
+def warnings(card: dict):
+    """What a reader should know before training, in sentences."""
+    for role, counts in card["roles"].items():
+        if counts["truncated"] > MANY_CUT * counts["examples"]:
+            yield (
+                f"{counts['truncated']:,} of {counts['examples']:,} texts of {role} are cut at data.seq_len="
+                f"{card['packing']['seq_len']}: raise it, or leave them out with data.too_long=drop"
+            )
+    for language, part in card.get("languages", {"": card}).items():
+        for sentence in quality.warnings(part["checks"]):
+            yield f"{language}{': ' * bool(language)}{sentence}"
+    for role, counts in card["update"].items():
+        if counts["updates"] < RARE * card["steps"]:
+            stream = ENGLISH if role in ("english", "english_text", "translation_source") else role
+            remedy = (
+                f": data.stream_share={stream}=0.25 would bring it more often" if stream == ENGLISH else ""
+            )
+            yield f"only {counts['updates']:,} of {card['steps']:,} updates have any {role}{remedy}"
 
 
 def as_markdown(card: dict) -> str:
@@ -197,9 +244,12 @@ def as_markdown(card: dict) -> str:
         _table(card),
         *([f"An epoch takes {_shares(card)}."] if "languages" in card else []),
         *_left_out(card),
+        *_checks(card),
         "## Packing",
         _rows(packing),
         *_saved(packing),
+        "What an update holds on average, and in how many it is:",
+        _held(card),
         "![Examples by length](lengths.png)",
         f"Records `{card['records']}`.",
     ]
@@ -260,13 +310,41 @@ def _table(card: dict) -> str:
         rows.append(
             [" ".join(filter(None, (language, name))), *(f"{number:,}" for number in numbers), *of_text]
         )
+    return _as_table(rows)
+
+
+def _as_table(rows: list) -> str:
+    """Rows of cells, the first the head, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = list(rows)
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
 
     def padded(row):
         return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
 
     return "\n".join(f"| {' | '.join(padded(row))} |" for row in rows)
+
+
+def _held(card: dict) -> str:
+    """The table of what an update holds."""
+    head = ("role", "examples", "loss tokens", "updates")
+    rows = [
+        (role, f"{counts['examples']:,}", f"{counts['loss_tokens']:,}", f"{counts['updates']:,}")
+        for role, counts in card["update"].items()
+    ]
+    return _as_table([head, *rows])
+
+
+def _checks(card: dict):
+    """What is suspicious, with examples."""
+    found = [
+        f"- {' '.join(filter(None, (language, role)))}: {check['rows']:,} of {check['of']:,} "
+        f"{quality.MEANING[name]}: {'; '.join(f'“{example}”' for example in check['examples'])}"
+        for language, part in card.get("languages", {"": card}).items()
+        for role, of in part["checks"].items()
+        for name, check in of.items()
+    ]
+    return ["## To look at", *found] if found else []
 
 
 def _left_out(card: dict):

@@ -56,6 +56,7 @@ class Recipe:
     `pairing` says which instruction rows are counterparts (`pairing.pair`); one without is an example of its
     own stream alone. `raw` and `raw_english` name raw text, each text an example of the target and of the
     English stream; a long one continues in further examples.
+    `too_long` says what becomes of a text of more than `seq_len` tokens: 'cut', 'drop' or 'refuse'.
     `bad_rows` says whether a row that cannot be used ends all ('refuse') or is left out ('skip').
     """
 
@@ -76,6 +77,7 @@ class Recipe:
     bad_rows: str = _later("refuse")
     template: str = _later("alpaca")
     pairing: str = _later("id")
+    too_long: str = _later("cut")
     raw: tuple[str, ...] = _later(())
     raw_english: tuple[str, ...] = _later(())
 
@@ -131,7 +133,7 @@ def further_streams(entries: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...
 @dataclass(frozen=True)
 class Example:
     """An example before it is put into a template: its texts by stream. `unusable` says why it is dropped, if
-    it is.
+    it is; `repeat` how often an epoch has it.
 
     role: what it is: 'target' (an instruction pair, or its target side), 'english' (an English side alone),
       'translation', 'text', 'english_text', or the name of a further stream.
@@ -141,6 +143,7 @@ class Example:
     role: str
     texts: dict[str, Dialogue | Plain]
     unusable: str = ""
+    repeat: int = 1
 
 
 def role_in(stream: str, role: str) -> str:
@@ -200,7 +203,8 @@ def _texts_of_other_streams(recipe: Recipe, tally: sources.Tally) -> list[Exampl
     if ENGLISH in recipe.streams:
         for i, text in enumerate(sources.read_texts(recipe.raw_english, tally)):
             plain = Plain(text.text, continues=True)
-            found.append(Example(text.id or f"english_text-{i}", "english_text", {ENGLISH: plain}))
+            name = text.id or f"english_text-{i}"
+            found.append(Example(name, "english_text", {ENGLISH: plain}, repeat=text.repeat))
     for stream, names in recipe.more_sources.items():
         rows = sources.read_instructions(names, "en", tally)
         found += [_further(f"{stream}-{i}", stream, row) for i, row in enumerate(rows)]
@@ -267,17 +271,18 @@ def _english(index: int, row: Row, recipe: Recipe) -> Example:
     """An English row without a counterpart."""
     unusable = "no counterpart, whose prompt it is to follow" if recipe.english_prompt == "target" else ""
     texts = {ENGLISH: Dialogue(row.turns, system=row.system)}
-    return Example(row.id or f"english-{index}", "english", texts, unusable)
+    return Example(row.id or f"english-{index}", "english", texts, unusable, row.repeat)
 
 
 def _raw_text(index: int, text: Text, recipe: Recipe, held_out=False) -> Example:
     plain = Plain(text.text, continues=not held_out)
-    return Example(text.id or f"text-{index}", "text", {PRIMARY: plain})
+    return Example(text.id or f"text-{index}", "text", {PRIMARY: plain}, repeat=text.repeat)
 
 
 def _further(name: str, stream: str, row: Row) -> Example:
     """A row of a further stream."""
-    return Example(row.id or name, stream, {stream: Dialogue(row.turns, system=row.system)})
+    texts = {stream: Dialogue(row.turns, system=row.system)}
+    return Example(row.id or name, stream, texts, repeat=row.repeat)
 
 
 def _hold_out(number: int, recipe: Recipe) -> tuple[list[int], list[int]]:
@@ -318,7 +323,8 @@ def _instruction(index: int, pair: tuple[Row | None, Row], recipe: Recipe, held_
         asked = ["\n\n".join(filter(None, (turn.instruction, turn.input))) for turn in english.turns]
         converted = _asked_in_target(name, target.turns, asked)
         texts[CONVERSION] = Dialogue(converted, recipe.words, target.system, ended=False)
-    return Example(id=name, role="target", texts=texts)
+    repeat = max(row.repeat for row in pair if row)
+    return Example(id=name, role="target", texts=texts, repeat=repeat)
 
 
 def _asked_in_target(name: str, target: tuple[Turn, ...], answers: list[str]) -> tuple[Turn, ...]:
@@ -345,4 +351,5 @@ def _translation(index: int, sentence: Sentence, recipe: Recipe, held_out=False)
         role="translation",
         texts=_texts(request, source),
         unusable="" if sentence.english.strip() else "no source sentence",
+        repeat=sentence.repeat,
     )

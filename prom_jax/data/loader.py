@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from prom_jax.data import packing
+from prom_jax.data import shares as stream_shares
 from prom_jax.data.mixture import Mixture
 from prom_jax.data.records import Records, Stream
 from prom_jax.ops.attention import segment_id
@@ -41,10 +42,11 @@ class Batches:
       sequences, seq_len: rows of the primary stream, and their length.
       share_prompts: whether prompts and prefixes that texts share are computed once, or every text is whole.
       keys: whether rows have `keys`, which no packing changes.
+      shares: by stream, of the examples of an epoch those that have it; else as the records repeat them.
       append: whether a stream may be appended to the primary rows, so that neither is of use alone.
 
     Attributes:
-      num_steps: updates in all; `steps_per_epoch`: the first epoch's.
+      num_steps: updates in all; `steps_per_epoch`, `examples_per_epoch`: the first epoch's.
       examples: indices into `records`, in the order in which the steps take them.
       shapes: {stream: (rows, length)}, the primary stream first; only those with any text.
       appended: the stream whose rows are appended to the primary rows; None without one.
@@ -67,6 +69,7 @@ class Batches:
         share_prompts: bool = False,
         append: bool = True,
         keys: bool = False,
+        shares: dict[str, float] | None = None,
     ):
         if not (steps > 0 or epochs > 0):
             raise UserError(f"steps is {steps} and epochs is {epochs}: one of them must be more than 0.")
@@ -80,7 +83,13 @@ class Batches:
                 stream: np.where(common >= texts[primary].shared, common, 0)
                 for stream, common in records.common_prompts.items()
             }
-        layout = packing.choose_layout(texts, (sequences, seq_len), prompts)
+        present = {stream: of_stream.lengths > 0 for stream, of_stream in records.streams.items()}
+        times = stream_shares.fit(present, records.repeats, shares or {}) if seed is not None else None
+
+        def drawn(epoch: int) -> np.ndarray | None:
+            return None if times is None else stream_shares.draw(times, seed, epoch)
+
+        layout = packing.choose_layout(texts, (sequences, seq_len), prompts, drawn(0))
         self.shapes, self.appended = layout.shapes, layout.appended
         # tokens of the primary text that an appended one continues
         self._prompts = np.zeros_like(texts[primary].lengths)
@@ -91,12 +100,15 @@ class Batches:
         plans: list[packing.Plan] = []
         planned = 0
         while planned < steps if steps else len(plans) < epochs:
-            plan = packing.plan_epoch(texts, layout, seed=seed, epoch=len(plans), groups=records.groups)
+            epoch = len(plans)
+            plan = packing.plan_epoch(
+                texts, layout, seed=seed, epoch=epoch, groups=records.groups, examples=drawn(epoch)
+            )
             plans.append(plan)
             planned += plan.updates
         last = plans[-1].updates
         self.num_steps = steps or planned - last + max(1, round((epochs % 1 or 1) * last))
-        self.steps_per_epoch = plans[0].updates
+        self.steps_per_epoch, self.examples_per_epoch = plans[0].updates, len(plans[0].examples)
         self._plan = packing.join(plans)
         self.examples = self._plan.examples[: self._plan.ends[self.num_steps]]
         taken = {
@@ -131,10 +143,10 @@ class Batches:
           wanted: the rows that a host needs, bool [rows] by stream: the others stay empty, and examples that
             are in none but these are not read.
         """
-        slots = {stream: self.slots(step, stream) for stream in self.shapes}
+        slots = {stream: self._slots(step, stream) for stream in self.shapes}
         if wanted:
             slots = {stream: [x[wanted[stream][of[1]]] for x in of] for stream, of in slots.items()}
-        needed = np.unique(np.concatenate([examples for examples, *_ in slots.values()]))
+        needed = np.unique(self._plan.examples[np.concatenate([taken for taken, *_ in slots.values()])])
         records = dict(zip(needed.tolist(), self._records.read(needed), strict=True))
         salt = None if self._seed is None else np.random.SeedSequence((self._seed, step)).generate_state(1)[0]
         joint = _SegmentPaths()  # of the primary rows and of what is appended to them
@@ -152,14 +164,24 @@ class Batches:
     def slots(self, step: int, stream: str) -> tuple[np.ndarray, ...]:
         """Where a step has a stream: the examples that have this stream, the row and offset of each, and how
         many of its last tokens are there, int64 [examples] each."""
+        taken, *columns = self._slots(step, stream)
+        return self._plan.examples[taken], *columns
+
+    def _slots(self, step: int, stream: str) -> tuple[np.ndarray, ...]:
+        """The same with the places of the examples in the plan, in which one may come several times."""
         taken = np.arange(*self._plan.ends[step : step + 2])
         slots = self._plan.slots[stream]
         taken = taken[slots.lengths[taken] > 0]
-        return self._plan.examples[taken], *(column[taken] for column in slots)
+        return taken, *(column[taken] for column in slots)
 
     def examples_of(self, step: int) -> np.ndarray:
         """Indices into the records of the examples that a step takes, int64."""
         return self._plan.examples[slice(*self._plan.ends[step : step + 2])]
+
+    @property
+    def steps_of_examples(self) -> np.ndarray:
+        """The step that takes each of `examples`, int64."""
+        return np.repeat(np.arange(self.num_steps), np.diff(self._plan.ends[: self.num_steps + 1]))
 
     def loss_tokens(self, stream: str) -> np.ndarray:
         """The loss tokens of a stream in each step, int64 [steps]."""
@@ -189,7 +211,8 @@ class Batches:
         rows = {name: np.zeros(shape, np.int32) for name in names}
         rows["weights"] = np.zeros(shape, np.float32)
         rows |= {} if salt is None else {"keys": np.zeros(shape, np.uint32)}
-        for example, row, offset, length in zip(*(column.tolist() for column in slots), strict=True):
+        for place, row, offset, length in zip(*(column.tolist() for column in slots), strict=True):
+            example = int(self._plan.examples[place])
             tokens, loss = records[example][f"{stream}_tokens"], records[example][f"{stream}_loss"]
             first = len(tokens) - length
             here = slice(offset, offset + length)
@@ -201,7 +224,7 @@ class Batches:
             _, prefix_ids, sharing = self._texts[continued]
             shared = int(sharing[example])
             prefix = (continued, int(prefix_ids[example])) if shared else None
-            path = paths.of(row, example, number, prefix)
+            path = paths.of(row, place, number, prefix)
             segments = _segments(path, (shared, prompt, len(tokens)))
             rows["segments"][row, here] = segments[first:]
             rows["labels"][row, predicting] = tokens[first + 1 :]
@@ -234,17 +257,18 @@ class _SegmentPaths:
         self._prefixes: dict[int, dict] = {}
         self._examples: dict[int, dict] = {}
 
-    def of(self, row: int, example: int, stream: int, prefix) -> tuple[int, int, int]:
+    def of(self, row: int, place: int, stream: int, prefix) -> tuple[int, int, int]:
         """The path of a text's own part (prefix, example, stream): an example's texts are siblings, for where
         they are in one row.
 
         Args:
+          place: of the example in the plan.
           stream: its number, from 1.
           prefix: names the prefix that the text shares; None without one.
         """
         prefixes, examples = self._prefixes.setdefault(row, {}), self._examples.setdefault(row, {})
         first = prefixes.setdefault(prefix, len(prefixes) + 1) if prefix else 0
-        return first, examples.setdefault(example, len(examples) + 1), stream
+        return first, examples.setdefault(place, len(examples) + 1), stream
 
 
 def _segments(path: tuple[int, int, int], ends: tuple[int, int, int]) -> np.ndarray:

@@ -21,7 +21,8 @@ class Mixture:
         has, some are there once more than others.
 
     Attributes:
-      names, streams, roles, common_prompts: as in `Records`; a set that lacks a stream has no text in it.
+      names, streams, roles, repeats, common_prompts: as in `Records`; a set that lacks a stream has no text
+        in it.
       groups: which set each example is of, int64 [examples].
     """
 
@@ -32,6 +33,7 @@ class Mixture:
         self._indices = np.concatenate(indices)
         self.names = tuple(dict.fromkeys(name for part in parts for name in part.names))
         self.roles = np.concatenate([part.roles[i] for part, i in zip(parts, indices)])
+        self.repeats = np.concatenate([part.repeats[i] for part, i in zip(parts, indices)])
         self.streams = {name: self._stream(name, indices) for name in self.names}
         self.common_prompts = {
             name: np.concatenate(

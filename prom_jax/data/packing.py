@@ -95,9 +95,15 @@ class Plan:
 
 
 def plan_epoch(
-    texts: dict[str, Texts], layout: Layout, *, seed: int | None, epoch: int, groups: np.ndarray | int = 0
+    texts: dict[str, Texts],
+    layout: Layout,
+    *,
+    seed: int | None,
+    epoch: int,
+    groups: np.ndarray | int = 0,
+    examples: np.ndarray | None = None,
 ) -> Plan:
-    """Packs every example once into updates with rows of the layout.
+    """Packs the examples of an epoch into updates with rows of the layout.
 
     The examples are shuffled (`seed` None: left in order), those of one group with the same streams spread
     evenly among the others. An update takes the next ones, and fills the gaps in its primary rows from the
@@ -108,6 +114,8 @@ def plan_epoch(
     Args:
       texts: by stream, of the same examples.
       groups: a number for each example, such as that of its language.
+      examples: indices of those that the epoch takes, of which one may come several times; None for each
+        once.
     Raises:
       ValueError: a text longer than a row.
     """
@@ -116,15 +124,16 @@ def plan_epoch(
         if longest > capacity:
             raise ValueError(f"An example of {longest} tokens is longer than a row of {capacity}.")
     texts = [texts[stream] for stream in layout.shapes]
-    order = np.arange(len(texts[0].lengths))
+    order = np.arange(len(texts[0].lengths)) if examples is None else examples
     if seed is not None:
-        order = np.random.default_rng([seed, epoch]).permutation(len(order))
+        order = order[np.random.default_rng([seed, epoch]).permutation(len(order))]
         present = np.stack([of_stream.lengths > 0 for of_stream in texts])
         kinds = 2 ** np.arange(len(texts)) @ present + 2 ** len(texts) * groups
         order = _spread(order, kinds[order])
     ordered = [of_stream.take(order) for of_stream in texts]
     columns = (map(Text, *(column.tolist() for column in (*each, each.own))) for each in ordered)
-    coming = map(Candidate, order.tolist(), zip(*columns), _sizes(ordered).tolist())
+    numbers = range(len(order))
+    coming = map(Candidate, numbers, order.tolist(), zip(*columns), _sizes(ordered).tolist())
     waiting: list[Candidate] = []
     placed: list[int] = []  # of each example its index, and row, offset and length in each stream
     width = 1 + 3 * len(texts)
@@ -169,8 +178,10 @@ class Text(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """An example by its index, its texts by stream, the primary one first, and its size."""
+    """An example by its place in the epoch and its index, its texts by stream, the primary one first, and its
+    size."""
 
+    number: int
     example: int
     texts: tuple[Text, ...]
     size: int
@@ -249,8 +260,8 @@ def _fill_update(
             placed.append(candidate.example)
             for text, of_stream, row in zip(candidate.texts, rows, found):
                 placed += (0, 0, 0) if row is None else of_stream.place(text, row)
-            taken.add(candidate.example)
-    return [candidate for candidate in own + others if candidate.example not in taken]
+            taken.add(candidate.number)
+    return [candidate for candidate in own + others if candidate.number not in taken]
 
 
 def _find_rows(texts: tuple[Text, ...], rows: list[Rows], appended: int | None) -> list[int | None] | None:
@@ -292,7 +303,10 @@ def join(plans: list[Plan]) -> Plan:
 
 
 def choose_layout(
-    texts: dict[str, Texts], primary_shape: tuple[int, int], prompts: dict[str, np.ndarray] | None = None
+    texts: dict[str, Texts],
+    primary_shape: tuple[int, int],
+    prompts: dict[str, np.ndarray] | None = None,
+    examples: np.ndarray | None = None,
 ) -> Layout:
     """That which takes the fewest slots: each secondary stream in rows of its own, or one of them, the first
     that gains by it, appended to the primary rows.
@@ -302,10 +316,12 @@ def choose_layout(
       primary_shape: its rows and their length.
       prompts: by secondary stream that may be appended, int64 [examples], tokens of an example's prompt that
         the primary text has too: they are left out where the stream is appended (`without_prompts`).
+      examples: those of an epoch, as in `plan_epoch`.
     """
     (primary, primary_texts), *others = texts.items()
     shapes, appended = {primary: primary_shape}, None
-    sample = np.random.default_rng(0).permutation(len(primary_texts.lengths))[:SAMPLE_SIZE]
+    examples = np.arange(len(primary_texts.lengths)) if examples is None else examples
+    sample = examples[np.random.default_rng(0).permutation(len(examples))[:SAMPLE_SIZE]]
     for stream, of_stream in others:
         if not of_stream.lengths.any():
             continue

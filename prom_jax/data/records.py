@@ -24,10 +24,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from google.protobuf.json_format import MessageToDict
 
-from prom_jax.data import sources
+from prom_jax.data import quality, sources
 from prom_jax.data import templates as prompts
 from prom_jax.data.chat_templates import find_template, own_template
-from prom_jax.data.examples import Example, Recipe, check_streams, read_examples, role_in
+from prom_jax.data.examples import (
+    CONVERSION,
+    ENGLISH,
+    PRIMARY,
+    Example,
+    Recipe,
+    check_streams,
+    read_examples,
+    role_in,
+)
 from prom_jax.data.shared_prefixes import NONE, PrefixIndex, common_prompt
 from prom_jax.data.templates import Dialogue, Plain, Span, Template, Unusable
 from prom_jax.data.tokens import EncodedText, encode
@@ -81,6 +90,7 @@ class Records:
       names: of the streams, the primary one first.
       streams: {stream: Stream}, in the order of the names.
       roles: what each example is, str [examples] (see `examples.Example`).
+      repeats: how often an epoch has each, int64 [examples].
       common_prompts: by secondary stream, int64 [examples], tokens without loss with which an example's text
         begins as its primary text does.
 
@@ -97,6 +107,8 @@ class Records:
                     for name in self.names
                 }
                 self.roles = statistics["role_names"][statistics["roles"]]
+                once = np.ones(len(self.roles), np.int64)
+                self.repeats = statistics.get("repeats", once)
                 self.common_prompts = {name: statistics[f"{name}.common_prompts"] for name in self.names[1:]}
             _check_metadata(directory, self.names)
             self._source = tfds.builder_from_directory(str(directory)).as_data_source(split)
@@ -127,7 +139,7 @@ class Records:
 class Prepared:
     """What `prepare` made or found: training records, the held-out pairs and plain texts (None where not
     asked for), and the report: {"unmatched": rows, "rows": what became of those of
-    each source, split: {role: counts}}, the roles being those of
+    each source, "checks": as `quality.look` gives them, split: {role: counts}}, the roles being those of
     `examples.role_in` and the counts "examples", "tokens", "loss_tokens", "bytes" and "words" (of the text
     that has a loss), "text_tokens" (loss tokens without EOS), "truncated", "dropped" and "reasons"
     ({why: dropped}).
@@ -202,9 +214,9 @@ def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
     splits, unmatched, rows = read_examples(recipe)
     found = {stream for examples in splits.values() for example in examples for stream in example.texts}
     names = recipe.streams + tuple(sorted(found - set(recipe.streams)))
-    report: dict[str, Any] = {"unmatched": unmatched, "rows": rows}
+    report: dict[str, Any] = {"unmatched": unmatched, "rows": rows, "checks": _look(recipe, splits)}
     infos = []
-    settings = tokenizer, recipe.template, recipe.seq_len, names
+    settings = tokenizer, recipe, names
     with _workers(sum(map(len, splits.values())), settings) as each:
         for split, examples in splits.items():
             parts = [examples[first : first + SHARD] for first in range(0, len(examples), SHARD)]
@@ -218,6 +230,7 @@ def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
             for shard in (shard for shard in shards if not shard.roles):
                 shard.path.unlink()
             report[split] = _summed(shard.counts for shard in shards)
+            _check_lengths(recipe, report[split])
             shards = [shard for shard in shards if shard.roles]
             infos.append(_name_shards(directory, split, shards))
             statistics = _merge(shards, names)
@@ -228,13 +241,46 @@ def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
     (directory / "report.json").write_text(json.dumps(report, indent=2))
 
 
+def _look(recipe: Recipe, splits: dict[str, list[Example]]) -> dict:
+    """What is suspicious in the texts that are trained on (`quality.look`)."""
+    texts: dict[str, tuple[str, list]] = {}
+    pairs: dict[str, list[tuple]] = {}
+    for example in splits.get("train", []):
+        for stream, text in example.texts.items():
+            role = role_in(stream, example.role)
+            if role not in (CONVERSION, "translation_source"):
+                language = recipe.language if stream == PRIMARY else "en"
+                texts.setdefault(role, (language, []))[1].append(text)
+        target, english = (example.texts.get(stream) for stream in (PRIMARY, ENGLISH))
+        if example.role == "translation" and isinstance(target, Dialogue):
+            pairs.setdefault("translation", []).extend((turn.input, turn.output) for turn in target.turns)
+        elif example.role == "target" and target and english and not recipe.shuffled:
+            pairs.setdefault("target", []).append((quality.answer(english), quality.answer(target)))
+    held_out = splits.get("holdout", [])
+    same = held_out[0].role if held_out else ""
+    held = [example.texts[PRIMARY] for example in held_out if PRIMARY in example.texts]
+    return quality.look(texts, pairs, held, same)
+
+
+def _check_lengths(recipe: Recipe, counts: dict[str, dict]) -> None:
+    """Raises UserError for texts that are too long, where these are refused."""
+    long = {role: numbers["truncated"] for role, numbers in counts.items() if numbers["truncated"]}
+    if recipe.too_long == "refuse" and long:
+        numbers = ", ".join(f"{number:,} of {role}" for role, number in long.items())
+        raise UserError(
+            f"{sum(long.values()):,} texts are longer than data.seq_len={recipe.seq_len} ({numbers}): raise "
+            "it, or set data.too_long to cut or drop."
+        )
+
+
 @dataclass(frozen=True)
 class Shard:
-    """A file that was written: the role of each example and its statistics by stream, rows in the order of
-    STATISTICS; the prefixes that texts share by stream; and counts by role."""
+    """A file that was written: the role of each example, how often an epoch has it, and its statistics by
+    stream, rows in the order of STATISTICS; the prefixes that texts share by stream; and counts by role."""
 
     path: Path
     roles: list[str]
+    repeats: list[int]
     statistics: dict[str, list[tuple[int, ...]]]
     prefixes: dict[str, PrefixIndex]
     counts: dict[str, Counter]
@@ -248,7 +294,7 @@ def _workers(examples: int, settings: tuple) -> Iterator[Callable]:
     """Gives a map of `_write_shard` over tasks: in processes, or here when there is little to do.
 
     Args:
-      settings: tokenizer, name of the template, seq_len, and names of the streams.
+      settings: tokenizer, recipe, and names of the streams.
     """
     number = min(num_cpus(), -(-examples // SHARD))
     if examples < PARALLEL or number == 1:
@@ -266,9 +312,9 @@ def _workers(examples: int, settings: tuple) -> Iterator[Callable]:
         ) from error
 
 
-def _share(tokenizer, template: str, seq_len: int, names: tuple[str, ...]) -> tuple:
+def _share(tokenizer, recipe: Recipe, names: tuple[str, ...]) -> tuple:
     """What all tasks share."""
-    return tokenizer, find_template(template, tokenizer), seq_len, names, _features(names)
+    return tokenizer, find_template(recipe.template, tokenizer), recipe, names, _features(names)
 
 
 def _init_worker(*settings) -> None:
@@ -284,20 +330,20 @@ def _write_in_worker(task: tuple[Path, list[Example]]) -> Shard:
 
 def _write_shard(shared: tuple, task: tuple[Path, list[Example]]) -> Shard:
     """Tokenises examples and writes those that keep something to learn."""
-    tokenizer, template, seq_len, names, features = shared
+    tokenizer, template, recipe, names, features = shared
     path, examples = task
-    shard = Shard(path, [], {name: [] for name in names}, {name: PrefixIndex() for name in names}, {})
+    shard = Shard(path, [], [], {name: [] for name in names}, {name: PrefixIndex() for name in names}, {})
     chunks = [examples[first : first + CHUNK] for first in range(0, len(examples), CHUNK)]
 
     def tokenise(chunk):
-        return list(_tokenise(chunk, tokenizer, template, seq_len, shard.counts))
+        return list(_tokenise(chunk, tokenizer, template, recipe, shard.counts))
 
     writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
         with ThreadPoolExecutor(1) as ahead:  # the tokenizer works while records are written
             for example, texts in itertools.chain.from_iterable(ahead.map(tokenise, chunks)):
                 writer.write(features.serialize_example(_record(example.id, names, texts)))
-                _add_statistics(shard, example.role, names, texts)
+                _add_statistics(shard, example, names, texts)
     finally:
         writer.close()
     return shard
@@ -358,7 +404,7 @@ def _write_info(directory: Path, splits: list[tfds.core.SplitInfo], names: tuple
 
 
 def _tokenise(
-    examples: list[Example], tokenizer, template: Template, seq_len: int, counts: dict[str, Counter]
+    examples: list[Example], tokenizer, template: Template, recipe: Recipe, counts: dict[str, Counter]
 ) -> Iterator[tuple[Example, dict[str, EncodedText]]]:
     """(example, texts by stream) of those that keep something to learn."""
     usable = []
@@ -368,15 +414,17 @@ def _tokenise(
         else:
             usable.append((example, {s: _spans(text, template) for s, text in example.texts.items()}))
     spans = [s for _, texts in usable for s in texts.values() if not isinstance(s, Unusable)]
-    encoded = iter(encode(tokenizer, spans, seq_len, template))
+    encoded = iter(encode(tokenizer, spans, recipe.seq_len, template))
     for example, texts in usable:
         kept: dict[str, EncodedText] = {}
         for number, (stream, rendered) in enumerate(texts.items()):
             of_role = counts.setdefault(role_in(stream, example.role), Counter())
             text = rendered if isinstance(rendered, Unusable) else next(encoded)
+            if recipe.too_long == "drop" and isinstance(text, EncodedText) and text.truncated:
+                text = Unusable("longer than data.seq_len")
             # The others go with the first, which is the target's where there is one.
             is_kept = _count(of_role, text, with_target=number == 0 or bool(kept))
-            if is_kept and not isinstance(text, Unusable):
+            if is_kept and isinstance(text, EncodedText):
                 kept[stream] = text
         if kept:
             yield example, kept
@@ -429,9 +477,12 @@ def _summed(counts: Iterator[dict[str, Counter]]) -> dict[str, dict]:
     }
 
 
-def _add_statistics(shard: Shard, role: str, names: tuple[str, ...], texts: dict[str, EncodedText]) -> None:
+def _add_statistics(
+    shard: Shard, example: Example, names: tuple[str, ...], texts: dict[str, EncodedText]
+) -> None:
     """Enters an example; prefix ids are the shard's own."""
-    shard.roles.append(role)
+    shard.roles.append(example.role)
+    shard.repeats.append(example.repeat)
     primary = texts.get(names[0])
     for name in names:
         text = texts.get(name)
@@ -444,6 +495,8 @@ def _merge(shards: list[Shard], names: tuple[str, ...]) -> dict[str, np.ndarray]
     """What `Records` reads: the statistics of all shards, with prefix ids of their own."""
     role_names, roles = np.unique([role for shard in shards for role in shard.roles], return_inverse=True)
     merged = {"names": np.array(names), "role_names": role_names, "roles": roles}
+    repeats = np.array([number for shard in shards for number in shard.repeats], np.int64)
+    merged |= {"repeats": repeats} if (repeats != 1).any() else {}
     for name in names:
         every, columns = PrefixIndex(), []
         for shard in shards:

@@ -25,11 +25,12 @@ class Turn:
 @dataclass(frozen=True)
 class Row:
     """One instruction example; several turns where the source has a conversation. `system` is the message
-    that comes before them; '' for none."""
+    that comes before them; '' for none. `repeat` is how often an epoch has it, here and in the next ones."""
 
     id: str | None
     turns: tuple[Turn, ...]
     system: str = ""
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Sentence:
     id: str | None
     english: str
     target: str
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Text:
 
     id: str | None
     text: str
+    repeat: int = 1
 
 
 class BadRow(ValueError):

@@ -21,7 +21,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def read_instructions(sources: tuple[str, ...], language: str, tally: Tally | No
                 counts.left_out.update(left_out)
                 return row
 
-            found += _read(source, kept, read, sample=f"instructions.{language}.jsonl")
+            found += source.repeated(_read(source, kept, read, sample=f"instructions.{language}.jsonl"))
     return found
 
 
@@ -152,13 +152,14 @@ def read_parallel(sources: tuple[str, ...], language: str, tally: Tally | None =
                 continue
             source = parse(text, ("id", "en", language))
             if files.ending(source.name) == ".tmx":
-                found += _read_tmx(source, language, kept)
+                found += source.repeated(_read_tmx(source, language, kept))
                 continue
 
             def read(raw: dict) -> Sentence:
                 return rows.sentence_row(raw, language)
 
-            found += _read(source, kept, read, f"translations.{language}.jsonl", ("en", language))
+            sample, names = f"translations.{language}.jsonl", ("en", language)
+            found += source.repeated(_read(source, kept, read, sample, names))
     return found
 
 
@@ -182,9 +183,9 @@ def read_texts(sources: tuple[str, ...], tally: Tally | None = None) -> list[Tex
                     line for path in _paths(source, (".txt",)) for line in files.read_lines(path) if line
                 ]
                 kept.of(source.text).rows += len(lines)
-                found += [Text(None, line) for line in lines]
+                found += source.repeated([Text(None, line) for line in lines])
             else:
-                found += _read(source, kept, rows.text_row, names=("text",))
+                found += source.repeated(_read(source, kept, rows.text_row, names=("text",)))
     return found
 
 
@@ -224,6 +225,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], bool]]] = {
     "format": (f"one of {', '.join(rows.SHAPES)}", lambda value: value in rows.SHAPES),
     "header": ("no, for a table whose first row is one like the others", lambda value: value == "no"),
     "take": ("a number of rows, the first ones", _positive),
+    "repeat": ("how often an epoch has each row", _positive),
     "revision": ("a branch, tag or commit of a hub data set", bool),
 }
 ALL = (*files.READERS, ".tmx", ".txt")
@@ -237,6 +239,11 @@ class Source:
     name: str
     columns: dict[str, str]
     options: dict[str, str]
+
+    def repeated(self, rows: list) -> list:
+        """The rows, an epoch having each as often as the source says."""
+        number = int(self.options.get("repeat", 1))
+        return [replace(row, repeat=number) for row in rows] if number > 1 else rows
 
     @property
     def on_hub(self) -> bool:
@@ -397,7 +404,8 @@ def _aligned(source: str, sides: list[str], tally: Tally) -> list[Sentence]:
             "expected as many on both sides."
         )
     pairs = zip(english, target, strict=True)
-    return [Sentence(None, e, t) for e, t in pairs if e is not None and t is not None]
+    found = [Sentence(None, e, t) for e, t in pairs if e is not None and t is not None]
+    return parse(sides[1]).repeated(found)  # settings at the end are the target's
 
 
 def _side(text: str, tally: Tally) -> list[str | None]:

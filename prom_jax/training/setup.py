@@ -17,6 +17,7 @@ from prom_jax.data.examples import Recipe, further_streams
 from prom_jax.data.loader import Batches
 from prom_jax.data.mixture import Mixture
 from prom_jax.data.records import Prepared, Records, prepare
+from prom_jax.data.shares import parse_shares
 from prom_jax.models.config import DecoderConfig
 from prom_jax.models.decoder import check_exit, tensors
 from prom_jax.models.lora import ALL_LINEAR, LoRA, linear_maps
@@ -242,6 +243,7 @@ def resolve(
         seed=config.seed,
         epochs=config.optimizer.epochs,
         steps=config.steps,
+        shares=parse_shares(tuple(config.data.stream_share)),
         share_prompts=config.batch.share_prompts == "auto" and supports_shared_prefixes(config.attention),
         keys=lora is not None and lora.dropout > 0,
     )
@@ -327,6 +329,7 @@ def recipe(config, method: Method) -> Recipe:
         shuffled=method.shuffles_english,
         bad_rows=config.data.bad_rows,
         pairing=config.data.pairing,
+        too_long=config.data.too_long,
         raw=tuple(config.data.text),
         raw_english=tuple(config.data.english_text),
         template="alpaca" if config.data.template == "alpaca" else "model",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from prom_jax.config import default
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
 
@@ -76,7 +77,8 @@ def check_same_config(workdir: Path, config: dict):
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is damaged ({error}): remove it, or give another --workdir") from error
         check_format(path, content.get("format"))
-        theirs = flat(content)
+        # A key that came after the run was begun was at its default.
+        theirs = flat(as_dict(default())) | flat(content)
         for key, value in flat(config).items():
             if theirs.get(key) != value and not key.startswith(MAY_CHANGE):
                 raise UserError(

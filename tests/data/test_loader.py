@@ -202,6 +202,7 @@ class Lengths:
             for name, column in zip(self.names, columns)
         }
         both = [(columns[0] > prompt) & (column > prompt) for column in columns]
+        self.repeats = np.ones(len(lengths), np.int64)
         # The prompt's last token predicts what is each text's own.
         common = [np.where(has, max(0, prompt - 1), 0) for has in both]
         self.common_prompts = dict(zip(self.names[1:], common[1:]))

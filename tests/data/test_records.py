@@ -171,6 +171,20 @@ def test_dropped_and_truncated_are_counted(recipe, byte_level, tmp_path, jsonl):
     assert report["english"]["loss_tokens"] == prepared.train.streams["english"].weights.sum()
 
 
+def test_texts_that_are_too_long(recipe, byte_level, tmp_path, jsonl):
+    target = [row | {"output": "x" * 3000} if i < 2 else row for i, row in enumerate(TARGET)]
+    sides = {"target": (jsonl("t.jsonl", target),)}
+    cut = prepare(recipe(**sides), byte_level, tmp_path / "r").report["train"]
+    assert (cut["target"]["examples"], cut["target"]["truncated"]) == (9, 2)
+    dropped = prepare(recipe(**sides, too_long="drop"), byte_level, tmp_path / "r").report["train"]
+    assert (
+        dropped["target"]["reasons"] == {"longer than data.seq_len": 2} and not dropped["target"]["truncated"]
+    )
+    assert dropped["target"]["examples"] == dropped["english"]["examples"] == 7
+    with pytest.raises(UserError, match=r"2 texts are longer than data.seq_len=512 \(2 of target\)"):
+        prepare(recipe(**sides, too_long="refuse"), byte_level, tmp_path / "r")
+
+
 def test_folder_is_reused_until_something_changes(recipe, byte_level, metaspace, tmp_path, jsonl):
     directory = tmp_path / "r"
 

@@ -7,8 +7,9 @@ from multiprocessing import get_context
 
 import pytest
 
+from prom_jax.config import default
 from prom_jax.utils.errors import UserError
-from prom_jax.utils.workdir import check_same_config, write_config, write_json
+from prom_jax.utils.workdir import as_dict, check_same_config, write_config, write_json
 
 
 def write_many(path, value):
@@ -52,3 +53,15 @@ def test_a_run_of_another_version_is_not_continued(tmp_path):
         UserError, match=r"config\.json is of a run or checkpoint of format 1, .* cannot go on with it"
     ):
         check_same_config(tmp_path, config)
+
+
+def test_a_key_that_came_after_the_run_was_at_its_default(tmp_path):
+    config = default()
+    now = as_dict(config)
+    before = as_dict(config)
+    del before["data"]["pairing"]
+    write_config(tmp_path, before)
+    check_same_config(tmp_path, now)
+    now["data"]["pairing"] = "none"
+    with pytest.raises(UserError, match=r"holds a run with data.pairing='id', now 'none'"):
+        check_same_config(tmp_path, now)

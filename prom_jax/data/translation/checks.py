@@ -163,6 +163,11 @@ def _numbers(source: str, translation: str, language: str) -> bool:
     Separators and leading zeros do not count: 2,125 and 2.125 and 2 125 are the same, as are 8:30 and 8.30,
     .75 and 0.75, 7 and 7:00. Where the source has number words ("two million"), new digits may be theirs.
     """
+    composed = (unicodedata.normalize("NFKC", text) for text in (source, translation))
+    return _digits_differ(source, translation) and _digits_differ(*composed)  # "x²" is "x2", "H₂O" "H2O"
+
+
+def _digits_differ(source: str, translation: str) -> bool:
     given, got = _digits(source), _digits(translation)
     lost, new = ("".join(rest.elements()).lstrip("0") for rest in (given - got, got - given))
     return lost != new and (bool(lost) or not NUMBER_WORD.search(source))

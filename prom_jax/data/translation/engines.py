@@ -9,12 +9,14 @@ import re
 import shlex
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import langcodes
 
 from prom_jax.data.translation import checks
+from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.extras import needs
 
@@ -44,6 +46,25 @@ class Engine(Protocol):
           UserError: what trying again cannot fix.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Unconnected:
+    """An engine of which the cost is known and nothing else: without client, account or network.
+
+    Its attributes are those of `Engine`, with an infinite rate where only a trial could tell.
+    """
+
+    name: str
+    price: float
+    rate: float
+    workers: int = 1
+    max_texts: int = 1
+    max_characters: int = 1
+
+    def translate(self, texts: list[str]) -> list[str]:
+        """See `Engine`."""
+        raise UserError(f"'{self.name}' was asked for its cost alone: leave --dry_run out.")
 
 
 # Google ---------------------------------------------------------------------------------------
@@ -229,6 +250,7 @@ def _remedy(error: Exception) -> str:
 BEAMS = 4  # as in the NLLB paper's evaluation
 MAX_TOKENS = 512  # of one sentence's translation
 FLORES = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
+HUB_MODEL = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 TOKENIZERS = "tokenizer.json", "sentencepiece.bpe.model"
 COPIED = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json")
 
@@ -239,7 +261,7 @@ class NLLB:
     Args:
       language, source: BCP 47 codes.
       model: folder with a converted model (``model.bin``) and its tokenizer (``tokenizer.json`` or
-        ``sentencepiece.bpe.model``).
+        ``sentencepiece.bpe.model``); or ``owner/name[@revision]`` of one on the hub, which is fetched.
       device: ``cpu``, ``cuda`` or ``auto``.
 
     Raises:
@@ -259,7 +281,7 @@ class NLLB:
             import sentencex
 
         self._segment = sentencex.segment
-        folder = Path(model)
+        folder = _fetched(model)
         _require_converted(folder)
         self._language = source
         self._encode, self._decode = _tokenizer(folder)
@@ -344,6 +366,31 @@ def _tokenizer(folder: Path):
 
     pieces = SentencePieceProcessor(model_file=str(folder / TOKENIZERS[1]))
     return lambda text: pieces.encode(text, out_type=str), pieces.decode
+
+
+def _fetched(model: str) -> Path:
+    """The folder of a model; one on the hub is fetched into the hub's cache, once.
+
+    Raises:
+      UserError: it cannot be fetched.
+    """
+    parts, folder = HUB_MODEL.fullmatch(model), Path(model).expanduser()
+    if not parts or folder.exists() or folder.parent.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    console.print(
+        f"nllb      {model} is fetched from the hub; the weights of NLLB-200 are for non-commercial use "
+        "alone (CC-BY-NC 4.0)"
+    )
+    try:
+        return Path(snapshot_download(parts["id"], revision=parts["revision"]))
+    except Exception as error:  # of the hub's client, its network library and the file system
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"--nllb={model} cannot be fetched ({type(error).__name__}: {reason:.200}): give the "
+            "owner/name of a CTranslate2 conversion on the hub, or a folder with one."
+        ) from error
 
 
 def _require_converted(folder: Path) -> None:

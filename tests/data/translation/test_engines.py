@@ -291,6 +291,27 @@ def test_a_language_that_the_model_lacks():
         flores_code("eo", CODES)
 
 
+def test_a_conversion_on_the_hub_is_fetched_and_its_licence_said(monkeypatch, tmp_path, capsys):
+    calls = []
+
+    def snapshot_download(name, revision):
+        calls.append((name, revision))
+        if revision == "gone":
+            raise OSError("404 Client Error")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for model, expected in (("own/nllb-ct2@v1", ("own/nllb-ct2", "v1")), ("own/nllb", ("own/nllb", None))):
+        with pytest.raises(UserError, match="is a model that is not converted"):
+            NLLB("th", model)
+        assert calls[-1] == expected and "non-commercial" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"own/nllb@gone cannot be fetched \(OSError: 404 Client"):
+        NLLB("th", "own/nllb@gone")
+    with pytest.raises(UserError, match="is no folder with a converted model"):
+        NLLB("th", f"{tmp_path}/nllb-ct2")
+    assert len(calls) == 3
+
+
 @pytest.fixture(scope="session")
 def nllb(tmp_path_factory):
     """(transformers folder, converted folder) of a random model with NLLB's architecture and tokenizer."""
