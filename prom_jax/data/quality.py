@@ -30,7 +30,8 @@ class Found:
         self.of += 1
         self.rows += wrong
         if wrong and len(self.examples) < SHOWN:
-            self.examples.append(text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…")
+            line = " ".join(text.split())
+            self.examples.append(line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…")
 
 
 def look(

@@ -125,9 +125,7 @@ def test_a_parallel_file_without_a_header_loses_no_row(tmp_path):
 def test_lines_that_are_no_json_are_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("{half\n" + LINES + "[1]\n")
-    with pytest.raises(
-        UserError, match=r"row 1 has no valid JSON in line 1; \S*, row 4 has \[1\] in place of an"
-    ):
+    with pytest.raises(UserError, match=r"row 1 has no valid JSON; \S*, row 4 has \[1\] in place of an"):
         sources.read_instructions((str(path),), "vi")
     assert sources.read_instructions((str(path),), "vi", sources.Tally("skip")) == EXPECTED
 

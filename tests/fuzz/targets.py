@@ -21,7 +21,7 @@ from prom_jax.analysis import tables, tasks
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.data import sources, tokens
-from prom_jax.data.templates import plain
+from prom_jax.data.templates import Plain, plain
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.tasks import documents
 from prom_jax.tokenization.folder import fingerprint
@@ -300,7 +300,7 @@ def read_tokenizer(folder: Path):
     """A tokenizer, and what training and evaluation ask of it."""
     loaded = models.load_tokenizer(next(folder.glob("*.gguf"), folder))
     fingerprint(loaded)
-    tokens.encode(loaded, [plain("habari ya asubuhi"), plain("")], 16)
+    tokens.encode(loaded, [plain(Plain("habari ya asubuhi")), plain(Plain(""))], 16)
     loaded.decode(loaded("aba\n")["input_ids"], skip_special_tokens=True)
 
 
