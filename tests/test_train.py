@@ -348,6 +348,7 @@ def test_a_run_of_another_version_is_not_continued(finished, config, tmp_path, n
         door.train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_changed_data_is_another_run(config, tmp_path):
     rows = tmp_path / "sw.jsonl"
     shutil.copy(config.data.target[0], rows)

@@ -260,6 +260,7 @@ def test_streams_are_spread_evenly_over_the_updates():
     assert np.ptp(sums[:-1]) <= 2 * 40
 
 
+@pytest.mark.slow
 def test_sharing_makes_fewer_updates_and_may_append_english():
     target, english = alpaca_like(2, 1024)
     ids = np.random.default_rng(1).integers(0, 2, len(target))

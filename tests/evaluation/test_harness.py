@@ -94,7 +94,7 @@ def test_words_of_a_file(folder):
     [
         (
             {"include": "_nothing", "task": "x"},
-            "includes '_nothing': expected a file next to it, or one of _indicqa",
+            "includes '_nothing': expected a file next to it, or one of _flores, _indicqa",
         ),
         ({"include": "bad.yaml", "task": "x"}, "bad.yaml includes itself"),
         ("task: [", r"cannot be loaded \(ParserError.*correct the file"),
@@ -162,21 +162,17 @@ def models(request, tiny):
     return HarnessModel(model, tokenizer, slots=2048), theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         {"num_fewshot": 2, "chat": True, "system": "Jibu."},
-        *(
-            pytest.param(flags, marks=pytest.mark.slow)  # seconds each
-            for flags in (
-                {},
-                {"num_fewshot": 2},
-                {"num_fewshot": 2, "system": "Jibu kwa Kiswahili."},
-                {"chat": True},
-                {"num_fewshot": 1, "chat": True, "multiturn": False},
-                {"chat": True, "system": "plain"},
-            )
-        ),
+        {},
+        {"num_fewshot": 2},
+        {"num_fewshot": 2, "system": "Jibu kwa Kiswahili."},
+        {"chat": True},
+        {"num_fewshot": 1, "chat": True, "multiturn": False},
+        {"chat": True, "system": "plain"},
     ],
     ids=str,
 )

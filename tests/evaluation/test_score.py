@@ -46,6 +46,7 @@ def test_equals_torch(family, window, slots):
     assert results[len(PAIRS)][1] and not results[3][1]
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     hf = hf_model("smollm2")
     model = to_model(hf)

@@ -198,9 +198,9 @@ def test_translation(tmp_path):
         (tmp_path / "flores" / "devtest" / f"{code}.devtest").write_text("\n".join(texts) + "\n")
     task = load("flores_th", tmp_path)
     prompts = [task.doc_to_text(doc) for doc in task.eval_docs]
-    english = templates.wording("en")
-    trained = templates.translation("A hill is high.", "เนินเขาสูง", "th", "0", english)[0].text
-    assert prompts[1] + "เนินเขาสูง" == trained
+    dialogue = templates.translation("A hill is high.", "เนินเขาสูง", "th", "0", "en")
+    (trained,) = templates.Alpaca(None).spans(dialogue)
+    assert prompts[1] + "เนินเขาสูง" == trained.text
     results = evaluate("flores_th", tmp_path, ["วัว", "เขาสูง"])
     expected = [
         sacrebleu.sentence_chrf("วัว", ["วัว"]).score,

@@ -82,6 +82,7 @@ def test_what_hangs_is_told(start):
         )
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_is_named(start):
     processes = start("open(str(process), 'w').close()\ntime.sleep(60)")
     folder = processes[0].args[1].rpartition("/")[0]

@@ -189,7 +189,8 @@ def test_small_updates_count_in_bfloat16():
     assert moved(optax.adamw(1e-5, weight_decay=0.0), jnp.bfloat16)[0] == 0  # to the nearest, it stays
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
 def test_training_in_bfloat16_is_close_to_float32(model, one_device, accumulation):
     halved = decoder.with_params(
         decoder.abstract(model.config, compute=model.compute, heads=model.heads, param_dtype="bfloat16"),

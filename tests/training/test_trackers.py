@@ -114,6 +114,7 @@ def events(folder):
             data = data[16 + length :]
 
 
+@pytest.mark.slow
 def test_tensorboard(killed_and_resumed):
     found, tags = {}, set()
     for event in events(killed_and_resumed("tensorboard") / "tensorboard"):

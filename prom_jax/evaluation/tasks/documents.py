@@ -73,15 +73,16 @@ def flores(language: str, data_dir: str | None = None, **_) -> dict:
     if len(sides[0]) != len(sides[1]):
         raise UserError(f"{source} has {len(sides[0])} lines and {target} {len(sides[1])}: get them again.")
     english = wording("en")
+    asked = [translation(text, "", language, "0", "en").turns[0] for text in sides[0]]
     documents = [
         {
             "id": f"sentence {number}",
-            "prompt": translation(text, "", language, "0", english)[0].text,
+            "prompt": english.prompt(turn.instruction, turn.input),
             "golds": [translated],
             "cluster": f"sentence {number}",
             "language": language,
         }
-        for number, (text, translated) in enumerate(zip(*sides), 1)
+        for number, (turn, translated) in enumerate(zip(asked, sides[1]), 1)
     ]
     return {"test": Dataset.from_list(documents)}
 

@@ -420,10 +420,8 @@ def test_a_model_that_is_not_converted(nllb, tmp_path):
     with pytest.raises(UserError, match="not converted") as error:
         NLLB("th", str(nllb[0]))
     assert f"{command} --copy_files tokenizer.json tokenizer_config.json`" in str(error.value)
-    with pytest.raises(
-        UserError, match=r"no folder.*--model facebook/nllb-200-distilled-600M --output_dir nllb"
-    ):
-        NLLB("th", "facebook/nllb-200-distilled-600M")
+    with pytest.raises(UserError, match=r"no folder.*--model nowhere --output_dir nowhere-ct2"):
+        NLLB("th", "nowhere")
 
 
 def test_a_broken_model(nllb, tmp_path):
