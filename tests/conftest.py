@@ -54,6 +54,11 @@ def train(model, pre_tokenizer, alphabet):
     return tokenizer
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test comes first, so that two workers end together."""
+    items.sort(key=lambda item: "main_job" not in item.keywords)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_programs_are_freed():
     """Each takes memory maps, of which a process has 65,530; past them it ends by a segmentation fault. To

@@ -314,6 +314,7 @@ def extended(small, tmp_path, monkeypatch):
             delattr(package, name.rpartition(".")[2])
 
 
+@pytest.mark.slow
 def test_what_the_page_of_extending_shows_works(extended, tiny):
     run(extended, {"root": tiny})
     assert {"balanced", "prom_replay"} <= known_methods().keys()

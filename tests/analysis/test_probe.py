@@ -102,6 +102,7 @@ def test_parity_of_both_kinds_of_demonstrations(byte_level, tables, family, sett
     assert_parity(result, hf, byte_level)
 
 
+@pytest.mark.slow
 def test_eight_devices_and_any_batch_give_the_same(byte_fallback, tables):
     model, _ = models_for(byte_fallback, pivot_layer=3)
     table = read_table("sw", tables())

@@ -67,6 +67,7 @@ def tasks(folder):
     return [str(folder / "choice.yaml"), str(folder / "pages.yaml")]
 
 
+@pytest.mark.slow
 def test_stock_tasks_equal_the_harness_own_model(tmp_path, ours, theirs):
     loaded = harness.load_tasks(tasks(tmp_path))
     assert list(loaded) == ["choice", "pages"]
