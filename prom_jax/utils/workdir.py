@@ -19,7 +19,7 @@ MAY_CHANGE = (
 
 CONFIG_FILE = "config.json"
 # What it holds besides the configuration and `format`.
-BESIDES = ("records", "prompts_shared", "versions")
+BESIDES = ("records", "prompts_shared", "base", "versions")
 # Of what a run keeps: the trees of parameters and optimizer state, and the records. 1, which no file says: up
 # to commit f878607.
 FORMAT = 2

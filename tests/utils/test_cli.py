@@ -132,7 +132,8 @@ def test_a_run_is_enough(tmp_path):
     config = read("--config=configs/th.py:xllama2", "--config.data.seq_len=99").config
     config.data.target = ("a.jsonl", "b.jsonl")
     write_config(
-        tmp_path, as_dict(config) | {"records": "ab", "prompts_shared": True, "versions": {"jax": "1"}}
+        tmp_path,
+        as_dict(config) | {"records": "ab", "prompts_shared": True, "base": "cd", "versions": {"jax": "1"}},
     )
     found = read(f"--workdir={tmp_path}", "--config.checkpoint.keep=5")
     assert found.workdir == tmp_path and found.config.checkpoint.keep == 5
