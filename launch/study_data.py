@@ -1,4 +1,4 @@
-"""python launch/study_data.py --xquad=DIR --ntrex=DIR --flores=DIR --out=OUT [--languages=ar,el,th]
+"""python -m launch.study_data --xquad=DIR --ntrex=DIR --flores=DIR --out=OUT [--languages=ar,el,th]
 
 The data of docs/study.md, from what their authors publish:
 
@@ -13,8 +13,7 @@ import csv
 import shutil
 from pathlib import Path
 
-import xquad
-
+from launch import xquad
 from prom_jax.data.translation.engines import flores_code
 
 PLAIN = 200  # sentences of FLORES whose perplexity is measured
@@ -22,7 +21,7 @@ PLAIN = 200  # sentences of FLORES whose perplexity is measured
 
 def main(argv=None):
     """Reads the command line and writes the files."""
-    parser = argparse.ArgumentParser("launch/study_data.py", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser("python -m launch.study_data", description=__doc__.split("\n\n")[1])
     parser.add_argument("--xquad", type=Path, required=True, help="folder with xquad.LANGUAGE.json")
     parser.add_argument("--ntrex", type=Path, required=True, help="folder with newstest2019-ref.CODE.txt")
     parser.add_argument("--flores", type=Path, required=True, help="folder with CODE_SCRIPT.devtest")
