@@ -11,7 +11,7 @@ from pathlib import Path
 from prom_jax.analysis import regulation
 from prom_jax.config import languages, of_language
 from prom_jax.parallel import flags, sharding
-from prom_jax.training.regulation import Regulation, decide, file_name
+from prom_jax.training.regulation import Regulation, decide, file_name, label_of
 from prom_jax.training.setup import open_base
 from prom_jax.utils import cli
 from prom_jax.utils.console import console
@@ -36,8 +36,7 @@ def regulate(config, workdir: Path) -> dict[str, Regulation]:
     codes, decisions = languages(config), {}
     for code, found in regulation.measured(config, base, workdir, mesh).items():
         decision = decisions[code] = decide(of_language(config, code), base.config, found)
-        line = f"regulate  {f'{code}: ' * (len(codes) > 1)}{decision.decision}"
-        console.print("\nWARNING   ".join([line, *decision.warnings]))
+        console.print(decision.lines(label_of(code, codes)))
         if decision.measured:
             console.print(f"kept in {workdir / file_name(code, codes)}")
     return decisions

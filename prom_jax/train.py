@@ -94,13 +94,14 @@ def train(config, workdir, dry_run: bool = False) -> dict:
         params = merge_params(params, base.result()) if base else params
         log = MetricsLog(workdir, start or BEFORE_BASE, trackers, job.identity)
         with contextlib.closing(log):
-            begun = recorded_versions(workdir) if start else {}
+            now, begun = versions(), recorded_versions(workdir) if start else {}
             for name, version in begun.items():
-                if version != (now := versions().get(name)):
+                if version != now.get(name):
                     console.print(
-                        f"WARNING   the run was begun with {name} {version}, now {now}: numbers may differ"
+                        f"WARNING   the run was begun with {name} {version}, now {now.get(name)}: "
+                        "numbers may differ"
                     )
-            write_config(workdir, job.identity | {"versions": begun or versions()})
+            write_config(workdir, job.identity | {"versions": begun or now})
             if not start:
                 show_data(job, log)
                 evaluate(job, params, log, 0)

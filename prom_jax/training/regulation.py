@@ -44,6 +44,10 @@ class Regulation:
     measured: dict | None = None
     open: bool = False
 
+    def lines(self, label: str = "") -> str:
+        """What a command prints of it; the label goes before the decision, such as a language."""
+        return "\nWARNING   ".join([f"regulate  {label}{self.decision}", *self.warnings])
+
     @property
     def reason(self) -> str:
         """Decision and warnings in one line."""
@@ -53,6 +57,11 @@ class Regulation:
 def file_name(language: str, languages: tuple[str, ...]) -> str:
     """Where the probe of one of a run's languages is kept: `FILE`, or 'regulation.sw.json' beside others."""
     return FILE if len(languages) == 1 else f"regulation.{language}.json"
+
+
+def label_of(language: str, languages: tuple[str, ...]) -> str:
+    """What goes before a line about one of a run's languages: 'sw: ', where there are others."""
+    return f"{language}: " * (len(languages) > 1)
 
 
 def is_probed(config) -> bool:

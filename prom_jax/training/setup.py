@@ -27,7 +27,7 @@ from prom_jax.parallel.multihost import main_process_first
 from prom_jax.training import budget
 from prom_jax.training.methods import find_method
 from prom_jax.training.objective import Method
-from prom_jax.training.regulation import Regulation, decide
+from prom_jax.training.regulation import Regulation, decide, label_of
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
@@ -212,8 +212,7 @@ def resolve(
     exits = f", n = {base.layer} of {base.config.num_hidden_layers}"
     console.print(f"method    {config.method}{exits * kind.regulated}")
     for code, regulation in decisions.items() if kind.regulated else ():
-        decision = f"regulate  {f'{code}: ' * (len(codes) > 1)}{regulation.decision}"
-        console.print("\nWARNING   ".join([decision, *regulation.warnings]))
+        console.print(regulation.lines(label_of(code, codes)))
     methods = {code: kind.from_config(config, base.layer, decisions[code].weight) for code in codes}
     # λ of a language is as configured or 0, and then its records have no English.
     method = kind.from_config(config, base.layer, max(each.weight for each in decisions.values()))
