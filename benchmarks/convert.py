@@ -98,7 +98,7 @@ def measured(side: str, work: Path) -> dict:
 def anonymous(pid: int) -> int:
     """Bytes of resident anonymous memory."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)

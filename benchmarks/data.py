@@ -58,7 +58,7 @@ def preparation(tokenizer, source: str, folder: Path, repetitions: int) -> list[
     ours = measure.median(seconds.pop("ours"))
     best = min(seconds, key=lambda name: measure.median(seconds[name]))
     theirs = measure.median(seconds[best])
-    number = len(json.loads(Path(source).read_text()))
+    number = len(json.loads(Path(source).read_text(encoding="utf-8")))
     what = f"prepare {number:,} examples (s); datasets.map, {best}"
     return [{"what": what, "ours": ours, "peer": theirs, "ratio": theirs / ours}]
 
@@ -77,7 +77,7 @@ def peer(tokenizer, source: str, folder: str, processes: int | None) -> None:
         ]
         return {"tokens": [[*ids, eos] for ids in encoded["input_ids"]], "loss": loss}
 
-    rows = datasets.Dataset.from_list(json.loads(Path(source).read_text()))
+    rows = datasets.Dataset.from_list(json.loads(Path(source).read_text(encoding="utf-8")))
     rows.map(
         encode,
         batched=True,

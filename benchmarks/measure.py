@@ -88,7 +88,8 @@ def report(title: str, rows: list[dict], out: str | None, notes: tuple[str, ...]
     if out:
         Path(out).write_text(
             json.dumps({"title": title, "rows": rows, "notes": notes, "environment": machine}, indent=2)
-            + "\n"
+            + "\n",
+            encoding="utf-8",
         )
 
 

@@ -43,7 +43,7 @@ def main(argv=None):
     parser.add_argument("--out")
     arguments, flags = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "sitecustomize.py").write_text(WITHOUT_TORCH)
+        Path(folder, "sitecustomize.py").write_text(WITHOUT_TORCH, encoding="utf-8")
         warm = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled", "PYTHONUNBUFFERED": "1"}
         sides = {"warm": warm, "without torch": warm | {"PYTHONPATH": folder}}
         runs = {"cold": [phases(flags, warm)], **{name: [] for name in sides}}

@@ -12,6 +12,13 @@ import sys
 if sys.platform == "win32":  # with this name, `python -m` tells the sentence without a traceback
     raise ImportError("prom_jax runs on Linux and macOS: on Windows, install it within WSL", name=__name__)
 
+if sys.argv[:1] == ["-m"]:  # a command begins, whose imports take seconds: Ctrl-C then is one line too
+    sys.excepthook = lambda kind, error, trace: (
+        print("interrupted", file=sys.stderr)
+        if issubclass(kind, KeyboardInterrupt)
+        else sys.__excepthook__(kind, error, trace)
+    )
+
 # What others import: its module, and its name there. (`probe` and `prepare` are commands of this package.)
 _EXPORTS = {
     "load": ("checkpoints.pretrained", "load"),

@@ -14,7 +14,7 @@ import jax
 
 from prom_jax.utils import command, config_file
 from prom_jax.utils.errors import UserError
-from prom_jax.utils.process import MISTAKE
+from prom_jax.utils.process import INTERRUPTED, MISTAKE
 from prom_jax.utils.workdir import CONFIG_FILE
 
 # What commands compile is kept, small programs too, as there are dozens of them; the environment may say
@@ -200,8 +200,9 @@ def versions(*more: str) -> dict[str, str]:
 
 def guard(main: Callable[[], object]):
     """Runs `main()`, keeping what it compiles for the next time; a user's mistake ends it with one line and
-    exit status 2."""
+    exit status 2, Ctrl-C with one line and 130."""
     command.quiet_libraries()
+    command.print_anything()
     for name, value in COMPILED.items():
         if name not in os.environ:
             jax.config.update(name.lower(), value)
@@ -210,6 +211,9 @@ def guard(main: Callable[[], object]):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(MISTAKE) from error
+    except KeyboardInterrupt as error:
+        print("interrupted: what is whole stays, and the same command goes on with it", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from error
 
 
 def _with_underscores(arguments: list[str]) -> list[str]:

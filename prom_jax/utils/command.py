@@ -1,26 +1,42 @@
 """What a command sets in its process, which is its own; commands alone call this."""
 
+import _thread
 import ctypes
 import importlib.util
+import io
 import logging
 import sys
+import threading
+import warnings
 
 
 def quiet_libraries():
     """Keeps to themselves what libraries print of errors that they also raise.
 
-    Orbax logs every file it touches; it and gcsfs print the trace of each error that they raise. TensorStore
-    logs one per abandoned chunk write, as an exception that cannot be raised.
+    Orbax logs every file it touches; it, gcsfs and asyncio print the trace of each error that they raise.
+    TensorStore logs one per abandoned chunk write, as an exception that cannot be raised.
     """
-    for library in ("absl", "gcsfs", "fsspec"):
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    for library in ("absl", "asyncio", "gcsfs", "fsspec"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _print_unraisable
 
 
 def _print_unraisable(unraisable):
-    if str(unraisable.exc_value) != "Event loop is closed":
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        # Ctrl-C came amid a callback, such as JAX's at garbage collection, which cannot raise: once more.
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    elif str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
+
+
+def print_anything():
+    """Has characters that the terminal's encoding lacks, such as λ, printed as Python writes them, `\\u03bb`;
+    otherwise the first one would end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def import_tensorboard():

@@ -6,6 +6,7 @@ import jax
 
 MISTAKE = 2  # exit status: input that cannot be used, or a loss that is not finite
 LOST = 69  # EX_UNAVAILABLE: a process was lost, or nothing moves any more; run the same command again
+INTERRUPTED = 130  # by Ctrl-C: as shells have it, 128 + SIGINT
 REQUEUE = 75  # EX_TEMPFAIL: saved on SIGTERM or SIGINT; run the same command again
 
 

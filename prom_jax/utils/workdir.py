@@ -116,6 +116,15 @@ def write_json(path: Path, content):
 
 def write_text(path: Path, text: str):
     """Writes a file whole or not at all; process 0 does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes):
+    """Writes a file whole or not at all; process 0 does.
+
+    Raises:
+      UserError: if it cannot be written; what was there stays.
+    """
     if not is_main_process():
         return
     make_directory(path.parent)
@@ -124,17 +133,20 @@ def write_text(path: Path, text: str):
             dir=path.parent, prefix=f".{path.name}-"
         )  # of its own: two may write
         try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(descriptor, "wb") as file:
+                file.write(content)
             os.chmod(partial, 0o644)  # as other files: a temporary one is its owner's alone
             os.replace(partial, path)
         except BaseException:
             os.unlink(partial)
             raise
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): free some space, or give another place"
-        ) from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What a user is told of a file that cannot be written."""
+    return UserError(f"{path} cannot be written ({error.strerror}): free some space, or give another place")
 
 
 def flat(tree: dict, prefix: str = "") -> dict:

@@ -286,6 +286,19 @@ def test_a_command_ends_with_one_line():
     assert done.stderr == f"error: unknown variant 'bactrain': expected one of {known}\n"
 
 
+def test_ctrl_c_ends_with_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.guard(interrupted)
+    assert end.value.code == 130
+    assert (
+        capsys.readouterr().err == "interrupted: what is whole stays, and the same command goes on with it\n"
+    )
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("given", "value"),
     [("--dry_run", True), ("--dry-run=true", True), ("--dry_run=false", False), ("--nodry_run", False)],

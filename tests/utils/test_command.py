@@ -1,12 +1,27 @@
 """What commands set in their process."""
 
+import io
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from prom_jax.utils import command
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+
+def test_a_terminal_without_greek_letters_gets_their_codes(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    command.print_anything()
+    print("λ = 0.1", flush=True)
+    assert terminal.buffer.getvalue() == b"\\u03bb = 0.1\n"
+
+
+def test_an_interrupt_that_python_ignores_comes_again():
+    with pytest.raises(KeyboardInterrupt):
+        command._print_unraisable(SimpleNamespace(exc_value=KeyboardInterrupt()))
+        time.sleep(10)
 
 
 @pytest.fixture
@@ -24,6 +39,7 @@ def settings(monkeypatch):
     return told
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 def test_freed_memory_is_given_back_only_where_it_was_kept(settings):
     command.return_freed_memory()
     assert settings == []
