@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +42,16 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     with pytest.raises(UserError, match="line 2 is not JSON"):
         trackers.read(path)
     assert trackers.read(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    log = trackers.MetricsLog(tmp_path, -1, trackers.find_trackers(["tensorboard"]))
+    log._file.close()
+    log._file = Path("/dev/full").open("a")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"/dev/full cannot be written \(No space left on device\)"):
+        log.write(1, {"loss": 1})
+    log.close()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
-from prom_jax.utils.workdir import write_text
+from prom_jax.utils.workdir import cannot_write, write_text
 
 
 class Run(NamedTuple):
@@ -96,7 +96,7 @@ class MetricsLog:
         if not is_main_process():
             return
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         run = Run(workdir, _run_id(workdir), step, settings or {})
         self._trackers = {name: make(run) for name, make in (trackers or {}).items()}
 
@@ -106,8 +106,11 @@ class MetricsLog:
         self.rows.append(row)
         if not self._file:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise cannot_write(Path(self._file.name), error) from error
         again = _key(row) in self._reported
         numbers = {key: value for key, value in row.items() if key != "step"}
 
@@ -175,7 +178,7 @@ def read(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:

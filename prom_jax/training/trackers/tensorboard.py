@@ -1,6 +1,7 @@
 """TensorBoard: event files in the work directory. `tensorboard --logdir=runs` shows them."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,28 +9,36 @@ import numpy as np
 from prom_jax.training.trackers import Run
 from prom_jax.utils.extras import needs
 from prom_jax.utils.temporary import environment
+from prom_jax.utils.workdir import make_directory
 
 with needs("tensorboard"), environment(CRC32C_SW_MODE="auto"):  # which the package would leave set
-    from tensorboardX import SummaryWriter  # imports torch where there is one: seconds
+    from tensorboardX import summary  # imports torch where there is one: seconds
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 
 class TensorBoard:
-    """Events after the step from which a run goes on are purged, and written again."""
+    """Events after the step from which a run goes on are purged, and written again.
+
+    They are written at once, not by a thread as the package's SummaryWriter does: a full disk ends that
+    thread, and the run would wait for it for ever.
+    """
 
     repeats = True
 
     def __init__(self, run: Run):
-        # A killed run loses what is not flushed; two minutes of it by default.
-        folder = str(run.workdir / "tensorboard")
-        self._writer = SummaryWriter(folder, purge_step=run.step + 1, flush_secs=1)
+        folder = run.workdir / "tensorboard"
+        make_directory(folder)
+        self._events = EventsWriter(str(folder / "events"))
+        self._write(step=run.step + 1, session_log=SessionLog(status=SessionLog.START))
         self.text("settings", f"```\n{json.dumps(run.settings, indent=2, ensure_ascii=False)}\n```")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name.replace("eval_", "eval/"), value, step)
+            self._write(step=step, summary=summary.scalar(name.replace("eval_", "eval/"), value))
 
     def text(self, name: str, markdown: str) -> None:
-        self._writer.add_text(name, markdown)
+        self._write(summary=summary.text(name, markdown))
 
     def table(self, name: str, rows: list[dict]) -> None:
         cells = [list(rows[0]), ["---"] * len(rows[0]), *([*map(str, row.values())] for row in rows)]
@@ -41,10 +50,14 @@ class TensorBoard:
 
         with Image.open(path) as picture:
             pixels_HWC = np.asarray(picture.convert("RGB"))
-        self._writer.add_image(name, pixels_HWC, dataformats="HWC")
+        self._write(summary=summary.image(name, pixels_HWC, dataformats="HWC"))
 
     def close(self) -> None:
-        self._writer.close()
+        self._events.close()
+
+    def _write(self, **event) -> None:
+        self._events.write_event(Event(wall_time=time.time(), **event))
+        self._events.flush()
 
 
 TRACKER = TensorBoard
