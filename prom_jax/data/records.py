@@ -99,6 +99,7 @@ class Records:
     """
 
     def __init__(self, directory: Path, split: str):
+        self._directory = directory
         with _naming_damage(directory):
             with np.load(directory / f"{split}.npz") as statistics:
                 self.names: tuple[str, ...] = tuple(statistics["names"].tolist())
@@ -125,14 +126,13 @@ class Records:
         return self.read([index])[0]
 
     def read(self, indices) -> list[dict]:
-        """Several examples at once, which is faster than one by one."""
-        return [
-            {
-                key: value.decode() if key == "id" else value.astype(bool) if key.endswith("_loss") else value
-                for key, value in example.items()
-            }
-            for example in self._source.__getitems__(list(map(int, indices)))
-        ]
+        """Several examples at once, which is faster than one by one.
+
+        Raises:
+          UserError: the file of records is cut or changed.
+        """
+        with _naming_damage(self._directory):
+            return [_arrays(example) for example in self._source.__getitems__(list(map(int, indices)))]
 
 
 @dataclass(frozen=True)
@@ -355,6 +355,14 @@ def _features(names: tuple[str, ...]) -> tfds.features.FeaturesDict:
     loss = tfds.features.Tensor(shape=(None,), dtype=np.uint8)
     streams = ({f"{name}_tokens": tokens, f"{name}_loss": loss} for name in names)
     return tfds.features.FeaturesDict(functools.reduce(dict.__or__, streams, {"id": tfds.features.Text()}))
+
+
+def _arrays(example: dict) -> dict:
+    """A record as `Records` gives it, of what TFDS read."""
+    return {
+        key: value.decode() if key == "id" else value.astype(bool) if key.endswith("_loss") else value
+        for key, value in example.items()
+    }
 
 
 @contextlib.contextmanager

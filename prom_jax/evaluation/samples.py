@@ -10,13 +10,14 @@ from prom_jax.evaluation.decode import greedy
 from prom_jax.utils.console import console
 
 MAX_NEW_TOKENS = 64
+CUT = " […]"  # after a text that MAX_NEW_TOKENS ended
 
 
 def answer(model, tokenizer, records, number: int) -> list[dict]:
     """Greedy answers to the target-language prompts of the first held-out examples.
 
     Returns:
-      For each {'prompt', 'answer', 'reference'}.
+      For each {'prompt', 'answer', 'reference'}; an answer of MAX_NEW_TOKENS ends in CUT.
     """
     examples = records.read(range(min(number, len(records))))
     prompts, references = [], []
@@ -31,7 +32,11 @@ def answer(model, tokenizer, records, number: int) -> list[dict]:
         return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     return [
-        {"prompt": decode(prompt), "answer": decode(new), "reference": decode(reference)}
+        {
+            "prompt": decode(prompt),
+            "answer": decode(new) + CUT * (len(new) == MAX_NEW_TOKENS),
+            "reference": decode(reference),
+        }
         for prompt, new, reference in zip(prompts, answers, references)
     ]
 

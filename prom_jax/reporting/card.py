@@ -16,7 +16,12 @@ def write(experiment) -> dict:
         return card
     write_json(workdir / "data_card.json", card)
     write_text(workdir / "data_card.md", data_card.as_markdown(card))
-    length_histogram(lengths(records, card["roles"]), experiment.config.data.seq_len, workdir / "lengths.png")
+    length_histogram(
+        lengths(records, card["roles"]),
+        experiment.config.data.seq_len,
+        workdir / "lengths.png",
+        {role: counts["dropped"] for role, counts in card["roles"].items()},
+    )
     return card
 
 

@@ -1,5 +1,6 @@
 """Figures, drawn with matplotlib."""
 
+import io
 import itertools
 import re
 from pathlib import Path
@@ -8,10 +9,11 @@ import numpy as np
 
 from prom_jax.training.methods import find_method
 from prom_jax.utils.extras import needs
+from prom_jax.utils.workdir import write_bytes
 
 with needs("report"):
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 LABELS = {
     "target": "target",
@@ -57,7 +59,7 @@ def learning_curves(rows: list[dict], path: Path):
         if axes.has_data():
             axes.set_ylim(bottom=0)
             axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _held_out(evaluations: list[dict]) -> dict[str, list[tuple[int, float]]]:
@@ -70,12 +72,13 @@ def _held_out(evaluations: list[dict]) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def length_histogram(lengths: dict, seq_len: int, path: Path):
+def length_histogram(lengths: dict, seq_len: int, path: Path, dropped: dict | None = None):
     """Draws how many texts of each role or stream have how many tokens, and where rows end.
 
     Args:
       lengths: tokens of each text, by role or stream.
       seq_len: tokens a row.
+      dropped: how many texts besides are not trained on, by role or stream; they are in the titles alone.
     """
     lengths = {role: values for role, values in lengths.items() if len(values)}
     figure = Figure(figsize=(6, 1 + 1.3 * len(lengths)), layout="constrained")
@@ -89,11 +92,16 @@ def length_histogram(lengths: dict, seq_len: int, path: Path):
         axes.hist(values, bins, color=colours[role])
         axes.axvline(np.median(values), color="black", lw=1, label=f"median {np.median(values):,.0f}")
         axes.axvline(seq_len, color="black", lw=1, ls=":", label=f"row {seq_len:,}")
-        axes.set(xscale="log", ylabel="examples", title=f"{LABELS.get(role, role)} ({len(values):,})")
+        left_out = (dropped or {}).get(role, 0)
+        number = f"{len(values):,}{f', and {left_out:,} dropped' * bool(left_out)}"
+        axes.set(xscale="log", ylabel="examples", title=f"{LABELS.get(role, role)} ({number})")
         axes.legend(frameon=False)
     panels[-1].set(xlabel="tokens")
+    few = (1, 2, 5) if longest > 20 * shortest else (1, 1.5, 2, 3, 4, 5, 7)
+    panels[-1].xaxis.set_major_locator(LogLocator(subs=few))
     panels[-1].xaxis.set_major_formatter("{x:,.0f}")
-    figure.savefig(path, dpi=120)
+    panels[-1].xaxis.set_minor_formatter(NullFormatter())
+    _save(figure, path)
 
 
 def probe_curves(panels: dict[str, list[dict]], path: Path):
@@ -127,7 +135,7 @@ def probe_curves(panels: dict[str, list[dict]], path: Path):
     figure.supylabel(f"mean probability ({asked}, {entries[0]['scoring']} scoring)")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _band(axes, entry: dict, role: str, style: str, label: str):
@@ -165,7 +173,7 @@ def interference_by_layer(results: dict[str, dict], path: Path):
         axes.grid(alpha=0.3, axis="y")
         axes.set_axisbelow(True)
     figure.legend(*curves.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _interference_bar(axes, place: float, entry: dict, layer: int, method: str):
@@ -178,3 +186,10 @@ def _interference_bar(axes, place: float, entry: dict, layer: int, method: str):
     low, high = of_layer["interval"]
     axes.bar(place, of_layer["mean"], 0.22, color=find_method(method).colour)
     axes.vlines(place, low, high, color="black", lw=1.2)
+
+
+def _save(figure: "Figure", path: Path):
+    """Writes a figure whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    write_bytes(path, content.getvalue())

@@ -65,7 +65,7 @@ def test_lengths_by_role_and_stream(run, tmp_path):
         "replay": 8,
     }
     assert all((values > 0).all() for values in found.values())
-    length_histogram(found, 512, tmp_path / "lengths.png")
+    length_histogram(found, 512, tmp_path / "lengths.png", {"english": 3, "target": 0})
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 

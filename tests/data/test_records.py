@@ -408,6 +408,15 @@ def test_records_of_others_run_and_open_nothing(recipe, byte_level, tmp_path, mo
         prepare(recipe(), byte_level, tmp_path / "r")
 
 
+@pytest.mark.parametrize("length", [0, 65536, 131071])
+def test_a_cut_file_of_records_is_told(recipe, byte_level, tmp_path, length):
+    made = prepare(recipe(), byte_level, tmp_path / "r")
+    (path,) = (tmp_path / "r" / made.fingerprint).glob("*train.array_record*")
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match=r"The records in .* are damaged .*: remove the folder"):
+        prepare(recipe(), byte_level, tmp_path / "r").train.read(range(len(made.train)))
+
+
 def texts_of(tokenizer, train):
     """(role, stream, what is learnt) of every text."""
     return {
