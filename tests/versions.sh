@@ -19,7 +19,7 @@ pip install --quiet --disable-pip-version-check uv
 uv pip compile --quiet --no-annotate --resolution="$resolution" --extra=all \
   --output-file="$environment/versions.txt" pyproject.toml > /dev/null
 # What the tests need besides.
-grep --extended-regexp "^(torch|peft|accelerate|tokamax|gcp-storage-emulator|pytest|pytest-xdist|hypothesis|build|twine)==" \
+grep --extended-regexp "^(torch|peft|accelerate|tokamax|gcp-storage-emulator|pytest|pytest-xdist|hypothesis|nbclient|ipykernel|build|twine)==" \
   requirements-dev.txt > "$environment/tools.txt"
 pip install --quiet --disable-pip-version-check --no-compile -r "$environment/versions.txt" -r "$environment/tools.txt"
 source launch/model.sh smollm2

@@ -5,7 +5,8 @@ import contextlib
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False, markup=False, soft_wrap=True)
+# In a notebook too, lines of one text, not an element of the page for each.
+console = Console(highlight=False, markup=False, soft_wrap=True, force_jupyter=False)
 LINES = 20  # of progress in a log file, about
 
 
