@@ -5,6 +5,7 @@
 #     [--runs=DIR]        # where models are while they are needed (default ~/.cache/prom_jax_runs/study)
 #     [--results=DIR]     # default docs/study
 #     [--model=MODEL]     # default: Gemma-3-270M, from launch/model.sh
+#     [--bos=no]          # for a model that was not trained with a token at the beginning of a text
 #     [--config.KEY=VALUE …]   # of prom_jax.train, such as --config.optimizer.learning_rate=5e-5
 # DIR is what launch/study_data.py makes. --list prints the units that are still to do. No unit begins after M minutes.
 set -euo pipefail
@@ -12,7 +13,7 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/matrix.sh
 source launch/matrix.sh
 
-data="" units="" list="" minutes=100000 runs=$HOME/.cache/prom_jax_runs/study results=docs/study model="" training=() unknown=""
+data="" units="" list="" minutes=100000 runs=$HOME/.cache/prom_jax_runs/study results=docs/study model="" bos=yes training=() unknown=""
 for argument; do
   value=${argument#*=}
   case $argument in
@@ -23,6 +24,7 @@ for argument; do
     --runs=*) runs=$value ;;
     --results=*) results=$value ;;
     --model=*) model=$value ;;
+    --bos=yes | --bos=no) bos=$value ;;
     --config=* | --workdir=* | --config.seed=* | --config.language=*) unknown=$argument ;;
     --config.*) training+=("$argument") ;;
     *) unknown=$argument ;;
@@ -58,7 +60,8 @@ source launch/environment.sh requirements.txt
 [ -n "$model" ] || model=$(bash launch/model.sh gemma)
 
 measure() { # MODEL LANGUAGE RUN: answers in both languages, translations, and the probe
-  local flags=(--model="$1" --data_dir="$data/test" --bos)
+  local flags=(--model="$1" --data_dir="$data/test")
+  [ "$bos" = no ] || flags+=(--bos)
   step "$3/questions/results.json" python -m prom_jax.evaluate "${flags[@]}" --tasks="xquad_$2,xquad_en" --limit=300 \
     --out="$3/questions" &&
     step "$3/translations/results.json" python -m prom_jax.evaluate "${flags[@]}" --tasks="flores_$2" --limit=200 \
