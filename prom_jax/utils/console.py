@@ -1,12 +1,20 @@
 """What commands print: one console, and progress that suits a terminal as well as a log file."""
 
 import contextlib
+import sys
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# In a notebook too, lines of one text, not an element of the page for each.
-console = Console(highlight=False, markup=False, soft_wrap=True, force_jupyter=False)
+# A notebook says that it is a terminal, and would keep every frame of a bar: it gets lines, as a log does.
+_in_notebook = "ipykernel" in sys.modules
+console = Console(
+    highlight=False,
+    markup=False,
+    soft_wrap=True,
+    force_jupyter=False,
+    force_terminal=False if _in_notebook else None,
+)
 LINES = 20  # of progress in a log file, about
 
 
