@@ -1,5 +1,6 @@
 """The main job on a tiny random model: what it writes, that it resumes exactly, and what it refuses."""
 
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -31,6 +33,7 @@ from prom_jax.training.methods.prom import PROM
 from prom_jax.training.setup import recipe
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.workdir import CONFIG_FILE, FORMAT, write_json
+from tests.reference import relative_error
 from tests.tiny import tiny_config
 
 TIMINGS = {"tokens_per_second", "model_flops_per_second"}
@@ -72,11 +75,9 @@ def test_a_run_learns_and_reports(finished):
     assert list((workdir / "tensorboard").iterdir())
 
 
-def test_held_out_loss_against_transformers(finished, tiny, byte_level):
-    """The last evaluation row, from the exported model and the held-out text, by transformers."""
-    workdir, summary = finished
-    hf = transformers.AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
-    held_out = prepare(recipe(*_recipe(tiny)), byte_level, workdir / "records").holdout
+def torch_nats(hf, config, tokenizer, workdir):
+    """Of the held-out target text by transformers: nats and bits per byte."""
+    held_out = prepare(recipe(config, PROM(3, config.pivot.weight)), tokenizer, workdir / "records").holdout
     nats, tokens = 0.0, 0
     for example in held_out.read(range(len(held_out))):
         ids, loss = torch.tensor(example["target_tokens"]).long(), example["target_loss"]
@@ -85,14 +86,16 @@ def test_held_out_loss_against_transformers(finished, tiny, byte_level):
         for t in np.flatnonzero(loss):
             nats -= float(scores[t - 1, ids[t]])
             tokens += 1
-    assert summary["final"]["eval_target_nats"] == pytest.approx(nats / tokens, rel=1e-4)
-    bits = nats / math.log(2) / held_out.streams["target"].bytes.sum()
+    return nats / tokens, nats / math.log(2) / held_out.streams["target"].bytes.sum()
+
+
+def test_held_out_loss_against_transformers(finished, tiny, byte_level):
+    """The last evaluation row, from the exported model and the held-out text, by transformers."""
+    workdir, summary = finished
+    hf = transformers.AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
+    nats, bits = torch_nats(hf, tiny_config(tiny), byte_level, workdir)
+    assert summary["final"]["eval_target_nats"] == pytest.approx(nats, rel=1e-4)
     assert summary["final"]["eval_target_bits_per_byte"] == pytest.approx(bits, rel=1e-4)
-
-
-def _recipe(tiny):
-    c = tiny_config(tiny)
-    return c, PROM(3, c.pivot.weight)
 
 
 def test_the_export_loads_everywhere(finished):
@@ -205,6 +208,52 @@ def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(tiny, config, tmp_pat
     config.model, config.steps = str(tmp_path / "model"), 4
     with pytest.raises(UserError, match=r"holds a run with base='.*': give another --workdir"):
         door.train(config, tmp_path / "run")
+
+
+def train_by_peft(model, tokens):
+    """Three steps of AdamW on the likelihood of the tokens."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    for _ in range(3):
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["tiny", "smollm2"])
+def test_an_adapter_is_trained_by_peft_and_here_in_turn(request, config, tmp_path, base):
+    """Each goes on where the other stopped: logits and held-out losses are those of the other."""
+    if base == "smollm2":
+        config.model = str(request.getfixturevalue("smollm2")[2])
+        config.batch.sequences = 2
+    config.adapter.kind, config.adapter.rank, config.adapter.alpha = "lora", 4, 6.0
+    config.steps, config.eval.samples = 2, 0
+    tokens = torch.arange(300)[None] * 7 % 300
+    hf = transformers.AutoModelForCausalLM.from_pretrained(config.model)
+    kind = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules="all-linear")
+    model, logits = peft.get_peft_model(hf, kind), []
+    for turn in range(2):
+        train_by_peft(model, tokens)
+        theirs = tmp_path / f"theirs{turn}"
+        model.save_pretrained(theirs)
+        given = model.eval()(tokens).logits.detach()
+        ours, tokenizer = prom_jax.load(theirs)
+        assert relative_error(ours(tokens.numpy()), given) < 1e-4
+
+        config.model, workdir = str(theirs), tmp_path / f"ours{turn}"
+        summary = door.train(config, workdir)
+        nats, _ = torch_nats(model, config, tokenizer, workdir)
+        assert summary["base"]["eval_target_nats"] == pytest.approx(nats, rel=1e-4)
+
+        model = peft.AutoPeftModelForCausalLM.from_pretrained(workdir / "adapter", is_trainable=True)
+        taken = model.eval()(tokens).logits.detach()
+        assert relative_error(prom_jax.load(workdir)[0](tokens.numpy()), taken) < 1e-4
+        nats, _ = torch_nats(model, config, tokenizer, workdir)
+        assert summary["final"]["eval_target_nats"] == pytest.approx(nats, rel=1e-4)
+        logits += [given, taken]
+    for before, after in itertools.pairwise(logits):
+        assert relative_error(after, before) > 1e-3
 
 
 def test_a_finished_run_is_left_as_it_is(finished, config, capsys):
