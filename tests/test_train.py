@@ -32,7 +32,7 @@ from prom_jax.models.lora import is_of_adapter
 from prom_jax.training.methods.prom import PROM
 from prom_jax.training.setup import recipe
 from prom_jax.utils.errors import UserError
-from prom_jax.utils.workdir import CONFIG_FILE, FORMAT, write_json
+from prom_jax.utils.workdir import CONFIG_FILE, FORMAT, as_dict, write_json
 from tests.reference import relative_error
 from tests.tiny import tiny_config
 
@@ -170,7 +170,7 @@ def test_a_run_goes_on_on_another_mesh_in_the_middle_of_an_epoch(finished, confi
 
 
 @pytest.mark.slow
-def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(tiny, config, tmp_path, crash):
+def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(tiny, config, tmp_path, crash, monkeypatch):
     """Checkpoints, resumption, exports and what is refused, of a run that trains adapters."""
     shutil.copytree(tiny / "model", tmp_path / "model")
     config.model = str(tmp_path / "model")
@@ -193,7 +193,12 @@ def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(tiny, config, tmp_pat
 
     # Training goes on from the adapter, where it stood.
     config.model, config.steps = str(tmp_path / "run" / "adapter"), 2
+    config.export.hub, pushed = "owner/name", {}
+    monkeypatch.setattr(door.hub, "check_can_push", lambda repository: None)
+    monkeypatch.setattr(door.hub, "push", lambda folder, repository: pushed.update({repository: folder}))
     on = door.train(config, tmp_path / "on")
+    assert pushed == {"owner/name": tmp_path / "on" / "hf", "owner/name-lora": tmp_path / "on" / "adapter"}
+    config.export.hub = ""
     assert on["base"]["eval_target_nats"] == pytest.approx(summary["final"]["eval_target_nats"], rel=1e-5)
     assert on["base"]["eval_pivot_nats"] == pytest.approx(summary["final"]["eval_pivot_nats"], rel=1e-5)
     kept = json.loads((tmp_path / "on" / "adapter" / "adapter_config.json").read_text())
@@ -210,6 +215,15 @@ def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(tiny, config, tmp_pat
         door.train(config, tmp_path / "run")
 
 
+def train_apart(config, workdir):
+    """`train` as a command, with one device and optimised code, as real weights need it."""
+    path = workdir.with_suffix(".json")
+    write_json(path, {"format": FORMAT} | as_dict(config))
+    command = [sys.executable, "-m", "prom_jax.train", f"--config={path}", f"--workdir={workdir}"]
+    subprocess.run(command, check=True, env=os.environ | {"XLA_FLAGS": ""})
+    return json.loads((workdir / "summary.json").read_text())
+
+
 def train_by_peft(model, tokens):
     """Three steps of AdamW on the likelihood of the tokens."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -224,8 +238,9 @@ def train_by_peft(model, tokens):
 @pytest.mark.parametrize("base", ["tiny", "smollm2"])
 def test_an_adapter_is_trained_by_peft_and_here_in_turn(request, config, tmp_path, base):
     """Each goes on where the other stopped: logits and held-out losses are those of the other."""
+    train = door.train
     if base == "smollm2":
-        config.model = str(request.getfixturevalue("smollm2")[2])
+        train, config.model = train_apart, str(request.getfixturevalue("smollm2")[2])
         config.batch.sequences = 2
     config.adapter.kind, config.adapter.rank, config.adapter.alpha = "lora", 4, 6.0
     config.steps, config.eval.samples = 2, 0
@@ -242,7 +257,7 @@ def test_an_adapter_is_trained_by_peft_and_here_in_turn(request, config, tmp_pat
         assert relative_error(ours(tokens.numpy()), given) < 1e-4
 
         config.model, workdir = str(theirs), tmp_path / f"ours{turn}"
-        summary = door.train(config, workdir)
+        summary = train(config, workdir)
         nats, _ = torch_nats(model, config, tokenizer, workdir)
         assert summary["base"]["eval_target_nats"] == pytest.approx(nats, rel=1e-4)
 
