@@ -557,6 +557,8 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
         f"\n{summary['tokens_per_second']:,.0f} tokens/s, {summary['model_flops_per_second'] / 1e9:,.0f} "
         f"model GFLOP/s, {seconds:,.0f} s in all\ncurves: {job.workdir}/curves.png\n"
         f"result: {summary['export']} (load it with transformers or prom_jax.load)"
+        + f"\nadapter: {summary.get('adapter')} (load it with peft or prom_jax.load)"
+        * job.exports_adapter
     )
     return summary
 

@@ -22,6 +22,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import prom_jax
+from prom_jax import generate
 from prom_jax import train as door
 from prom_jax.analysis.tables import TABLES
 from prom_jax.checkpoints.orbax import CheckpointReader
@@ -169,12 +170,29 @@ def test_a_run_goes_on_on_another_mesh_in_the_middle_of_an_epoch(finished, confi
             assert row == expected
 
 
+def test_adapters_of_a_model_in_4_bits(config, tmp_path, capsys):
+    config.method = "bactrian"  # which is compiled soonest
+    config.adapter.kind, config.adapter.rank, config.adapter.base_dtype = "lora", 4, "nf4"
+    config.steps, config.eval.every, config.eval.samples = 2, 0, 0
+    summary = door.train(config, tmp_path / "run")
+    assert summary["final"]["eval_target_nats"] < summary["base"]["eval_target_nats"]
+    assert f"adapter: {summary['adapter']}" in capsys.readouterr().out
+    assert "| adapter.base_dtype | nf4 |" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    tokens = jnp.arange(20)[None]
+    ours, merged = (prom_jax.load(summary[name])[0] for name in ("adapter", "export"))
+    np.testing.assert_array_equal(ours(tokens), merged(tokens))
+    assert np.abs(ours(tokens) - prom_jax.load(config.model)[0](tokens)).max() > 1e-3
+
+
 @pytest.mark.slow
-def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(tiny, config, tmp_path, crash, monkeypatch):
+def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(
+    tiny, config, tmp_path, crash, monkeypatch, capsys
+):
     """Checkpoints, resumption, exports and what is refused, of a run that trains adapters."""
     shutil.copytree(tiny / "model", tmp_path / "model")
     config.model = str(tmp_path / "model")
     config.adapter.kind, config.adapter.rank, config.adapter.dropout = "lora", 4, 0.1
+    config.adapter.base_dtype = "nf4"
     config.steps, config.checkpoint.every = 4, 2
     summary = door.train(config, tmp_path / "whole")
     assert summary["final"]["eval_target_bits_per_byte"] < summary["base"]["eval_target_bits_per_byte"]
@@ -190,6 +208,10 @@ def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(tiny, config, tmp_pat
         np.testing.assert_array_equal(models[0](tokens), other(tokens))
         np.testing.assert_array_equal(models[0].head("pivot_head"), other.head("pivot_head"))
     assert np.abs(models[0](tokens) - prom_jax.load(tmp_path / "model")[0](tokens)).max() > 0.01
+
+    capsys.readouterr()
+    generate.main([f"--model={tmp_path}/run/adapter", "--raw", "--max_new_tokens=4", "Habari"])
+    assert capsys.readouterr().out.strip()
 
     # Training goes on from the adapter, where it stood.
     config.model, config.steps = str(tmp_path / "run" / "adapter"), 2

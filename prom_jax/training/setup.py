@@ -136,6 +136,7 @@ class Experiment:
         if self.lora is not None:
             adapter = {key: self.config.adapter[key] for key in ("rank", "alpha", "rslora")}
             adapter |= {"targets": ", ".join(self.lora.targets)}
+            adapter |= {"base_dtype": self.lora.quantised or self.lora.base_dtype} if self.is_frozen else {}
             details |= {f"adapter.{key}": value for key, value in adapter.items()}
         return details | {
             "regulate": config.pivot.regulate,

@@ -20,13 +20,10 @@ from sentencepiece import sentencepiece_model_pb2
 from prom_jax.analysis import tables, tasks
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
-from prom_jax.checkpoints.adapter import with_adapter
-from prom_jax.checkpoints.safetensors import DETAILS_KEY
 from prom_jax.data import sources, tokens
 from prom_jax.data.templates import Plain, plain
 from prom_jax.evaluation.answers import Answers
 from prom_jax.evaluation.tasks import documents
-from prom_jax.models.lora import peft_names
 from prom_jax.tokenization.folder import fingerprint
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.workdir import FORMAT
@@ -87,12 +84,6 @@ LLAMA3 = {
     }, "rope_theta": 5e5,
 }  # fmt: skip
 del LLAMA3["rope_parameters"]
-ADAPTER = {
-    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "revision": None,
-    "r": 2, "lora_alpha": 4, "use_rslora": False, "lora_dropout": 0.0, "bias": "none",
-    "inference_mode": True, "target_modules": ["q_proj", "down_proj"], "rank_pattern": {},
-    "modules_to_save": None,
-}  # fmt: skip
 MISTRAL = {
     **CONFIG, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 8,
     "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}, "trust_remote_code": True,
@@ -111,15 +102,6 @@ PIVOT = save({weights.head_tensor("pivot_head"): np.ones((24, 8), np.float32)}, 
 HALF = save({name: np.ones(TENSORS[name], np.float16) for name in sorted(TENSORS)[:9]})
 OTHER_HALF = save({name: np.ones(TENSORS[name], np.float16) for name in sorted(TENSORS)[9:]})
 SHARDS = {"a.safetensors": HALF, "b.safetensors": OTHER_HALF, "pytorch_model.bin": b"\x80\x04."}
-LOW_RANK = save(
-    {
-        adapted: np.ones(shape, np.float32)
-        for name, shape in TENSORS.items()
-        if "q_proj" in name or "down_proj" in name
-        for adapted, shape in zip(peft_names(name), ((2, shape[1]), (shape[0], 2)))
-    },
-    {DETAILS_KEY: json.dumps({"method": "prom"})},
-)
 INDEX = {
     "metadata": {"total_size": 1},
     "weight_map": {name: "ab"[i >= 9] + ".safetensors" for i, name in enumerate(sorted(TENSORS))},
@@ -133,15 +115,6 @@ def read_model(folder: Path):
         param.read(tuple(slice(0, size) for size in param.shape))
         param.read(tuple(slice(0, (size + 1) // 2) for size in param.shape))
     weights.fingerprint(reader)
-
-
-def read_adapter(folder: Path):
-    """An adapter next to its model, merged and apart."""
-    with contextlib.chdir(folder):
-        reader = models.open_reader(".")
-        for lora in (None, reader.adapter.lora):
-            for param in jax.tree.leaves(weights.lazy_params(with_adapter(reader, lora, {}, 0), lora=lora)):
-                param.read(tuple(slice(0, (size + 1) // 2) for size in param.shape))
 
 
 # GGUF --------------------------------------------------------------------------------------------
@@ -405,8 +378,6 @@ def read_answers(folder: Path):
 
 DESCRIPTION = {"format": FORMAT, "config": CONFIG, "heads": {"pivot_head": 1}, "dtype": "float32"}
 DESCRIPTION["details"] = {"method": "prom"}
-BASE = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": WEIGHTS} | _files(tokenizer_files())
-BASE = {f"base/{name}": content for name, content in BASE.items()}
 
 TARGETS = {
     "config": Target(
@@ -420,14 +391,6 @@ TARGETS = {
     "pivot_head": Target(
         "pivot_head.safetensors", read_model, (PIVOT,), mutation.header,
         beside={"config.json": json.dumps(CONFIG).encode(), "model.safetensors": WEIGHTS},
-    ),
-    "adapter": Target(
-        "adapter_config.json", read_adapter, (json.dumps(ADAPTER).encode(),), mutation.tree,
-        beside={"adapter_model.safetensors": LOW_RANK, **BASE},
-    ),
-    "adapter_model": Target(
-        "adapter_model.safetensors", read_adapter, (LOW_RANK,), mutation.header,
-        beside={"adapter_config.json": json.dumps(ADAPTER).encode(), **BASE},
     ),
     "index": Target(
         "model.safetensors.index.json", read_model, (json.dumps(INDEX).encode(),), mutation.tree,
