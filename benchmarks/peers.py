@@ -1,6 +1,7 @@
 """PROM's update as torch and transformers make it: two forwards through all blocks, and a pivot head.
 
-Of prom_jax there are the tokens and the method's settings alone, and how it has the C library keep memory.
+Of prom_jax there are the tokens, the method's settings and what adapters begin with alone, and how it has the
+C library keep memory.
 """
 
 import copy
@@ -12,9 +13,12 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
+from prom_jax.checkpoints.adapter import NewAdapter
+from prom_jax.models.auto import config_from_hf
 from prom_jax.train import MOST_KEPT
 from prom_jax.training import budget
 from prom_jax.training.methods.prom import PROM
+from prom_jax.training.setup import find_lora
 from prom_jax.utils import command
 
 IGNORED = -100  # a label that bears no loss
@@ -72,29 +76,37 @@ def rows(texts: dict, layout, length: int, method: PROM) -> list[dict]:
     return result
 
 
-def load(source: str, remat: str, adapter):
+def load(source: str, method: PROM, config):
     """transformers' model in float32, to train, with a `pivot_head` that starts as its head; its blocks are
-    recomputed where `remat` is 'full'. With adapters, peft's are trained, and the main head serves as pivot
-    head, with an adapter."""
+    recomputed where `remat` is 'full'. With adapters, peft's are trained, which begin as ours, and the main
+    head serves as pivot head, with an adapter."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float32, attn_implementation="sdpa"
     )
     model.pivot_head = copy.deepcopy(model.lm_head)  # which unties it
-    if remat == "full":
+    if config.remat == "full":
         model.gradient_checkpointing_enable()
-    if adapter.kind == "lora":
-        import peft
-
-        model.pivot_head.weight = model.lm_head.weight
-        linear = {
-            name.split(".")[-1]
-            for name, each in model.model.named_modules()
-            if isinstance(each, torch.nn.Linear)
-        }
-        kind = {"r": adapter.rank, "lora_alpha": adapter.alpha, "use_rslora": adapter.rslora}
-        peft.get_peft_model(model, peft.LoraConfig(**kind, target_modules=sorted({*linear, "pivot_head"})))
-        model.enable_input_require_grads()  # or recomputed blocks would have no gradients
+    if config.adapter.kind == "lora":
+        add_adapters(model, method, config)
     return model.train()
+
+
+def add_adapters(model, method: PROM, config):
+    """Puts peft's adapters into transformers' model."""
+    import peft
+
+    base = config_from_hf(model.config.to_dict())
+    lora = find_lora(config, base, method)
+    ours = NewAdapter(base, lora, method.heads, config.seed)
+    model.pivot_head.weight = model.lm_head.weight
+    kind = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora}
+    targets = sorted({name.split(".")[-3] for name in ours.tensors})
+    peft.get_peft_model(model, peft.LoraConfig(**kind, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            tensor = ("base_model.model." * name.startswith("model.")) + name.replace(".default", "")
+            parameter.data.copy_(torch.from_numpy(ours.read(tensor, ())))
+    model.enable_input_require_grads()  # or recomputed blocks would have no gradients
 
 
 def row_loss(model, blocks, row: dict, method: PROM):
@@ -132,7 +144,7 @@ class Peer:
         command.keep_freed_memory()  # as our side does
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.layout, self.method, self.config = LAYOUTS[layout], method, config
-        self.model = load(source, config.remat, config.adapter).to(self.device)
+        self.model = load(source, method, config).to(self.device)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         state = 16 * sum(parameter.numel() for parameter in self.parameters)  # with gradients and two moments
         if state > MOST_KEPT * budget.available_bytes():

@@ -8,7 +8,8 @@ Times updates of PROM beside a peer's on the same examples, in the same dtype, o
   padded     the same, but a text a row, padded to the longest of four as in Alpaca; its losses must be ours
   xllama2    our own baseline: all text through all blocks and the main head
 
-With adapters (:lora) the peer's are peft's, of the same rank and matrices, its pivot head's too.
+With adapters (:lora) the peer's are peft's, of the same rank, matrices and initial values, its pivot head's
+too.
 
 Each side is a process of its own, and they take turns; a first update of each is not counted. λ is as
 configured, whatever a probe would say. Needs requirements-dev.txt.

@@ -222,7 +222,8 @@ def default() -> ConfigDict:
     c.export.dtype = ""
     # Whether adapters are exported too, as PEFT has them, into adapter/ next to hf/, where they are merged.
     c.export.adapter = True
-    # Where the export is pushed to on the hub, owner/name; '': nowhere. A new repository is private.
+    # Where the export is pushed to on the hub, owner/name, and adapter/ to owner/name-lora; '': nowhere. New
+    # repositories are private.
     c.export.hub = ""
 
     c.seed = 0

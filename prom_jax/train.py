@@ -42,7 +42,7 @@ from prom_jax.reporting.plots import learning_curves
 from prom_jax.training import balance, budget
 from prom_jax.training.objective import head_chunks
 from prom_jax.training.optimizer import abstract_state, make_optimizer, make_schedule
-from prom_jax.training.setup import Experiment, open_base, resolve
+from prom_jax.training.setup import BaseModel, Experiment, open_base, resolve
 from prom_jax.training.step import divide, make_term_norms, make_update, merge_params, split_params
 from prom_jax.training.trackers import MetricsLog, find_trackers
 from prom_jax.utils import cli, command
@@ -134,10 +134,15 @@ class Job(Experiment):
         return self.is_frozen and self.config.export.adapter
 
     @property
+    def frozen_base(self) -> BaseModel:
+        """The model that adapters are trained for, without those that training goes on from."""
+        reader = base_of(self.base.reader, self.lora)
+        return self.base if reader is self.base.reader else dataclasses.replace(self.base, reader=reader)
+
+    @property
     def base_source(self) -> str:
-        """Where the model is that adapters are trained for."""
-        base = base_of(self.base.reader, self.lora)
-        return self.config.model if base is self.base.reader else self.base.reader.adapter.base
+        """Where that model is."""
+        return self.config.model if self.frozen_base is self.base else self.base.reader.adapter.base
 
     def split(self, params) -> tuple[dict, dict]:
         """The parameters that are trained, and those that are frozen."""
@@ -292,10 +297,10 @@ def load(job: Job) -> dict:
 def init_state(job: Job, checkpoints: Checkpoints, params: dict, abstract):
     """The parameters and a new optimizer state, sharded as the abstract ones; checkpoints to come are
     described."""
-    reader, base = job.base.reader, None
+    base = None
     if job.is_frozen:
-        base = {"source": job.base_source, "fingerprint": weights.fingerprint(base_of(reader, job.lora))}
-    dtype = np.dtype(reader.dtype).name
+        base = {"source": job.base_source, "fingerprint": job.frozen_base.fingerprint}
+    dtype = np.dtype(job.base.reader.dtype).name
     exits = job.method.exits
     description = Description(job.base.config, job.model.heads, dtype, job.details, exits, job.lora, base)
     describe(checkpoints.directory, description, job.base.tokenizer)
@@ -474,7 +479,7 @@ def export(job: Job, params, log: MetricsLog):
         dtype=job.config.export.dtype or job.base.reader.dtype,
         card=card,
         template=job.chat_template,
-        base=base_of(job.base.reader, job.lora) if job.is_frozen else None,
+        base=job.frozen_base.reader if job.is_frozen else None,
     )
     if job.exports_adapter:
         peft.save(
@@ -487,7 +492,21 @@ def export(job: Job, params, log: MetricsLog):
             card=card,
         )
     if job.config.export.hub and is_main_process():
-        console.print(f"pushed    {hub.push(job.workdir / 'hf', job.config.export.hub)}")
+        push(job)
+
+
+def push(job: Job):
+    """The exports to the hub, adapters into a repository of their own."""
+    folders = {"hf": job.config.export.hub}
+    if job.exports_adapter:
+        folders["adapter"] = f"{job.config.export.hub}-lora"
+        if Path(job.base_source).exists():
+            console.print(
+                f"WARNING   {job.base_source}, which the adapter is for, is a path of this machine: write "
+                "where others have it into base_model_name_or_path of its adapter_config.json"
+            )
+    for folder, repository in folders.items():
+        console.print(f"pushed    {hub.push(job.workdir / folder, repository)}")
 
 
 def report(job: Job, log: MetricsLog, seconds: float) -> dict:
@@ -538,6 +557,8 @@ def report(job: Job, log: MetricsLog, seconds: float) -> dict:
         f"\n{summary['tokens_per_second']:,.0f} tokens/s, {summary['model_flops_per_second'] / 1e9:,.0f} "
         f"model GFLOP/s, {seconds:,.0f} s in all\ncurves: {job.workdir}/curves.png\n"
         f"result: {summary['export']} (load it with transformers or prom_jax.load)"
+        + f"\nadapter: {summary.get('adapter')} (load it with peft or prom_jax.load)"
+        * job.exports_adapter
     )
     return summary
 

@@ -1,5 +1,6 @@
 """The main job on a tiny random model: what it writes, that it resumes exactly, and what it refuses."""
 
+import itertools
 import json
 import math
 import os
@@ -14,12 +15,14 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
 import prom_jax
+from prom_jax import generate
 from prom_jax import train as door
 from prom_jax.analysis.tables import TABLES
 from prom_jax.checkpoints.orbax import CheckpointReader
@@ -30,7 +33,8 @@ from prom_jax.models.lora import is_of_adapter
 from prom_jax.training.methods.prom import PROM
 from prom_jax.training.setup import recipe
 from prom_jax.utils.errors import UserError
-from prom_jax.utils.workdir import CONFIG_FILE, FORMAT, write_json
+from prom_jax.utils.workdir import CONFIG_FILE, FORMAT, as_dict, write_json
+from tests.reference import relative_error
 from tests.tiny import tiny_config
 
 TIMINGS = {"tokens_per_second", "model_flops_per_second"}
@@ -72,11 +76,9 @@ def test_a_run_learns_and_reports(finished):
     assert list((workdir / "tensorboard").iterdir())
 
 
-def test_held_out_loss_against_transformers(finished, tiny, byte_level):
-    """The last evaluation row, from the exported model and the held-out text, by transformers."""
-    workdir, summary = finished
-    hf = transformers.AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
-    held_out = prepare(recipe(*_recipe(tiny)), byte_level, workdir / "records").holdout
+def torch_nats(hf, config, tokenizer, workdir):
+    """Of the held-out target text by transformers: nats and bits per byte."""
+    held_out = prepare(recipe(config, PROM(3, config.pivot.weight)), tokenizer, workdir / "records").holdout
     nats, tokens = 0.0, 0
     for example in held_out.read(range(len(held_out))):
         ids, loss = torch.tensor(example["target_tokens"]).long(), example["target_loss"]
@@ -85,14 +87,16 @@ def test_held_out_loss_against_transformers(finished, tiny, byte_level):
         for t in np.flatnonzero(loss):
             nats -= float(scores[t - 1, ids[t]])
             tokens += 1
-    assert summary["final"]["eval_target_nats"] == pytest.approx(nats / tokens, rel=1e-4)
-    bits = nats / math.log(2) / held_out.streams["target"].bytes.sum()
+    return nats / tokens, nats / math.log(2) / held_out.streams["target"].bytes.sum()
+
+
+def test_held_out_loss_against_transformers(finished, tiny, byte_level):
+    """The last evaluation row, from the exported model and the held-out text, by transformers."""
+    workdir, summary = finished
+    hf = transformers.AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
+    nats, bits = torch_nats(hf, tiny_config(tiny), byte_level, workdir)
+    assert summary["final"]["eval_target_nats"] == pytest.approx(nats, rel=1e-4)
     assert summary["final"]["eval_target_bits_per_byte"] == pytest.approx(bits, rel=1e-4)
-
-
-def _recipe(tiny):
-    c = tiny_config(tiny)
-    return c, PROM(3, c.pivot.weight)
 
 
 def test_the_export_loads_everywhere(finished):
@@ -166,12 +170,29 @@ def test_a_run_goes_on_on_another_mesh_in_the_middle_of_an_epoch(finished, confi
             assert row == expected
 
 
+def test_adapters_of_a_model_in_4_bits(config, tmp_path, capsys):
+    config.method = "bactrian"  # which is compiled soonest
+    config.adapter.kind, config.adapter.rank, config.adapter.base_dtype = "lora", 4, "nf4"
+    config.steps, config.eval.every, config.eval.samples = 2, 0, 0
+    summary = door.train(config, tmp_path / "run")
+    assert summary["final"]["eval_target_nats"] < summary["base"]["eval_target_nats"]
+    assert f"adapter: {summary['adapter']}" in capsys.readouterr().out
+    assert "| adapter.base_dtype | nf4 |" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    tokens = jnp.arange(20)[None]
+    ours, merged = (prom_jax.load(summary[name])[0] for name in ("adapter", "export"))
+    np.testing.assert_array_equal(ours(tokens), merged(tokens))
+    assert np.abs(ours(tokens) - prom_jax.load(config.model)[0](tokens)).max() > 1e-3
+
+
 @pytest.mark.slow
-def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(tiny, config, tmp_path, crash):
+def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(
+    tiny, config, tmp_path, crash, monkeypatch, capsys
+):
     """Checkpoints, resumption, exports and what is refused, of a run that trains adapters."""
     shutil.copytree(tiny / "model", tmp_path / "model")
     config.model = str(tmp_path / "model")
     config.adapter.kind, config.adapter.rank, config.adapter.dropout = "lora", 4, 0.1
+    config.adapter.base_dtype = "nf4"
     config.steps, config.checkpoint.every = 4, 2
     summary = door.train(config, tmp_path / "whole")
     assert summary["final"]["eval_target_bits_per_byte"] < summary["base"]["eval_target_bits_per_byte"]
@@ -188,9 +209,18 @@ def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(tiny, config, tmp_pat
         np.testing.assert_array_equal(models[0].head("pivot_head"), other.head("pivot_head"))
     assert np.abs(models[0](tokens) - prom_jax.load(tmp_path / "model")[0](tokens)).max() > 0.01
 
+    capsys.readouterr()
+    generate.main([f"--model={tmp_path}/run/adapter", "--raw", "--max_new_tokens=4", "Habari"])
+    assert capsys.readouterr().out.strip()
+
     # Training goes on from the adapter, where it stood.
     config.model, config.steps = str(tmp_path / "run" / "adapter"), 2
+    config.export.hub, pushed = "owner/name", {}
+    monkeypatch.setattr(door.hub, "check_can_push", lambda repository: None)
+    monkeypatch.setattr(door.hub, "push", lambda folder, repository: pushed.update({repository: folder}))
     on = door.train(config, tmp_path / "on")
+    assert pushed == {"owner/name": tmp_path / "on" / "hf", "owner/name-lora": tmp_path / "on" / "adapter"}
+    config.export.hub = ""
     assert on["base"]["eval_target_nats"] == pytest.approx(summary["final"]["eval_target_nats"], rel=1e-5)
     assert on["base"]["eval_pivot_nats"] == pytest.approx(summary["final"]["eval_pivot_nats"], rel=1e-5)
     kept = json.loads((tmp_path / "on" / "adapter" / "adapter_config.json").read_text())
@@ -205,6 +235,62 @@ def test_adapters_alone_are_kept_and_a_crashed_run_goes_on(tiny, config, tmp_pat
     config.model, config.steps = str(tmp_path / "model"), 4
     with pytest.raises(UserError, match=r"holds a run with base='.*': give another --workdir"):
         door.train(config, tmp_path / "run")
+
+
+def train_apart(config, workdir):
+    """`train` as a command, with one device and optimised code, as real weights need it."""
+    path = workdir.with_suffix(".json")
+    write_json(path, {"format": FORMAT} | as_dict(config))
+    command = [sys.executable, "-m", "prom_jax.train", f"--config={path}", f"--workdir={workdir}"]
+    subprocess.run(command, check=True, env=os.environ | {"XLA_FLAGS": ""})
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def train_by_peft(model, tokens):
+    """Three steps of AdamW on the likelihood of the tokens."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    for _ in range(3):
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["tiny", "smollm2"])
+def test_an_adapter_is_trained_by_peft_and_here_in_turn(request, config, tmp_path, base):
+    """Each goes on where the other stopped: logits and held-out losses are those of the other."""
+    train = door.train
+    if base == "smollm2":
+        train, config.model = train_apart, str(request.getfixturevalue("smollm2")[2])
+        config.batch.sequences = 2
+    config.adapter.kind, config.adapter.rank, config.adapter.alpha = "lora", 4, 6.0
+    config.steps, config.eval.samples = 2, 0
+    tokens = torch.arange(300)[None] * 7 % 300
+    hf = transformers.AutoModelForCausalLM.from_pretrained(config.model)
+    kind = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules="all-linear")
+    model, logits = peft.get_peft_model(hf, kind), []
+    for turn in range(2):
+        train_by_peft(model, tokens)
+        theirs = tmp_path / f"theirs{turn}"
+        model.save_pretrained(theirs)
+        given = model.eval()(tokens).logits.detach()
+        ours, tokenizer = prom_jax.load(theirs)
+        assert relative_error(ours(tokens.numpy()), given) < 1e-4
+
+        config.model, workdir = str(theirs), tmp_path / f"ours{turn}"
+        summary = train(config, workdir)
+        nats, _ = torch_nats(model, config, tokenizer, workdir)
+        assert summary["base"]["eval_target_nats"] == pytest.approx(nats, rel=1e-4)
+
+        model = peft.AutoPeftModelForCausalLM.from_pretrained(workdir / "adapter", is_trainable=True)
+        taken = model.eval()(tokens).logits.detach()
+        assert relative_error(prom_jax.load(workdir)[0](tokens.numpy()), taken) < 1e-4
+        nats, _ = torch_nats(model, config, tokenizer, workdir)
+        assert summary["final"]["eval_target_nats"] == pytest.approx(nats, rel=1e-4)
+        logits += [given, taken]
+    for before, after in itertools.pairwise(logits):
+        assert relative_error(after, before) > 1e-3
 
 
 def test_a_finished_run_is_left_as_it_is(finished, config, capsys):

@@ -54,4 +54,24 @@ def low_rank(x, downs, ups) -> list:
         return []
     ends = np.cumsum([len(down) for down in downs])
     inner = jnp.split(jnp.einsum("...i,ri->...r", x, jnp.concatenate(downs)), ends[:-1], axis=-1)
-    return [jnp.einsum("...r,or->...o", low, up) for low, up in zip(inner, ups)]
+    return [_up(low, up) for low, up in zip(inner, ups)]
+
+
+@jax.custom_vjp
+def _up(low, up):
+    """low [..., R] times B [O, R]. The gradient of B is the product of R rows and O columns, transposed: as
+    JAX makes it, of O rows, XLA on a CPU computes what comes back, [..., O], in transposed order for it."""
+    return jnp.einsum("...r,or->...o", low, up)
+
+
+def _up_forward(low, up):
+    return _up(low, up), (low, up)
+
+
+def _up_backward(inputs, gradient):
+    low, up = inputs
+    d_up = jnp.einsum("...r,...o->ro", low, gradient).T
+    return jnp.einsum("...o,or->...r", gradient, up), d_up
+
+
+_up.defvjp(_up_forward, _up_backward)

@@ -1,6 +1,7 @@
 """What a configuration comes to before training: method and regulation, records, batches and their cost."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -49,6 +50,11 @@ class BaseModel:
     tokenizer: Any
     layer: int
     reader: Any = None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of its weights, as `checkpoints.params.fingerprint` makes it."""
+        return weights.fingerprint(self.reader)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +116,7 @@ class Experiment:
         identity = as_dict(self.config) | {"records": records, "prompts_shared": shared}
         # Of frozen parameters a run keeps this alone.
         frozen = self.is_frozen and self.base.reader is not None
-        return identity | ({"base": weights.fingerprint(self.base.reader)} if frozen else {})
+        return identity | ({"base": self.base.fingerprint} if frozen else {})
 
     @property
     def is_frozen(self) -> bool:
@@ -130,6 +136,7 @@ class Experiment:
         if self.lora is not None:
             adapter = {key: self.config.adapter[key] for key in ("rank", "alpha", "rslora")}
             adapter |= {"targets": ", ".join(self.lora.targets)}
+            adapter |= {"base_dtype": self.lora.quantised or self.lora.base_dtype} if self.is_frozen else {}
             details |= {f"adapter.{key}": value for key, value in adapter.items()}
         return details | {
             "regulate": config.pivot.regulate,
