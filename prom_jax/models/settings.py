@@ -360,15 +360,20 @@ _FIXED = {
     "auto_map": (None,),
     "use_bidirectional_attention": (False, None),
     "rope_condense_ratio": (1, 1.0, None),
+    "use_mrope": (False, None),
+    "full_attn_mod": (1, None),
+    "interpolate_factor": (1, None),
+    "lm_head_bias": (False, None),
 }
 # Keys that describe the file or the training of the model and cannot change its forward pass.
 _METADATA = {
-    "_attn_implementation_autoset", "_name_or_path", "attn_implementation", "decoder_start_token_id",
-    "dtype", "finetuning_task", "id2label", "initializer_range", "is_llama_config", "label2id",
-    "max_sequence_length", "name_or_path", "original_max_position_embeddings", "output_attentions",
-    "output_hidden_states", "prefix", "pretraining_tp", "problem_type", "return_dict", "sep_token_id",
-    "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config",
-    "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache",
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "attn_implementation",
+    "decoder_start_token_id", "dtype", "finetuning_task", "id2label", "initializer_range", "internal_version",
+    "is_llama_config", "label2id", "max_sequence_length", "name_or_path", "original_max_position_embeddings",
+    "output_attentions", "output_hidden_states", "prefix", "pretraining_tp", "problem_type", "return_dict",
+    "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version",
+    "use_cache",
 }  # fmt: skip
 # Keys that ask for something, but not of the forward pass: of generation, a trainer, a program's kernels.
 _WITHOUT_EFFECT = {
