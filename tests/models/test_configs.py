@@ -136,7 +136,7 @@ def narrow(theirs):
     config.num_attention_heads = queries_a_key * config.num_key_value_heads
     config.hidden_size, config.intermediate_size, config.vocab_size = 16 * config.num_attention_heads, 96, 199
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-    config._attn_implementation = "eager"
+    config._attn_implementation, config.dtype = "eager", torch.float32
     if getattr(config, "head_dim", None):
         config.head_dim = 16
     if getattr(config, "sliding_window", None):
