@@ -1,4 +1,4 @@
-"""python -m benchmarks.convert --work=DIR [--layers=32] [--out=FILE]
+"""python -m benchmarks.convert --work=DIR [--layers=32] [--sides=NAME,…] [--tokenizer=MODEL] [--out=FILE]
 
 Times conversions of a model of LLaMA-2-7B's shapes, each in a process of its own, and measures the anonymous
 memory that it takes at most (RssAnon: pages of files, which the system may drop, are not counted):
@@ -10,8 +10,11 @@ memory that it takes at most (RssAnon: pages of files, which the system may drop
   orbax_restore  the checkpoint's arrays restored with plain Orbax, one after the other
   share_…        process 0's share of a mesh of eight processes of one device, from the folder (hf) or the
                  checkpoint (orbax), in bfloat16 or float32; the seven others wait
+  to_gguf_…      the folder to one GGUF file of type f16, bf16 or q8_0, which is then deleted; needs a
+                 tokenizer, as the format has none as plain as the one that is made up here
 
-Needs Linux, and free disk of three times the model in DIR (41 GB with 32 layers).
+Needs Linux, and free disk of three times the model in DIR (41 GB with 32 layers); of twice the model without
+from_hf and what comes after it.
 """
 
 import argparse
@@ -50,6 +53,8 @@ def main(argv=None):
     )
     parser.add_argument("--work", required=True)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--sides", type=lambda names: names.split(","), default=[*SIDES, *SHARES])
+    parser.add_argument("--tokenizer", metavar="MODEL")
     parser.add_argument("--out", help="where the table goes as JSON")
     parser.add_argument("--side", help=argparse.SUPPRESS)  # what a process that this one starts is to do
     arguments = parser.parse_args(argv)
@@ -60,11 +65,12 @@ def main(argv=None):
     work.mkdir(parents=True, exist_ok=True)
     kept = (work / "hf").exists()
     if not kept:
-        write_synthetic(work / "hf", llama2_7b(arguments.layers))
-    rows = [measured(side, work) for side in (*SIDES, *SHARES)]
-    check_same(work / "hf", work / "back")
+        write_synthetic(work / "hf", llama2_7b(arguments.layers), arguments.tokenizer)
+    rows = [measured(side, work) for side in arguments.sides]
+    if (work / "back").exists():
+        check_same(work / "hf", work / "back")
     for name in ("orbax", "back", *([] if kept else ["hf"])):
-        shutil.rmtree(work / name)
+        shutil.rmtree(work / name, ignore_errors=True)
     report(f"conversion of {arguments.layers} layers of LLaMA-2-7B's shapes", rows, arguments.out)
 
 
@@ -115,7 +121,7 @@ def one_side(side: str, work: Path):
     """Does what the name says, and prints the gigabytes of weights that it is about and its seconds."""
     if side in SHARES:
         return share(side, work)
-    seconds = SIDES[side](work)
+    seconds = to_gguf(work, side) if side.startswith("to_gguf_") else SIDES[side](work)
     tell(sum(path.stat().st_size for path in (work / "hf").glob("*.safetensors")), seconds)
 
 
@@ -148,6 +154,16 @@ def to_hf(work: Path) -> float:
     convert.to_hf(work / "orbax", work / "back")
     os.sync()
     return time.perf_counter() - began
+
+
+def to_gguf(work: Path, side: str) -> float:
+    """To one file."""
+    began = time.perf_counter()
+    convert.to_gguf(work / "hf", work / "model.gguf", side.removeprefix("to_gguf_"))
+    os.sync()
+    seconds = time.perf_counter() - began
+    (work / "model.gguf").unlink()
+    return seconds
 
 
 def check_same(*folders: Path):

@@ -91,16 +91,17 @@ def main(argv=None):
     parser.add_argument("--tokenizer", metavar="MODEL")
     arguments = parser.parse_args(argv)
     shape = SHAPES[arguments.shape]
-    config, tokenizer = shape(arguments.layers) if arguments.layers else shape(), TOKENIZER
-    if arguments.tokenizer:
-        _, tokenizer = models.open_source(arguments.tokenizer)
+    write(arguments.directory, shape(arguments.layers) if arguments.layers else shape(), arguments.tokenizer)
+
+
+def write(directory, config: DecoderConfig, tokenizer: str | None = None):
+    """Writes the folder, in files of at most 1 GB; `tokenizer` is a model whose tokenizer it gets."""
+    if tokenizer is None:
+        tokenizer = TOKENIZER
+    else:
+        tokenizer = models.load_tokenizer(tokenizer)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
         config = dataclasses.replace(config, vocab_size=len(tokenizer), **ids)
-    write(arguments.directory, config, tokenizer)
-
-
-def write(directory, config: DecoderConfig, tokenizer=TOKENIZER):
-    """Writes the folder, in files of at most 1 GB."""
     reader = Synthetic(config)
     options = {"dtype": reader.dtype, "chat_template": "{{ messages }}", "card": {}}
     save_hf(reader, tokenizer, directory, max_shard_bytes=10**9, **options)

@@ -203,8 +203,12 @@ def hf_model(family, **settings):
     torch.manual_seed(0)
     name, shape = FAMILIES[family]
     config = config_class(name)(**{**SIZES, **shape, **settings})
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    offset = 1.0 if name in ("Gemma2", "Gemma3") else 0.0  # they add 1 themselves
+    return randomized(getattr(transformers, f"{name}ForCausalLM")(config).eval())
+
+
+def randomized(model):
+    """A model of transformers with weights by which attention, positions, norms and biases matter."""
+    offset = 1.0 if type(model).__name__.startswith(("Gemma2", "Gemma3")) else 0.0  # they add 1 themselves
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.uniform_(-0.5, 0.5)

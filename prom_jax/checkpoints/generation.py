@@ -69,7 +69,8 @@ def check(content: dict, source) -> dict:
     """
     for key, (expected, holds) in SAMPLING.items():
         value = content.get(key)
-        if value is not None and (type(value) not in (int, float) or not holds(value)):
+        number = type(value) in (int, float) and abs(value) < 2**63  # JSON may have NaN and infinity too
+        if value is not None and not (number and holds(value)):
             raise UserError(f"{source} sets {key}={value!r:.100}: expected {expected}; remove the key")
     for token in _listed(content.get("eos_token_id")):
         if type(token) is not int:

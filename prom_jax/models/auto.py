@@ -7,7 +7,8 @@ import pkgutil
 from prom_jax.models import families
 from prom_jax.models.config import DecoderConfig
 from prom_jax.models.family import Family, Multimodal
-from prom_jax.models.settings import REQUIRED, Settings, check_kinds
+from prom_jax.models.known_keys import check_kinds
+from prom_jax.models.settings import REQUIRED, Settings
 from prom_jax.utils.errors import UserError
 
 

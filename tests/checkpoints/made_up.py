@@ -1,8 +1,15 @@
-"""GGUF files of small models, written with the package of the format."""
+"""Small models of transformers with a tokenizer, folders of them, and GGUF files, written with the package of
+the format."""
 
 import gguf
 import torch
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from prom_jax.checkpoints.params import ParamsReader
+from prom_jax.checkpoints.safetensors import save_hf
+from prom_jax.models import decoder
 from tests import reference
 
 SIZES = {
@@ -20,9 +27,33 @@ SIZES = {
 }
 
 
-def hf_model(dtype=torch.float32, **settings):
-    """A small Llama of transformers."""
-    return reference.hf_model("llama2", **{**SIZES, **settings}).to(dtype)
+CARD = {"base_model": "owner/base", "language": "sw", "method": "prom", "learning_rate": 2e-5}
+PIVOT = {"pivot_head": 3}  # and the block after which it reads
+TOKENIZER = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<s>": 1, "</s>": 2}, unk_token="a")),
+    bos_token="<s>",
+    eos_token="</s>",
+)
+
+
+def hf_model(dtype=torch.float32, family="llama2", **settings):
+    """A small model of transformers, a Llama if no other family is named."""
+    return reference.hf_model(family, **{**SIZES, **settings}).to(dtype)
+
+
+def save(params, reader, directory, heads=None, **options):
+    """Writes parameters as a folder, with further heads as in `Decoder`."""
+    options = {"dtype": reader.dtype, "chat_template": "ours", "card": CARD, **options}
+    model = decoder.with_params(decoder.abstract(reader.config, heads=heads or {}), params)
+    save_hf(ParamsReader(model), TOKENIZER, directory, **options)
+
+
+def tensors(directory):
+    """All tensors of a folder, by transformers' names, as (dtype, shape, bytes)."""
+    found = {}
+    for path in sorted(directory.glob("model*.safetensors")):
+        found |= {k: (v.dtype, v.shape, v.tobytes()) for k, v in load_file(path).items()}
+    return found
 
 
 def write_gguf(path, settings, arrays, architecture="llama"):

@@ -68,8 +68,11 @@ def test_gguf_knows_ends_of_turns_and_sampling(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [{"temperature": "hot"}, {"top_p": 2}, {"eos_token_id": [1, "x"]}, {"top_k": 0.5}, {"min_p": -1}],
-)
+    [
+        {"temperature": "hot"}, {"top_p": 2}, {"eos_token_id": [1, "x"]}, {"top_k": 0.5}, {"min_p": -1},
+        {"top_k": float("inf")}, {"temperature": float("nan")}, {"temperature": 10**400},
+    ],
+)  # fmt: skip
 def test_settings_that_make_no_sense_are_named(tiny, tmp_path, content):
     source = with_generation(tiny, tmp_path / "a", **content)
     with pytest.raises(UserError, match=rf"generation_config.json sets {next(iter(content))}="):

@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 from prom_jax.checkpoints import hub
 from prom_jax.checkpoints.pretrained import open_reader
 from prom_jax.utils.errors import UserError
-from tests.checkpoints.test_safetensors import hf_model
+from tests.checkpoints.made_up import hf_model
 
 
 def test_links_lead_out_of_a_folder_only_into_the_hubs_cache(tmp_path):

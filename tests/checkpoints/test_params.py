@@ -12,7 +12,7 @@ from prom_jax.checkpoints.pretrained import open_reader
 from prom_jax.models import decoder
 from prom_jax.parallel import sharding
 from prom_jax.utils.errors import UserError
-from tests.checkpoints.test_safetensors import PIVOT, hf_model, save, tensors
+from tests.checkpoints.made_up import PIVOT, hf_model, save, tensors
 
 
 @pytest.mark.parametrize("tied", [True, False])

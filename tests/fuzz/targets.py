@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,8 +19,10 @@ from safetensors.numpy import save
 from sentencepiece import sentencepiece_model_pb2
 
 from prom_jax.analysis import tables, tasks
+from prom_jax.checkpoints import generation, peft, safetensors
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
+from prom_jax.checkpoints.adapter import Merged
 from prom_jax.data import sources, tokens
 from prom_jax.data.templates import Plain, plain
 from prom_jax.evaluation.answers import Answers
@@ -88,6 +91,44 @@ MISTRAL = {
     **CONFIG, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 8,
     "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}, "trust_remote_code": True,
 }  # fmt: skip
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0], "long_factor": [1.0, 8.0],
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "mscale": 1.0}
+# Of the other families what Llama has not; their tensors are not there, so that they end at the first.
+OTHERS = {
+    ("qwen3", "Qwen3ForCausalLM"): {"use_sliding_window": True, "max_window_layers": 1, **WINDOWS},
+    ("gemma2", "Gemma2ForCausalLM"): {
+        "query_pre_attn_scalar": 4, "attn_logit_softcapping": 50.0, "hidden_activation": "gelu_pytorch_tanh",
+    },
+    ("gemma3_text", "Gemma3ForCausalLM"): {
+        "query_pre_attn_scalar": 4, "sliding_window_pattern": 2, "sliding_window": 8,
+        "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "rope_parameters": None,
+    },
+    ("gemma3", "Gemma3ForConditionalGeneration"): {
+        "text_config": {**CONFIG, "model_type": "gemma3_text", "rope_parameters": None, **WINDOWS},
+        "vision_config": {"image_size": 8}, "rope_parameters": None,
+    },
+    ("olmo3", "Olmo3ForCausalLM"): {
+        **WINDOWS, "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e4}},
+    },
+    ("smollm3", "SmolLM3ForCausalLM"): {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
+    ("granite", "GraniteForCausalLM"): {
+        "embedding_multiplier": 12.0, "residual_multiplier": 0.2, "attention_multiplier": 0.1,
+        "logits_scaling": 6.0, "rope_parameters": YARN,
+    },
+    ("phi3", "Phi3ForCausalLM"): {
+        "rope_parameters": LONG, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 32,
+    },
+    ("glm4", "Glm4ForCausalLM"): {"partial_rotary_factor": 0.5, "attention_bias": True},
+}  # fmt: skip
+CONFIGS = [CONFIG, LLAMA3, MISTRAL] + [
+    {**CONFIG, "model_type": model_type, "architectures": [architecture], **settings}
+    for (model_type, architecture), settings in OTHERS.items()
+]
 SHAPES = {
     "self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8),
     "self_attn.o_proj": (8, 8), "mlp.gate_proj": (16, 8), "mlp.up_proj": (16, 8), "mlp.down_proj": (8, 16),
@@ -108,13 +149,49 @@ INDEX = {
 }
 
 
-def read_model(folder: Path):
-    """A model with all of its weights, each through half a slice and whole."""
-    reader = models.open_reader(next(folder.glob("*.gguf"), folder))
+GENERATION = {
+    "eos_token_id": [2, 3], "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.1,
+    "_from_model_config": True, "transformers_version": "5.0.0",
+}  # fmt: skip
+LORA = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "r": 2, "lora_alpha": 4,
+    "target_modules": ["q_proj", "down_proj"], "bias": "none", "use_rslora": True, "lora_dropout": 0.0,
+}  # fmt: skip
+ADAPTER = save({
+    f"base_model.model.model.layers.{i}.{name}.lora_{side}.weight": np.ones(shape, np.float32)
+    for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")
+    for side, shape in (("A", (2, SHAPES[name][1])), ("B", (SHAPES[name][0], 2)))
+})  # fmt: skip
+
+
+BASE = {"base/config.json": json.dumps(CONFIG).encode(), "base/model.safetensors": WEIGHTS}
+
+
+def read_generation(folder: Path):
+    """What a folder says of generation, and what an export says after it."""
+    config, _ = safetensors.read_config(folder)
+    tokenizer = SimpleNamespace(eos_token_id=2)
+    generation.sampling(config)
+    json.dumps(generation.keys(config, tokenizer))
+    json.dumps(generation.keys(generation.with_stops(config, (5,)), tokenizer))
+
+
+def read_adapter(folder: Path):
+    """An adapter, merged into its model."""
+    read_weights(Merged(safetensors.SafetensorsReader(folder / "base"), peft.PEFTReader(folder)))
+
+
+def read_weights(reader):
+    """All weights, each through half a slice and whole."""
     for param in jax.tree.leaves(weights.lazy_params(reader, heads=reader.heads)):
         param.read(tuple(slice(0, size) for size in param.shape))
         param.read(tuple(slice(0, (size + 1) // 2) for size in param.shape))
     weights.fingerprint(reader)
+
+
+def read_model(folder: Path):
+    """A model with all of its weights."""
+    read_weights(models.open_reader(next(folder.glob("*.gguf"), folder)))
 
 
 # GGUF --------------------------------------------------------------------------------------------
@@ -141,14 +218,23 @@ GGUF_SHAPES = {
 WIDTHS = {4: "<I", 6: "<f", 7: "<?", 10: "<Q", 11: "<q"}
 
 
-def gguf_document(vocabulary: dict, kind: int) -> bytes:
-    """What `encode_gguf` makes a file of; `kind`: of its matrices (0 float32, 1 float16, 8 Q8_0)."""
+def gguf_document(vocabulary: dict, kind: int, part: int | None = None) -> bytes:
+    """What `encode_gguf` makes a file of.
+
+    Args:
+      vocabulary: settings of the tokenizer.
+      kind: of its matrices (0 float32, 1 float16, 8 Q8_0).
+      part: 0 or 1 for one file of two; None for the whole model.
+    """
     fields = {"general.architecture": "llama"} | {f"llama.{name}": value for name, value in SETTINGS.items()}
     fields |= {f"tokenizer.ggml.{name}": value for name, value in vocabulary.items()}
     fields["tokenizer.chat_template"] = "{{ messages }}"
     vocab = len(vocabulary["tokens"])
     shapes = {"token_embd": (32, vocab), "output_norm": (32,)}
     shapes |= {f"blk.0.{name}": shape for name, shape in GGUF_SHAPES.items()}
+    if part is not None:
+        fields |= {"split.no": part, "split.count": 2, "split.tensors.count": len(shapes)}
+        shapes = {name: shape for i, (name, shape) in enumerate(shapes.items()) if i % 2 == part}
     tensors, offset = {}, 0
     for name, shape in shapes.items():
         of = kind if len(shape) > 1 else 0
@@ -381,8 +467,12 @@ DESCRIPTION["details"] = {"method": "prom"}
 
 TARGETS = {
     "config": Target(
-        "config.json", read_model, tuple(json.dumps(c).encode() for c in (CONFIG, LLAMA3, MISTRAL)),
+        "config.json", read_model, tuple(json.dumps(config).encode() for config in CONFIGS),
         mutation.tree, beside={"model.safetensors": WEIGHTS},
+    ),
+    "generation": Target(
+        "generation_config.json", read_generation, (json.dumps(GENERATION).encode(),), mutation.tree,
+        beside={"config.json": json.dumps(CONFIG).encode(), "model.safetensors": WEIGHTS},
     ),
     "safetensors": Target(
         "model.safetensors", read_model, (WEIGHTS,), mutation.header,
@@ -396,6 +486,14 @@ TARGETS = {
         "model.safetensors.index.json", read_model, (json.dumps(INDEX).encode(),), mutation.tree,
         beside={"config.json": json.dumps(CONFIG).encode(), **SHARDS},
     ),
+    "adapter": Target(
+        "adapter_config.json", read_adapter, (json.dumps(LORA).encode(),), mutation.tree,
+        beside={"adapter_model.safetensors": ADAPTER, **BASE},
+    ),
+    "adapter_model": Target(
+        "adapter_model.safetensors", read_adapter, (ADAPTER,), mutation.header,
+        beside={"adapter_config.json": json.dumps(LORA).encode(), **BASE},
+    ),
     "gguf": Target(
         "m.gguf", read_gguf,
         tuple(encode_gguf(gguf_document(v, k)) for v, k in ((SENTENCEPIECE, 8), (BYTE_LEVEL, 0))),
@@ -403,6 +501,14 @@ TARGETS = {
     "gguf_fields": Target(
         "m.gguf", read_gguf, (gguf_document(SENTENCEPIECE, 8), gguf_document(BYTE_LEVEL, 1)), mutation.tree,
         encode_gguf,
+    ),
+    "gguf_first": Target(
+        "m-00001-of-00002.gguf", read_gguf, (gguf_document(SENTENCEPIECE, 8, 0),), mutation.tree, encode_gguf,
+        beside={"m-00002-of-00002.gguf": encode_gguf(gguf_document(SENTENCEPIECE, 8, 1))},
+    ),
+    "gguf_second": Target(
+        "m-00002-of-00002.gguf", read_gguf, (gguf_document(SENTENCEPIECE, 8, 1),), mutation.tree, encode_gguf,
+        beside={"m-00001-of-00002.gguf": encode_gguf(gguf_document(SENTENCEPIECE, 8, 0))},
     ),
     "tokenizer": Target(
         "", read_tokenizer,

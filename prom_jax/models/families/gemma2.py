@@ -32,10 +32,16 @@ def read_common(settings) -> dict:
 
 
 def read(settings) -> dict:
-    """Fields of `DecoderConfig`; raises UserError for another activation."""
+    """Fields of `DecoderConfig`; raises UserError for another activation, and for two windows."""
     types = [FULL if i % 2 else SLIDING for i in range(settings["num_hidden_layers"])]
+    window = settings.take("sliding_window")
+    if (again := settings.take("sliding_window_size", window)) != window:  # published files say it twice
+        raise UserError(
+            f"config.json sets sliding_window={window} and sliding_window_size={again!r:.100}: expected one "
+            "window; remove the one that is wrong"
+        )
     return {
-        "layers": layers_of_types(settings, types, settings.take("sliding_window")),
+        "layers": layers_of_types(settings, types, window),
         **read_common(settings),
         "attention_softcap": settings.take_number("attn_logit_softcapping", 50.0, optional=True),
         "logit_softcap": settings.take_number("final_logit_softcapping", 30.0, optional=True),
