@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prom_jax.data import sources
+from prom_jax.data import corpora, sources
 from prom_jax.data import templates as prompts
 from prom_jax.data.pairing import pair
 from prom_jax.data.rows import Row, Sentence, Text, Turn
@@ -89,6 +89,8 @@ class Recipe:
             raise UserError(f"streams are {self.streams}: expected different ones, the first '{PRIMARY}'.")
         if not (self.target or self.translation or self.raw):
             raise UserError("There is nothing to train on: set data.target, data.translation or data.text.")
+        if {source.partition("?")[0] for source in self.translation} & set(corpora.EVALUATION):
+            raise UserError("data.translation names FLORES-200's devtest, which is for eval.text alone.")
 
     def as_dict(self) -> dict:
         """What records depend on, for their fingerprint."""
