@@ -6,6 +6,7 @@ their own (see `Recipe`).
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ LANGUAGES = ("english", "target")  # what a prompt may be worded in
 PRIMARY, ENGLISH, CONVERSION = "target", "english", "conversion"
 # What a text may be, besides one of a further stream, whose role has the stream's name.
 ROLES = ("target", "english", "conversion", "translation", "translation_source", "text", "english_text")
+SOURCES = ("target", "english", "translation", "text", "raw", "raw_english")  # the fields that name some
 STREAM = re.compile(r"[a-z][a-z0-9_]*")  # a name
 
 
@@ -93,12 +95,19 @@ class Recipe:
             raise UserError("data.translation names FLORES-200's devtest, which is for eval.text alone.")
 
     def as_dict(self) -> dict:
-        """What records depend on, for their fingerprint."""
+        """What records depend on, for their fingerprint; of sources how they are read (`sources.manner`), as
+        files may move."""
         later = {f.name: f.default for f in dataclasses.fields(self) if f.metadata.get("later")}
+
+        def manners(names):
+            return [sources.manner(name, self.language) for name in names]
+
+        found = dataclasses.asdict(self) | {"more": [(stream, manners(names)) for stream, names in self.more]}
+        found |= {name: manners(getattr(self, name)) for name in SOURCES}
         return {
             name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name not in later or value != later[name]
+            for name, value in found.items()
+            if name not in later or getattr(self, name) != later[name]
         }
 
     @property
@@ -164,9 +173,12 @@ class Examples(NamedTuple):
     rows: dict
 
 
-def read_examples(recipe: Recipe) -> Examples:
+def read_examples(recipe: Recipe, usable: Callable[[Example], bool] = lambda example: True) -> Examples:
     """The examples of a recipe.
 
+    Args:
+      usable: whether something is left of an example's target text when it is tokenised; others are not held
+        out.
     Raises:
       UserError: a bad source (see `sources`); a stream that none of the training examples has.
     """
@@ -185,7 +197,7 @@ def read_examples(recipe: Recipe) -> Examples:
         _check_pairs_not_needed(recipe, english, target)
     if not english:
         pairs, lone_target = [(None, row) for row in target], []
-    train, holdout = _split(recipe, pairs, sentences, texts, has_rows=bool(target))
+    train, holdout = _split(recipe, pairs, sentences, texts, usable, has_rows=bool(target))
     train += [_instruction(len(pairs) + i, (None, row), recipe) for i, row in enumerate(lone_target)]
     if ENGLISH in recipe.streams:
         train += [_english(i, row, recipe) for i, row in enumerate(lone_english)]
@@ -214,7 +226,7 @@ def _texts_of_other_streams(recipe: Recipe, tally: sources.Tally) -> list[Exampl
 
 
 def _split(
-    recipe: Recipe, pairs: list, sentences: list, texts: list, has_rows: bool
+    recipe: Recipe, pairs: list, sentences: list, texts: list, usable: Callable, has_rows: bool
 ) -> tuple[list[Example], list[Example]]:
     """Examples to train on, and held out: of the pairs where there are instruction rows, else of the
     sentences, or of raw text."""
@@ -225,13 +237,13 @@ def _split(
     ]
     of = 0 if has_rows else next((i for i, (_, rows) in enumerate(groups) if rows), 0)
     make, rows = groups[of]
-    held, kept = _hold_out(len(rows), recipe)
-    holdout = [make(i, rows[i], recipe, held_out=True) for i in held]
+    holdout = _hold_out(lambda i: make(i, rows[i], recipe, held_out=True), len(rows), recipe, usable)
+    kept = [i for i in range(len(rows)) if i not in holdout]
     if recipe.shuffled:
         groups[0] = _instruction, shuffle(pairs, kept if of == 0 else [], recipe.seed)
     indices = [kept if i == of else range(len(rows)) for i, (_, rows) in enumerate(groups)]
     train = [make(i, rows[i], recipe) for (make, rows), used in zip(groups, indices) for i in used]
-    return train, holdout
+    return train, list(holdout.values())
 
 
 def _check_pairs_not_needed(recipe: Recipe, english: list[Row], target: list[Row]) -> None:
@@ -287,15 +299,23 @@ def _further(name: str, stream: str, row: Row) -> Example:
     return Example(row.id or name, stream, texts, repeat=row.repeat)
 
 
-def _hold_out(number: int, recipe: Recipe) -> tuple[list[int], list[int]]:
-    """Indices of the held-out examples and of the others."""
-    if recipe.holdout and recipe.holdout >= number:
+def _hold_out(make: Callable, number: int, recipe: Recipe, usable: Callable) -> dict[int, Example]:
+    """The examples that are held out of this number of them, by index: the first in the seed's order that can
+    be used.
+
+    Args:
+      make: gives the example of an index, as it is held out.
+    """
+    order = np.random.default_rng([recipe.seed, number]).permutation(number).tolist()
+    found = ((i, example) for i, example in ((i, make(i)) for i in order) if usable(example))
+    held = dict(sorted(itertools.islice(found, recipe.holdout)))
+    if recipe.holdout and (len(held) < recipe.holdout or recipe.holdout == number):
+        can_be_used = f", of which {len(held)} can be used" * (len(held) < number)
         raise UserError(
-            f"{recipe.holdout} held-out pairs were asked for and there are {number}: lower "
+            f"{recipe.holdout} held-out pairs were asked for and there are {number}{can_be_used}: lower "
             "eval.holdout, so that some are left to train on."
         )
-    order = np.random.default_rng([recipe.seed, number]).permutation(number).tolist()
-    return sorted(order[: recipe.holdout]), sorted(order[recipe.holdout :])
+    return held
 
 
 def shuffle(pairs: list, kept: list[int], seed: int) -> list:

@@ -211,7 +211,12 @@ def fingerprint(recipe: Recipe, tokenizer) -> str:
 
 
 def _write(recipe: Recipe, tokenizer, directory: Path) -> None:
-    splits, unmatched, rows = read_examples(recipe)
+    template = find_template(recipe.template, tokenizer)
+
+    def usable(example: Example) -> bool:
+        return any(True for _ in _tokenise([example], tokenizer, template, recipe, {}))
+
+    splits, unmatched, rows = read_examples(recipe, usable)
     found = {stream for examples in splits.values() for example in examples for stream in example.texts}
     names = recipe.streams + tuple(sorted(found - set(recipe.streams)))
     report: dict[str, Any] = {"unmatched": unmatched, "rows": rows, "checks": _look(recipe, splits)}

@@ -213,6 +213,16 @@ def fingerprint(source: str, language: str) -> str:
     return digest.hexdigest()
 
 
+def manner(source: str, language: str) -> str:
+    """How a source is read, without where it is: the kind of its files and its settings."""
+    parts = [parse(part) for part in _sides(source, language) or [source]]
+    kinds = (files.ending(part.name) for part in parts)
+    return "|".join(
+        f"{kind if kind in ALL else ''}{part.text.removeprefix(part.name)}"
+        for kind, part in zip(kinds, parts)
+    )
+
+
 # Sources ------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """What a configuration comes to before training: method and regulation, records, batches and their cost."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -49,6 +50,11 @@ class BaseModel:
     tokenizer: Any
     layer: int
     reader: Any = None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of its weights (`checkpoints.params.fingerprint`), which must be open."""
+        return weights.fingerprint(self.reader)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +114,7 @@ class Experiment:
         shared = self.batches.share_prompts  # with 'auto' it depends on `attention`, which may change
         records = "+".join(part.data.fingerprint for part in self.parts)
         identity = as_dict(self.config) | {"records": records, "prompts_shared": shared}
-        # Of frozen parameters a run keeps this alone.
-        frozen = self.is_frozen and self.base.reader is not None
-        return identity | ({"base": weights.fingerprint(self.base.reader)} if frozen else {})
+        return identity | ({} if self.base.reader is None else {"base": self.base.fingerprint})
 
     @property
     def is_frozen(self) -> bool:

@@ -136,6 +136,22 @@ def test_held_out_pairs_leave_training_and_keep_english(recipe, byte_level, tmp_
     assert {other.holdout[i]["id"] for i in range(3)} != held
 
 
+def test_a_pair_that_nothing_is_left_of_is_not_held_out(recipe, byte_level, tmp_path, jsonl):
+    """The next one of the same order is, and the others stay."""
+    before = prepare(recipe(holdout=3), byte_level, tmp_path / "r").holdout
+    held = [int(before[i]["id"].removeprefix("#")) - 1 for i in range(3)]
+    rows = [dict(row) for row in TARGET]
+    rows[held[0]]["output"], rows[held[1]]["output"] = "", "ndefu " * 100
+    changes = {"target": (jsonl("other.jsonl", rows),), "too_long": "drop", "translation": ()}
+    made = prepare(recipe(**changes, holdout=3), byte_level, tmp_path / "r")
+    now = [int(made.holdout[i]["id"].removeprefix("#")) - 1 for i in range(3)]
+    assert held[2] in now and not set(held[:2]) & set(now)
+    assert made.report["holdout"]["target"]["dropped"] == 0
+    assert made.report["train"]["target"]["dropped"] == 2 and len(made.train) == 4
+    with pytest.raises(UserError, match="8 held-out pairs were asked for and there are 9, of which 7 can be"):
+        prepare(recipe(**changes, holdout=8), byte_level, tmp_path / "r")
+
+
 def test_translation_alone_and_plain_text(recipe, byte_level, tmp_path, jsonl):
     only = recipe(english=(), target=(), streams=("target",), holdout=1, text=(jsonl("t.jsonl", SENTENCES),))
     prepared = prepare(only, byte_level, tmp_path / "r")
