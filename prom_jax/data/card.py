@@ -45,7 +45,7 @@ def make(config, data: Mapping[str, Prepared], records, batches: Batches, flops:
     """
     parts = {code: _of_language(code, prepared) for code, prepared in data.items()}
     first, *others = parts.values()
-    examples = np.bincount(records.groups, minlength=len(parts)).tolist()
+    examples = np.bincount(records.groups[batches.first_epoch], minlength=len(parts)).tolist()
     by_language = {code: {"examples": number} | part for (code, part), number in zip(parts.items(), examples)}
     sources = ("english", "target", "translation", "english_text", "streams")
     raw = {"raw_text": list(config.data.text), "text": list(config.eval.text)}
@@ -220,9 +220,7 @@ def warnings(card: dict):
     for role, counts in card["update"].items():
         if counts["updates"] < RARE * card["steps"]:
             stream = ENGLISH if role in ("english", "english_text", "translation_source") else role
-            remedy = (
-                f": data.stream_share={stream}=0.25 would bring it more often" if stream == ENGLISH else ""
-            )
+            remedy = f": data.share={stream}=0.25 would bring it more often" if stream == ENGLISH else ""
             yield f"only {counts['updates']:,} of {card['steps']:,} updates have any {role}{remedy}"
 
 

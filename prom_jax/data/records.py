@@ -116,9 +116,11 @@ class Records:
     def __len__(self) -> int:
         return len(self._source)
 
+    languages: tuple[str, ...] = ()  # this and `groups` as of a `mixture.Mixture`
+
     @property
     def groups(self) -> np.ndarray:
-        """As of a `mixture.Mixture`: zeros, int64 [examples]."""
+        """Zeros, int64 [examples]."""
         return np.zeros(len(self), np.int64)
 
     def __getitem__(self, index: int) -> dict:
