@@ -6,9 +6,10 @@ their own (see `Recipe`).
 """
 
 import dataclasses
+import functools
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -141,7 +142,7 @@ def further_streams(entries: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...
     return tuple(more.items())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """An example before it is put into a template: its texts by stream. `unusable` says why it is dropped, if
     it is; `repeat` how often an epoch has it.
@@ -168,7 +169,7 @@ class Examples(NamedTuple):
     """The examples of each split ('train'; 'holdout' and 'text' where asked for), the number of instruction
     rows that found no partner, and what became of the rows of each source (`sources.Tally.as_dict`)."""
 
-    splits: dict[str, list[Example]]
+    splits: dict[str, "Made | list[Example]"]
     unmatched: int
     rows: dict
 
@@ -189,7 +190,8 @@ def read_examples(recipe: Recipe, usable: Callable[[Example], bool] = lambda exa
     sentences = sources.read_parallel(recipe.translation, recipe.language, tally)
     texts = sources.read_texts(recipe.raw, tally)
     aligned = sources.read_parallel(recipe.text, recipe.language, tally)
-    alone = _texts_of_other_streams(recipe, tally)
+    raw_english = sources.read_texts(recipe.raw_english if ENGLISH in recipe.streams else (), tally)
+    more = {name: sources.read_instructions(of, "en", tally) for name, of in recipe.more_sources.items()}
     tally.check()
     pairs, lone_english, lone_target = pair(english, target, recipe.pairing)
     unmatched = len(lone_english) + len(lone_target) if english else 0
@@ -198,51 +200,65 @@ def read_examples(recipe: Recipe, usable: Callable[[Example], bool] = lambda exa
     if not english:
         pairs, lone_target = [(None, row) for row in target], []
     train, holdout = _split(recipe, pairs, sentences, texts, usable, has_rows=bool(target))
-    train += [_instruction(len(pairs) + i, (None, row), recipe) for i, row in enumerate(lone_target)]
+    train.add(lone_target, lambda i, row: _instruction(len(pairs) + i, (None, row), recipe))
     if ENGLISH in recipe.streams:
-        train += [_english(i, row, recipe) for i, row in enumerate(lone_english)]
-    train += alone
-    check_streams(recipe, {stream for example in train for stream in example.texts})
-    text = [
-        Example(f"text-{i}", "text", _texts(Plain(s.target), Plain(s.english))) for i, s in enumerate(aligned)
-    ]
+        train.add(lone_english, lambda i, row: _english(i, row, recipe))
+        train.add(raw_english, _english_text)
+    for stream, rows in more.items():
+        train.add(rows, functools.partial(_further, stream))
+    check_streams(recipe, _streams(train, set(recipe.streams)))
+    text = Made()
+    text.add(aligned, lambda i, s: Example(f"text-{i}", "text", _texts(Plain(s.target), Plain(s.english))))
     splits = {"train": train, "holdout": holdout, "text": text}
     found = {name: examples for name, examples in splits.items() if examples}
     return Examples(found, unmatched, tally.as_dict())
 
 
-def _texts_of_other_streams(recipe: Recipe, tally: sources.Tally) -> list[Example]:
-    """Raw English text, and rows of further streams, where the method trains on them."""
-    found = []
-    if ENGLISH in recipe.streams:
-        for i, text in enumerate(sources.read_texts(recipe.raw_english, tally)):
-            plain = Plain(text.text, continues=True)
-            name = text.id or f"english_text-{i}"
-            found.append(Example(name, "english_text", {ENGLISH: plain}, repeat=text.repeat))
-    for stream, names in recipe.more_sources.items():
-        rows = sources.read_instructions(names, "en", tally)
-        found += [_further(f"{stream}-{i}", stream, row) for i, row in enumerate(rows)]
+class Made(Sized, Iterable):
+    """Examples that are made of their rows each time that they are gone through, as there may be millions."""
+
+    def __init__(self):
+        self._groups: list[tuple[list, Callable[[int, Any], Example], Sequence[int]]] = []
+
+    def add(
+        self, rows: list, make: Callable[[int, Any], Example], indices: Sequence[int] | None = None
+    ) -> None:
+        """Appends what `make` gives of a row's index and the row: of all rows, or of some indices."""
+        self._groups.append((rows, make, range(len(rows)) if indices is None else indices))
+
+    def __len__(self) -> int:
+        return sum(len(indices) for _, _, indices in self._groups)
+
+    def __iter__(self) -> Iterator[Example]:
+        for rows, make, indices in self._groups:
+            yield from (make(i, rows[i]) for i in indices)
+
+
+def _streams(examples: Iterable[Example], wanted: set[str]) -> set[str]:
+    """The streams that examples have; all are gone through only where one that is wanted is missing."""
+    found: set[str] = set()
+    for example in examples:
+        found |= example.texts.keys()
+        if found >= wanted:
+            break
     return found
 
 
 def _split(
     recipe: Recipe, pairs: list, sentences: list, texts: list, usable: Callable, has_rows: bool
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[Made, list[Example]]:
     """Examples to train on, and held out: of the pairs where there are instruction rows, else of the
     sentences, or of raw text."""
-    groups: list[tuple[Callable, list]] = [
-        (_instruction, pairs),
-        (_translation, sentences),
-        (_raw_text, texts),
-    ]
+    groups = [(_instruction, pairs), (_translation, sentences), (_raw_text, texts)]
     of = 0 if has_rows else next((i for i, (_, rows) in enumerate(groups) if rows), 0)
     make, rows = groups[of]
     holdout = _hold_out(lambda i: make(i, rows[i], recipe, held_out=True), len(rows), recipe, usable)
     kept = [i for i in range(len(rows)) if i not in holdout]
     if recipe.shuffled:
         groups[0] = _instruction, shuffle(pairs, kept if of == 0 else [], recipe.seed)
-    indices = [kept if i == of else range(len(rows)) for i, (_, rows) in enumerate(groups)]
-    train = [make(i, rows[i], recipe) for (make, rows), used in zip(groups, indices) for i in used]
+    train = Made()
+    for number, (make, rows) in enumerate(groups):
+        train.add(rows, functools.partial(make, recipe=recipe), kept if number == of else None)
     return train, list(holdout.values())
 
 
@@ -293,10 +309,15 @@ def _raw_text(index: int, text: Text, recipe: Recipe, held_out=False) -> Example
     return Example(text.id or f"text-{index}", "text", {PRIMARY: plain}, repeat=text.repeat)
 
 
-def _further(name: str, stream: str, row: Row) -> Example:
+def _english_text(index: int, text: Text) -> Example:
+    plain = Plain(text.text, continues=True)
+    return Example(text.id or f"english_text-{index}", "english_text", {ENGLISH: plain}, repeat=text.repeat)
+
+
+def _further(stream: str, index: int, row: Row) -> Example:
     """A row of a further stream."""
     texts = {stream: Dialogue(row.turns, system=row.system)}
-    return Example(row.id or name, stream, texts, repeat=row.repeat)
+    return Example(row.id or f"{stream}-{index}", stream, texts, repeat=row.repeat)
 
 
 def _hold_out(make: Callable, number: int, recipe: Recipe, usable: Callable) -> dict[int, Example]:

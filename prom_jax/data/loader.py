@@ -19,14 +19,16 @@ continue the prompts of the primary texts there.
 import math
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from prom_jax.data import packing
 from prom_jax.data.mixture import Mixture
+from prom_jax.data.plans import Request, plan_run
 from prom_jax.data.records import Records, Stream
 from prom_jax.data.shared_prefixes import NONE
-from prom_jax.data.shares import draw, fit
+from prom_jax.data.shares import fit
 from prom_jax.ops.attention import segment_id
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.extras import needs
@@ -50,6 +52,7 @@ class Batches:
       shares: by stream and language, of the examples of an epoch those that are of it; else as the records
         repeat them.
       append: whether a stream may be appended to the primary rows, so that neither is of use alone.
+      plans: the folder that keeps the plans of many examples; None to keep none.
 
     Attributes:
       num_steps: updates in all; `steps_per_epoch`, `examples_per_epoch`: the first epoch's.
@@ -76,6 +79,7 @@ class Batches:
         append: bool = True,
         keys: bool = False,
         shares: dict[str, float] | None = None,
+        plans: Path | None = None,
     ):
         if not (steps > 0 or epochs > 0):
             raise UserError(f"steps is {steps} and epochs is {epochs}: one of them must be more than 0.")
@@ -91,14 +95,10 @@ class Batches:
             }
         present = {stream: of_stream.lengths > 0 for stream, of_stream in records.streams.items()}
         present |= {code: records.groups == i for i, code in enumerate(records.languages)}
-        times = None
-        if seed is not None:
-            times = fit(present, records.repeats, shares or {}, records.languages)
-
-        def drawn(epoch: int) -> np.ndarray | None:
-            return None if times is None else draw(times, seed, epoch)
-
-        layout = packing.choose_layout(texts, (sequences, seq_len), prompts, drawn(0))
+        times = None if seed is None else fit(present, records.repeats, shares or {}, records.languages)
+        shape = sequences, seq_len
+        request = Request(texts, shape, prompts, times, records.groups, seed, float(epochs), steps)
+        layout, self._plan, updates, examples = plan_run(request, plans)
         self.shapes, self.appended = layout.shapes, layout.appended
         # tokens of the primary text that an appended one continues
         self._prompts = np.zeros_like(texts[primary].lengths)
@@ -106,19 +106,9 @@ class Batches:
             self._prompts = prompts[self.appended]
             texts[self.appended] = packing.without_prompts(texts[self.appended], self._prompts)
         self._texts, self._primary = texts, primary
-        plans: list[packing.Plan] = []
-        planned = 0
-        while planned < steps if steps else len(plans) < epochs:
-            epoch = len(plans)
-            plan = packing.plan_epoch(
-                texts, layout, seed=seed, epoch=epoch, groups=records.groups, examples=drawn(epoch)
-            )
-            plans.append(plan)
-            planned += plan.updates
-        last = plans[-1].updates
-        self.num_steps = steps or planned - last + max(1, round((epochs % 1 or 1) * last))
-        self.steps_per_epoch, self.examples_per_epoch = plans[0].updates, len(plans[0].examples)
-        self._plan = packing.join(plans)
+        last = int(updates[-1])
+        self.num_steps = steps or int(updates.sum()) - last + max(1, round((epochs % 1 or 1) * last))
+        self.steps_per_epoch, self.examples_per_epoch = int(updates[0]), int(examples[0])
         self.examples = self._plan.examples[: self._plan.ends[self.num_steps]]
         taken = {
             stream: slots.lengths[: len(self.examples)].sum() for stream, slots in self._plan.slots.items()

@@ -247,6 +247,7 @@ def resolve(
         epochs=config.optimizer.epochs,
         steps=config.steps,
         shares=parse_shares(config.data.share, codes),
+        plans=workdir / "records",
         share_prompts=config.batch.share_prompts == "auto" and supports_shared_prefixes(config.attention),
         keys=lora is not None and lora.dropout > 0,
     )
