@@ -101,8 +101,7 @@ class Ours:
         self.job = train.plan(config, Path(workdir))
         jax.set_mesh(self.job.mesh)
         self.update, abstract = train.compile_update(self.job)
-        checkpoints = train.open_checkpoints(self.job)
-        params, opt_state = train.init_state(self.job, checkpoints, train.load(self.job), abstract)
+        params, opt_state = train.init_state(self.job, train.load(self.job), abstract)
         trained, self.frozen = self.job.split(params)
         self.state = trained, opt_state
         self.upcoming = train.batch_iterator(self.job, 0)

@@ -14,6 +14,6 @@ def get_config(variant: str = ""):
     config.data.english = ("tatsu-lab/alpaca",)
     # Its translation: instruction, input and output, in the same order (or with the same ids).
     config.data.target = ("data/alpaca.mr.jsonl",)
-    # Aligned sentences, in the columns en and mr.
-    config.data.translation = ("data/parallel.mr.tsv",)
+    # Aligned sentences: NTREX-128 and the dev part of FLORES-200, fetched once.
+    config.data.translation = ("ntrex", "flores200")
     return configuration.apply_variant(config, variant)

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from launch import xquad
-from prom_jax.data.translation.engines import flores_code
+from prom_jax.data.languages import find_code
 
 PLAIN = 200  # sentences of FLORES whose perplexity is measured
 
@@ -32,7 +32,7 @@ def main(argv=None):
     xquad.main([str(arguments.xquad), str(out), f"--languages={arguments.languages}"])
     codes = sorted(path.stem for path in flores.glob("*.devtest"))
     for language in arguments.languages.split(","):
-        code = flores_code(language, codes)
+        code = find_code(language, codes)
         reference = arguments.ntrex / f"newstest2019-ref.{code.partition('_')[0]}.txt"
         write_pairs(
             out / f"ntrex.{language}.tsv", language, arguments.ntrex / "newstest2019-src.eng.txt", reference

@@ -125,13 +125,11 @@ def default() -> ConfigDict:
     # What examples are put into: 'alpaca', 'model' (the model's own chat template, the right one for a model
     # that can chat already), or a file with a chat template, FILE.jinja.
     c.data.template = "alpaca"
-    # Of the examples of an epoch, the share that has a stream: 'english=0.25'. They come more or less often
-    # than once for it.
-    c.data.stream_share = ()
     # Language of Alpaca's template and its translation requests around target text: 'english' or 'target'.
     c.data.prompts = "english"
-    # Of several languages: how many examples of an epoch each has, 'sw=1','th=3'. They are repeated where a
-    # language has too few, and none is left out; (): as they are, once each.
+    # Of the examples of an epoch, the share that has a stream or is of a language: 'english=0.25', 'sw=0.5'.
+    # They come more or less often than once for it. Of several languages, where all are named, weights:
+    # 'sw=1','th=3'. (): as they are, once each.
     c.data.share = ()
     # Tokens a row; examples are packed into rows.
     c.data.seq_len = 1024

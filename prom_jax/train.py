@@ -88,8 +88,9 @@ def train(config, workdir, dry_run: bool = False) -> dict:
             update, abstract = compile_update(job)
             term_norms = compile_term_norms(job, abstract[0])
         start, state = checkpoints.resume(params=job.kept(abstract[0]), opt_state=abstract[1])
+        describe_checkpoints(job, checkpoints)
         if state is None:
-            state = init_state(job, checkpoints, base.result() if base else load(job), abstract)
+            state = init_state(job, base.result() if base else load(job), abstract)
         params, opt_state = state
         params = merge_params(params, base.result()) if base else params
         log = MetricsLog(workdir, start or BEFORE_BASE, trackers, job.identity)
@@ -294,9 +295,8 @@ def load(job: Job) -> dict:
     )
 
 
-def init_state(job: Job, checkpoints: Checkpoints, params: dict, abstract):
-    """The parameters and a new optimizer state, sharded as the abstract ones; checkpoints to come are
-    described."""
+def describe_checkpoints(job: Job, checkpoints: Checkpoints):
+    """Writes what the checkpoints are next to them, at each start: a file may be lost, a base model moved."""
     base = None
     if job.is_frozen:
         base = {"source": job.base_source, "fingerprint": job.frozen_base.fingerprint}
@@ -304,6 +304,10 @@ def init_state(job: Job, checkpoints: Checkpoints, params: dict, abstract):
     exits = job.method.exits
     description = Description(job.base.config, job.model.heads, dtype, job.details, exits, job.lora, base)
     describe(checkpoints.directory, description, job.base.tokenizer)
+
+
+def init_state(job: Job, params: dict, abstract):
+    """The parameters and a new optimizer state, sharded as the abstract ones."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract[1])
     init = jax.jit(job.optimizer.init, out_shardings=shardings)
     return params, init(job.split(params)[0])

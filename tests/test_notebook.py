@@ -17,8 +17,8 @@ def code_cells(notebook):
 def test_the_outputs_are_of_one_run_from_top_to_bottom():
     cells = code_cells(nbformat.read(NOTEBOOK, as_version=4))
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
-    outputs = [output for cell in cells for output in cell.outputs]
-    assert {output.output_type for output in outputs} == {"stream", "display_data", "execute_result"} - {"display_data"}
+    kinds = {output.output_type for cell in cells for output in cell.outputs}
+    assert kinds == {"stream", "execute_result"}  # no error
     assert str(Path.home()) not in NOTEBOOK.read_text(encoding="utf-8")
 
 

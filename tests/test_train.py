@@ -305,6 +305,39 @@ def test_a_finished_run_is_left_as_it_is(finished, config, capsys):
     write_json(workdir / CONFIG_FILE, kept)
 
 
+def test_a_run_goes_on_with_moved_files_and_writes_again_what_is_lost(finished, config, tiny, tmp_path):
+    workdir, summary = finished
+    kept = (workdir / CONFIG_FILE).read_text()
+    described = (workdir / "checkpoints" / "model.json").read_text()
+    (workdir / "checkpoints" / "model.json").unlink()
+    shutil.rmtree(workdir / "checkpoints" / "tokenizer")
+    shutil.copytree(tiny, tmp_path / "moved")
+    for key in ("english", "target", "translation"):
+        config.data[key] = tuple(
+            name.replace(str(tiny), str(tmp_path / "moved")) for name in config.data[key]
+        )
+    config.model = str(tmp_path / "moved" / "model")
+    again = door.train(config, workdir)
+    assert again["final"] == summary["final"] and len(list((workdir / "records").iterdir())) == 1
+    assert json.loads((workdir / CONFIG_FILE).read_text())["model"] == config.model
+    now = (workdir / "checkpoints" / "model.json").read_text()
+    assert now == described.replace(str(tiny / "model"), config.model)
+    prom_jax.load(workdir)
+
+    rows = tmp_path / "moved" / "sw.jsonl"
+    rows.write_text(rows.read_text().replace("maziwa", "chai"))
+    with pytest.raises(UserError, match=r"holds a run with data\.target=.*moved") as error:
+        config.data.target = (str(shutil.move(rows, tmp_path / "other.jsonl")),)
+        door.train(config, workdir)
+    assert "model=" not in str(error.value)
+    config.data.target = (str(tiny / "sw.jsonl"),)
+    tensors = load_file(tiny / "model" / "model.safetensors")
+    save_file({name: 2 * x for name, x in tensors.items()}, tmp_path / "moved/model/model.safetensors")
+    with pytest.raises(UserError, match=r"holds a run with base='"):
+        door.train(config, workdir)
+    (workdir / CONFIG_FILE).write_text(kept)
+
+
 def test_sigterm_saves_and_asks_to_be_run_again(config, tmp_path, monkeypatch):
     write = door.MetricsLog.write
 

@@ -10,7 +10,6 @@ from prom_jax.analysis.probe import Probe, averaged, probe
 from prom_jax.analysis.statistics import effective_rows
 from prom_jax.analysis.tables import Table, read_sources, read_table
 from prom_jax.analysis.tasks import TASKS, NoRows
-from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.config import languages, of_language
 from prom_jax.tokenization.folder import fingerprint
@@ -81,7 +80,7 @@ def measured(config, base: BaseModel, workdir: Path, mesh) -> dict[str, dict | N
         found = _read(path, settings)
         if not found:
             console.print(f"probe     {part.model} in {part.language!r}, once for {workdir}")
-            found = settings | _measure(base, mesh, table, sources, settings)
+            found = {"model": part.model} | settings | _measure(base, mesh, table, sources, settings)
             write_json(path, found)
         return found
 
@@ -106,11 +105,11 @@ def _tables(config) -> tuple[Table, tuple[Table, ...]]:
 
 
 def _settings(config, base: BaseModel, table: Table, sources: tuple[Table, ...]) -> dict:
-    """What a probe's result depends on, the weights where they were opened."""
-    seen = {} if base.reader is None else {"weights": weights.fingerprint(base.reader)}
+    """What a probe's result depends on."""
+    # The model's name where nothing else is known of it: it may have moved.
+    seen = {"model": config.model} if base.reader is None else {"weights": base.fingerprint}
     return {
         "regulate": config.pivot.regulate,
-        "model": config.model,
         **seen,
         "tokenizer": fingerprint(base.tokenizer),
         "layer": base.layer,

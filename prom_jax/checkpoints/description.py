@@ -50,7 +50,10 @@ class Description:
         """Writes `model.json`."""
         fields = {"format": FORMAT} | dataclasses.asdict(self) | {"config": config_to_hf(self.config)}
         fields["generation"] = self.config.generation
-        (resolve_path(directory) / DESCRIPTION).write_text(json.dumps(fields, indent=2, ensure_ascii=False))
+        path = resolve_path(directory) / DESCRIPTION
+        partial = path.with_name(f".{path.name}.partial")  # there may be a whole one
+        partial.write_text(json.dumps(fields, indent=2, ensure_ascii=False))
+        partial.replace(path)
 
     @classmethod
     def read(cls, directory) -> "Description":

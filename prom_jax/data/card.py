@@ -9,10 +9,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from prom_jax.data import quality
+from prom_jax.data.encoding import COUNTS
 from prom_jax.data.examples import ENGLISH, role_in
 from prom_jax.data.loader import Batches
 from prom_jax.data.mixture import Mixture
-from prom_jax.data.records import COUNTS, Prepared, Records
+from prom_jax.data.records import Prepared, Records
 from prom_jax.data.translation.checks import script
 
 # Scripts that put no space between words, so that "words" are not counted.
@@ -34,7 +35,7 @@ def make(config, data: Mapping[str, Prepared], records, batches: Batches, flops:
       flops: of the whole run.
     Returns:
       {"model", "language", "method", "records" (fingerprint), "sources", "unmatched" (instruction rows
-      without a partner), "rows" (`sources.Tally.as_dict`), "checks" (`quality.look`), "roles": {role:
+      without a partner), "rows" (`sources.Tally.as_dict`), "checks" (`quality.Look`), "roles": {role:
       counts}, "holdout" and "text": the same of these splits, "packing", "update" ({role: "examples" and
       "loss_tokens" of an update on average, and the number of "updates" that have any}), "steps",
       "steps_per_epoch", "epochs", "training_flops"}. `roles` always has english, target and translation.
@@ -45,7 +46,7 @@ def make(config, data: Mapping[str, Prepared], records, batches: Batches, flops:
     """
     parts = {code: _of_language(code, prepared) for code, prepared in data.items()}
     first, *others = parts.values()
-    examples = np.bincount(records.groups, minlength=len(parts)).tolist()
+    examples = np.bincount(records.groups[batches.first_epoch], minlength=len(parts)).tolist()
     by_language = {code: {"examples": number} | part for (code, part), number in zip(parts.items(), examples)}
     sources = ("english", "target", "translation", "english_text", "streams")
     raw = {"raw_text": list(config.data.text), "text": list(config.eval.text)}
@@ -132,13 +133,13 @@ def _packing(config, batches: Batches) -> dict:
 def _update(batches: Batches, records: Records | Mixture) -> dict:
     """What updates hold, by role."""
     steps, taken = batches.steps_of_examples, batches.examples
+    roles, of_example = np.unique(records.roles, return_inverse=True)
     found = {}
     for stream in batches.shapes:
         weights = records.streams[stream].weights[taken]
-        names = np.array([role_in(stream, role) for role in np.unique(records.roles)])
-        of_example = names[np.unique(records.roles, return_inverse=True)[1]][taken]
+        names = np.array([role_in(stream, role) for role in roles])
         for role in dict.fromkeys(names.tolist()):
-            ours = (of_example == role) & (weights > 0)
+            ours = (names == role)[of_example][taken] & (weights > 0)
             if ours.any():
                 found[role] = {
                     "examples": round(int(ours.sum()) / batches.num_steps, 2),
@@ -220,9 +221,7 @@ def warnings(card: dict):
     for role, counts in card["update"].items():
         if counts["updates"] < RARE * card["steps"]:
             stream = ENGLISH if role in ("english", "english_text", "translation_source") else role
-            remedy = (
-                f": data.stream_share={stream}=0.25 would bring it more often" if stream == ENGLISH else ""
-            )
+            remedy = f": data.share={stream}=0.25 would bring it more often" if stream == ENGLISH else ""
             yield f"only {counts['updates']:,} of {card['steps']:,} updates have any {role}{remedy}"
 
 

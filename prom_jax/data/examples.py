@@ -6,14 +6,16 @@ their own (see `Recipe`).
 """
 
 import dataclasses
+import functools
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from prom_jax.data import sources
+from prom_jax.data import corpora, sources
 from prom_jax.data import templates as prompts
 from prom_jax.data.pairing import pair
 from prom_jax.data.rows import Row, Sentence, Text, Turn
@@ -24,6 +26,7 @@ LANGUAGES = ("english", "target")  # what a prompt may be worded in
 PRIMARY, ENGLISH, CONVERSION = "target", "english", "conversion"
 # What a text may be, besides one of a further stream, whose role has the stream's name.
 ROLES = ("target", "english", "conversion", "translation", "translation_source", "text", "english_text")
+SOURCES = ("target", "english", "translation", "text", "raw", "raw_english")  # the fields that name some
 STREAM = re.compile(r"[a-z][a-z0-9_]*")  # a name
 
 
@@ -89,14 +92,23 @@ class Recipe:
             raise UserError(f"streams are {self.streams}: expected different ones, the first '{PRIMARY}'.")
         if not (self.target or self.translation or self.raw):
             raise UserError("There is nothing to train on: set data.target, data.translation or data.text.")
+        if {source.partition("?")[0] for source in self.translation} & set(corpora.EVALUATION):
+            raise UserError("data.translation names FLORES-200's devtest, which is for eval.text alone.")
 
     def as_dict(self) -> dict:
-        """What records depend on, for their fingerprint."""
+        """What records depend on, for their fingerprint; of sources how they are read (`sources.manner`), as
+        files may move."""
         later = {f.name: f.default for f in dataclasses.fields(self) if f.metadata.get("later")}
+
+        def manners(names):
+            return [sources.manner(name, self.language) for name in names]
+
+        found = dataclasses.asdict(self) | {"more": [(stream, manners(names)) for stream, names in self.more]}
+        found |= {name: manners(getattr(self, name)) for name in SOURCES}
         return {
             name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name not in later or value != later[name]
+            for name, value in found.items()
+            if name not in later or getattr(self, name) != later[name]
         }
 
     @property
@@ -130,7 +142,7 @@ def further_streams(entries: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...
     return tuple(more.items())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """An example before it is put into a template: its texts by stream. `unusable` says why it is dropped, if
     it is; `repeat` how often an epoch has it.
@@ -157,14 +169,17 @@ class Examples(NamedTuple):
     """The examples of each split ('train'; 'holdout' and 'text' where asked for), the number of instruction
     rows that found no partner, and what became of the rows of each source (`sources.Tally.as_dict`)."""
 
-    splits: dict[str, list[Example]]
+    splits: dict[str, "Made | list[Example]"]
     unmatched: int
     rows: dict
 
 
-def read_examples(recipe: Recipe) -> Examples:
+def read_examples(recipe: Recipe, usable: Callable[[Example], bool] = lambda example: True) -> Examples:
     """The examples of a recipe.
 
+    Args:
+      usable: whether something is left of an example's target text when it is tokenised; others are not held
+        out.
     Raises:
       UserError: a bad source (see `sources`); a stream that none of the training examples has.
     """
@@ -175,7 +190,8 @@ def read_examples(recipe: Recipe) -> Examples:
     sentences = sources.read_parallel(recipe.translation, recipe.language, tally)
     texts = sources.read_texts(recipe.raw, tally)
     aligned = sources.read_parallel(recipe.text, recipe.language, tally)
-    alone = _texts_of_other_streams(recipe, tally)
+    raw_english = sources.read_texts(recipe.raw_english if ENGLISH in recipe.streams else (), tally)
+    more = {name: sources.read_instructions(of, "en", tally) for name, of in recipe.more_sources.items()}
     tally.check()
     pairs, lone_english, lone_target = pair(english, target, recipe.pairing)
     unmatched = len(lone_english) + len(lone_target) if english else 0
@@ -183,53 +199,67 @@ def read_examples(recipe: Recipe) -> Examples:
         _check_pairs_not_needed(recipe, english, target)
     if not english:
         pairs, lone_target = [(None, row) for row in target], []
-    train, holdout = _split(recipe, pairs, sentences, texts, has_rows=bool(target))
-    train += [_instruction(len(pairs) + i, (None, row), recipe) for i, row in enumerate(lone_target)]
+    train, holdout = _split(recipe, pairs, sentences, texts, usable, has_rows=bool(target))
+    train.add(lone_target, lambda i, row: _instruction(len(pairs) + i, (None, row), recipe))
     if ENGLISH in recipe.streams:
-        train += [_english(i, row, recipe) for i, row in enumerate(lone_english)]
-    train += alone
-    check_streams(recipe, {stream for example in train for stream in example.texts})
-    text = [
-        Example(f"text-{i}", "text", _texts(Plain(s.target), Plain(s.english))) for i, s in enumerate(aligned)
-    ]
+        train.add(lone_english, lambda i, row: _english(i, row, recipe))
+        train.add(raw_english, _english_text)
+    for stream, rows in more.items():
+        train.add(rows, functools.partial(_further, stream))
+    check_streams(recipe, _streams(train, set(recipe.streams)))
+    text = Made()
+    text.add(aligned, lambda i, s: Example(f"text-{i}", "text", _texts(Plain(s.target), Plain(s.english))))
     splits = {"train": train, "holdout": holdout, "text": text}
     found = {name: examples for name, examples in splits.items() if examples}
     return Examples(found, unmatched, tally.as_dict())
 
 
-def _texts_of_other_streams(recipe: Recipe, tally: sources.Tally) -> list[Example]:
-    """Raw English text, and rows of further streams, where the method trains on them."""
-    found = []
-    if ENGLISH in recipe.streams:
-        for i, text in enumerate(sources.read_texts(recipe.raw_english, tally)):
-            plain = Plain(text.text, continues=True)
-            name = text.id or f"english_text-{i}"
-            found.append(Example(name, "english_text", {ENGLISH: plain}, repeat=text.repeat))
-    for stream, names in recipe.more_sources.items():
-        rows = sources.read_instructions(names, "en", tally)
-        found += [_further(f"{stream}-{i}", stream, row) for i, row in enumerate(rows)]
+class Made(Sized, Iterable):
+    """Examples that are made of their rows each time that they are gone through, as there may be millions."""
+
+    def __init__(self):
+        self._groups: list[tuple[list, Callable[[int, Any], Example], Sequence[int]]] = []
+
+    def add(
+        self, rows: list, make: Callable[[int, Any], Example], indices: Sequence[int] | None = None
+    ) -> None:
+        """Appends what `make` gives of a row's index and the row: of all rows, or of some indices."""
+        self._groups.append((rows, make, range(len(rows)) if indices is None else indices))
+
+    def __len__(self) -> int:
+        return sum(len(indices) for _, _, indices in self._groups)
+
+    def __iter__(self) -> Iterator[Example]:
+        for rows, make, indices in self._groups:
+            yield from (make(i, rows[i]) for i in indices)
+
+
+def _streams(examples: Iterable[Example], wanted: set[str]) -> set[str]:
+    """The streams that examples have; all are gone through only where one that is wanted is missing."""
+    found: set[str] = set()
+    for example in examples:
+        found |= example.texts.keys()
+        if found >= wanted:
+            break
     return found
 
 
 def _split(
-    recipe: Recipe, pairs: list, sentences: list, texts: list, has_rows: bool
-) -> tuple[list[Example], list[Example]]:
+    recipe: Recipe, pairs: list, sentences: list, texts: list, usable: Callable, has_rows: bool
+) -> tuple[Made, list[Example]]:
     """Examples to train on, and held out: of the pairs where there are instruction rows, else of the
     sentences, or of raw text."""
-    groups: list[tuple[Callable, list]] = [
-        (_instruction, pairs),
-        (_translation, sentences),
-        (_raw_text, texts),
-    ]
+    groups = [(_instruction, pairs), (_translation, sentences), (_raw_text, texts)]
     of = 0 if has_rows else next((i for i, (_, rows) in enumerate(groups) if rows), 0)
     make, rows = groups[of]
-    held, kept = _hold_out(len(rows), recipe)
-    holdout = [make(i, rows[i], recipe, held_out=True) for i in held]
+    holdout = _hold_out(lambda i: make(i, rows[i], recipe, held_out=True), len(rows), recipe, usable)
+    kept = [i for i in range(len(rows)) if i not in holdout]
     if recipe.shuffled:
         groups[0] = _instruction, shuffle(pairs, kept if of == 0 else [], recipe.seed)
-    indices = [kept if i == of else range(len(rows)) for i, (_, rows) in enumerate(groups)]
-    train = [make(i, rows[i], recipe) for (make, rows), used in zip(groups, indices) for i in used]
-    return train, holdout
+    train = Made()
+    for number, (make, rows) in enumerate(groups):
+        train.add(rows, functools.partial(make, recipe=recipe), kept if number == of else None)
+    return train, list(holdout.values())
 
 
 def _check_pairs_not_needed(recipe: Recipe, english: list[Row], target: list[Row]) -> None:
@@ -279,21 +309,34 @@ def _raw_text(index: int, text: Text, recipe: Recipe, held_out=False) -> Example
     return Example(text.id or f"text-{index}", "text", {PRIMARY: plain}, repeat=text.repeat)
 
 
-def _further(name: str, stream: str, row: Row) -> Example:
+def _english_text(index: int, text: Text) -> Example:
+    plain = Plain(text.text, continues=True)
+    return Example(text.id or f"english_text-{index}", "english_text", {ENGLISH: plain}, repeat=text.repeat)
+
+
+def _further(stream: str, index: int, row: Row) -> Example:
     """A row of a further stream."""
     texts = {stream: Dialogue(row.turns, system=row.system)}
-    return Example(row.id or name, stream, texts, repeat=row.repeat)
+    return Example(row.id or f"{stream}-{index}", stream, texts, repeat=row.repeat)
 
 
-def _hold_out(number: int, recipe: Recipe) -> tuple[list[int], list[int]]:
-    """Indices of the held-out examples and of the others."""
-    if recipe.holdout and recipe.holdout >= number:
+def _hold_out(make: Callable, number: int, recipe: Recipe, usable: Callable) -> dict[int, Example]:
+    """The examples that are held out of this number of them, by index: the first in the seed's order that can
+    be used.
+
+    Args:
+      make: gives the example of an index, as it is held out.
+    """
+    order = np.random.default_rng([recipe.seed, number]).permutation(number).tolist()
+    found = ((i, example) for i, example in ((i, make(i)) for i in order) if usable(example))
+    held = dict(sorted(itertools.islice(found, recipe.holdout)))
+    if recipe.holdout and (len(held) < recipe.holdout or recipe.holdout == number):
+        can_be_used = f", of which {len(held)} can be used" * (len(held) < number)
         raise UserError(
-            f"{recipe.holdout} held-out pairs were asked for and there are {number}: lower "
+            f"{recipe.holdout} held-out pairs were asked for and there are {number}{can_be_used}: lower "
             "eval.holdout, so that some are left to train on."
         )
-    order = np.random.default_rng([recipe.seed, number]).permutation(number).tolist()
-    return sorted(order[: recipe.holdout]), sorted(order[recipe.holdout :])
+    return held
 
 
 def shuffle(pairs: list, kept: list[int], seed: int) -> list:

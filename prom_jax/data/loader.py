@@ -8,7 +8,8 @@ is a dict of [rows, length] arrays, of a shape of its own for each stream:
   segments   int32, as `ops.attention.segment_id` numbers them within a row; 0 for padding
   labels     int32, the next token of the same example
   weights    float32, 1 where `labels` has a loss, else 0
-  keys       uint32, where asked for: a hash of the example's tokens up to this one, of seed and step
+  keys       uint32, where asked for: a hash of the example's tokens up to this one, of seed and step, and
+             of which copy it is in this update
 
 Prompt prefixes that texts share are computed once: a row has such a prefix as a segment that its texts
 continue. Where a stream is `appended`, its row i is appended to row i of the primary stream, and its texts
@@ -16,20 +17,26 @@ continue the prompts of the primary texts there.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from prom_jax.data import packing
-from prom_jax.data import shares as stream_shares
 from prom_jax.data.mixture import Mixture
+from prom_jax.data.plans import Request, plan_run
 from prom_jax.data.records import Records, Stream
+from prom_jax.data.shared_prefixes import NONE
+from prom_jax.data.shares import fit
 from prom_jax.ops.attention import segment_id
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.extras import needs
 
 with needs("data"):
     import grain
+
+COPY = 0x9E3779B9  # tells the keys of an example's copies apart
 
 
 class Batches:
@@ -42,8 +49,10 @@ class Batches:
       sequences, seq_len: rows of the primary stream, and their length.
       share_prompts: whether prompts and prefixes that texts share are computed once, or every text is whole.
       keys: whether rows have `keys`, which no packing changes.
-      shares: by stream, of the examples of an epoch those that have it; else as the records repeat them.
+      shares: by stream and language, of the examples of an epoch those that are of it; else as the records
+        repeat them.
       append: whether a stream may be appended to the primary rows, so that neither is of use alone.
+      plans: the folder that keeps the plans of many examples; None to keep none.
 
     Attributes:
       num_steps: updates in all; `steps_per_epoch`, `examples_per_epoch`: the first epoch's.
@@ -70,6 +79,7 @@ class Batches:
         append: bool = True,
         keys: bool = False,
         shares: dict[str, float] | None = None,
+        plans: Path | None = None,
     ):
         if not (steps > 0 or epochs > 0):
             raise UserError(f"steps is {steps} and epochs is {epochs}: one of them must be more than 0.")
@@ -84,12 +94,11 @@ class Batches:
                 for stream, common in records.common_prompts.items()
             }
         present = {stream: of_stream.lengths > 0 for stream, of_stream in records.streams.items()}
-        times = stream_shares.fit(present, records.repeats, shares or {}) if seed is not None else None
-
-        def drawn(epoch: int) -> np.ndarray | None:
-            return None if times is None else stream_shares.draw(times, seed, epoch)
-
-        layout = packing.choose_layout(texts, (sequences, seq_len), prompts, drawn(0))
+        present |= {code: records.groups == i for i, code in enumerate(records.languages)}
+        times = None if seed is None else fit(present, records.repeats, shares or {}, records.languages)
+        shape = sequences, seq_len
+        request = Request(texts, shape, prompts, times, records.groups, seed, float(epochs), steps)
+        layout, self._plan, updates, examples = plan_run(request, plans)
         self.shapes, self.appended = layout.shapes, layout.appended
         # tokens of the primary text that an appended one continues
         self._prompts = np.zeros_like(texts[primary].lengths)
@@ -97,19 +106,9 @@ class Batches:
             self._prompts = prompts[self.appended]
             texts[self.appended] = packing.without_prompts(texts[self.appended], self._prompts)
         self._texts, self._primary = texts, primary
-        plans: list[packing.Plan] = []
-        planned = 0
-        while planned < steps if steps else len(plans) < epochs:
-            epoch = len(plans)
-            plan = packing.plan_epoch(
-                texts, layout, seed=seed, epoch=epoch, groups=records.groups, examples=drawn(epoch)
-            )
-            plans.append(plan)
-            planned += plan.updates
-        last = plans[-1].updates
-        self.num_steps = steps or planned - last + max(1, round((epochs % 1 or 1) * last))
-        self.steps_per_epoch, self.examples_per_epoch = plans[0].updates, len(plans[0].examples)
-        self._plan = packing.join(plans)
+        last = int(updates[-1])
+        self.num_steps = steps or int(updates.sum()) - last + max(1, round((epochs % 1 or 1) * last))
+        self.steps_per_epoch, self.examples_per_epoch = int(updates[0]), int(examples[0])
         self.examples = self._plan.examples[: self._plan.ends[self.num_steps]]
         taken = {
             stream: slots.lengths[: len(self.examples)].sum() for stream, slots in self._plan.slots.items()
@@ -149,13 +148,24 @@ class Batches:
         needed = np.unique(self._plan.examples[np.concatenate([taken for taken, *_ in slots.values()])])
         records = dict(zip(needed.tolist(), self._records.read(needed), strict=True))
         salt = None if self._seed is None else np.random.SeedSequence((self._seed, step)).generate_state(1)[0]
+        salts = None if salt is None else self._salts(step, salt)
         joint = _SegmentPaths()  # of the primary rows and of what is appended to them
         return {
             stream: self._rows(
-                records, stream, slots[stream], joint if self._is_joint(stream) else _SegmentPaths(), salt
+                records, stream, slots[stream], joint if self._is_joint(stream) else _SegmentPaths(), salts
             )
             for stream in self.shapes
         }
+
+    def _salts(self, step: int, salt: np.uint32) -> dict[int, tuple[np.uint32, np.uint32]]:
+        """By place in the plan what the keys of a step are mixed with: those of the prefix that an example
+        shares, and of all else, which is another for each copy of an example."""
+        copies: Counter = Counter()
+        found = {}
+        for place, example in enumerate(self.examples_of(step).tolist(), int(self._plan.ends[step])):
+            found[place] = salt, salt ^ np.uint32(copies[example] * COPY & 0xFFFFFFFF)
+            copies[example] += 1
+        return found
 
     def _is_joint(self, stream: str) -> bool:
         """Whether texts of the stream are in one row with those of another."""
@@ -173,6 +183,11 @@ class Batches:
         slots = self._plan.slots[stream]
         taken = taken[slots.lengths[taken] > 0]
         return taken, *(column[taken] for column in slots)
+
+    @property
+    def first_epoch(self) -> np.ndarray:
+        """Indices into the records of the examples of the first epoch, int64."""
+        return self._plan.examples[: self.examples_per_epoch]
 
     def examples_of(self, step: int) -> np.ndarray:
         """Indices into the records of the examples that a step takes, int64."""
@@ -202,7 +217,7 @@ class Batches:
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
     def _rows(
-        self, records: dict, stream: str, slots, paths: "_SegmentPaths", salt: np.uint32 | None
+        self, records: dict, stream: str, slots, paths: "_SegmentPaths", salts: dict | None
     ) -> dict[str, np.ndarray]:
         """The rows of one stream, with each text in its slots."""
         shape, is_joint = self.shapes[stream], self._is_joint(stream)
@@ -210,7 +225,7 @@ class Batches:
         names = ("tokens", "positions", "segments", "labels")
         rows = {name: np.zeros(shape, np.int32) for name in names}
         rows["weights"] = np.zeros(shape, np.float32)
-        rows |= {} if salt is None else {"keys": np.zeros(shape, np.uint32)}
+        rows |= {} if salts is None else {"keys": np.zeros(shape, np.uint32)}
         for place, row, offset, length in zip(*(column.tolist() for column in slots), strict=True):
             example = int(self._plan.examples[place])
             tokens, loss = records[example][f"{stream}_tokens"], records[example][f"{stream}_loss"]
@@ -229,9 +244,23 @@ class Batches:
             rows["segments"][row, here] = segments[first:]
             rows["labels"][row, predicting] = tokens[first + 1 :]
             rows["weights"][row, predicting] = loss[first + 1 :]
-            if salt is not None:
-                rows["keys"][row, here] = prefix_hashes(tokens)[first:] ^ salt
+            if salts is not None:
+                own = np.arange(first, len(tokens)) >= self._shared(stream, example)
+                rows["keys"][row, here] = (
+                    prefix_hashes(tokens)[first:] ^ np.array(salts[place])[own.astype(int)]
+                )
         return rows
+
+    def _shared(self, stream: str, example: int) -> int:
+        """Leading tokens of a text that other examples may share, whether they are computed once or not."""
+
+        def prefix(stream: str) -> int:
+            of_stream = self._records.streams[stream]
+            number = of_stream.prefix_ids[example]
+            return 0 if number == NONE else int(of_stream.prefix_lengths[number])
+
+        common = self._records.common_prompts.get(stream, {example: 0})[example]
+        return prefix(self._primary if common and common >= prefix(self._primary) else stream)
 
 
 def prefix_hashes(tokens: np.ndarray) -> np.ndarray:

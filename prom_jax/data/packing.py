@@ -8,6 +8,7 @@ knows of hosts or of the mesh, so that a run continues exactly on any number of 
 import bisect
 import itertools
 import math
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 
 from prom_jax.ops.attention import MAX_SEGMENTS
 
+AT_ONCE = 65_536  # examples that are made into candidates at a time
 LOOKAHEAD = 512  # examples besides an update's own that may fill gaps in its primary rows
 FILL_TARGET = 0.95  # share of an update's primary slots that its own examples, the next in order, fill
 SAMPLE_SIZE = 8192  # examples on which row shapes of the secondary streams are tried
@@ -130,12 +132,9 @@ def plan_epoch(
         present = np.stack([of_stream.lengths > 0 for of_stream in texts])
         kinds = 2 ** np.arange(len(texts)) @ present + 2 ** len(texts) * groups
         order = _spread(order, kinds[order])
-    ordered = [of_stream.take(order) for of_stream in texts]
-    columns = (map(Text, *(column.tolist() for column in (*each, each.own))) for each in ordered)
-    numbers = range(len(order))
-    coming = map(Candidate, numbers, order.tolist(), zip(*columns), _sizes(ordered).tolist())
+    coming = _candidates(texts, order)
     waiting: list[Candidate] = []
-    placed: list[int] = []  # of each example its index, and row, offset and length in each stream
+    placed = array("q")  # of each example its index, and row, offset and length in each stream
     width = 1 + 3 * len(texts)
     ends = [0]
     while ends[-1] < len(order):
@@ -144,6 +143,17 @@ def plan_epoch(
     examples, *columns = np.array(placed, np.int64).reshape(-1, width).T
     slots = {stream: Slots(*columns[3 * i : 3 * i + 3]) for i, stream in enumerate(layout.shapes)}
     return Plan(examples, slots, np.array(ends))
+
+
+def _candidates(texts: list[Texts], order: np.ndarray) -> Iterator["Candidate"]:
+    """The examples in this order, some at a time, as millions of them would fill the memory."""
+    for first in range(0, len(order), AT_ONCE):
+        part = order[first : first + AT_ONCE]
+        taken = [of_stream.take(part) for of_stream in texts]
+        columns = (map(Text, *(column.tolist() for column in (*each, each.own))) for each in taken)
+        yield from map(
+            Candidate, itertools.count(first), part.tolist(), zip(*columns), _sizes(taken).tolist()
+        )
 
 
 def _spread(order: np.ndarray, kinds: np.ndarray) -> np.ndarray:
@@ -238,7 +248,7 @@ class Rows:
 
 
 def _fill_update(
-    waiting: list[Candidate], coming: Iterator[Candidate], layout: Layout, placed: list[int]
+    waiting: list[Candidate], coming: Iterator[Candidate], layout: Layout, placed: array
 ) -> list[Candidate]:
     """Appends to `placed` the examples of one update and their slots; returns those left waiting."""
     rows = [Rows(shape) for shape in layout.shapes.values()]
@@ -259,7 +269,7 @@ def _fill_update(
                 continue
             placed.append(candidate.example)
             for text, of_stream, row in zip(candidate.texts, rows, found):
-                placed += (0, 0, 0) if row is None else of_stream.place(text, row)
+                placed.extend((0, 0, 0) if row is None else of_stream.place(text, row))
             taken.add(candidate.number)
     return [candidate for candidate in own + others if candidate.number not in taken]
 

@@ -6,9 +6,10 @@ where one is much: a file that was given for another one, or shuffled, shows at 
 
 import importlib.util
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from prom_jax.data.examples import CONVERSION, ENGLISH, PRIMARY, Example, Recipe, role_in
 from prom_jax.data.templates import Dialogue, Plain
 from prom_jax.data.translation.checks import FLAWS, in_script
 
@@ -25,52 +26,92 @@ class Found:
     of: int = 0
     examples: list[str] = field(default_factory=list)
 
-    def add(self, wrong: bool, text: str) -> None:
+    def add(self, wrong: bool, text: str | Dialogue | Plain) -> None:
         """Enters a text."""
         self.of += 1
         self.rows += wrong
         if wrong and len(self.examples) < SHOWN:
-            line = " ".join(text.split())
+            line = " ".join((text if isinstance(text, str) else answer(text)).split())
             self.examples.append(line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…")
 
 
-def look(
-    texts: dict[str, tuple[str, list]], pairs: dict[str, list[tuple]], holdout: Iterable, same: str
-) -> dict[str, dict[str, dict]]:
-    """Looks at the texts that are trained on.
+class Look:
+    """What is found while the examples to train on go by.
 
     Args:
-      texts: by role, the language that its texts should be in, and the texts (`Dialogue` or `Plain`).
-      pairs: by role, (English text, target text) that should say the same.
-      holdout: held-out texts, which should not be among those of the role `same`.
-    Returns:
-      {role: {check: {"rows", "of", "examples"}}}, only checks that found something.
+      recipe: of the examples.
+      holdout: the held-out examples, whose target texts should not be among those of their role.
     """
-    held = {_said(text, same) for text in holdout}
-    found: dict[str, dict[str, Found]] = {}
-    for role, (language, of_role) in texts.items():
-        of = found.setdefault(role, {})
-        for text in _spread(of_role):
-            learnt = answer(text)
-            for name, is_wrong in OF_TEXT.items():
-                of.setdefault(name, Found()).add(is_wrong(learnt, language), learnt)
-        seen: set = set()
-        for text in of_role:
-            said = _said(text, role)
-            of.setdefault("duplicate", Found()).add(said in seen, answer(text))
-            seen.add(said)
-            if role == same and held:
-                of.setdefault("held out too", Found()).add(said in held, answer(text))
-    for role, of_role in pairs.items():
-        for english, target in _spread(of_role):
-            for name in OF_PAIR:
-                wrong, both = FLAWS[name](english, target, ""), f"{target} ({english})"
-                found.setdefault(role, {}).setdefault(name, Found()).add(wrong, both)
-    return {
-        role: {name: vars(check) for name, check in of.items() if check.rows}
-        for role, of in found.items()
-        if any(check.rows for check in of.values())
-    }
+
+    def __init__(self, recipe: Recipe, holdout: Sequence[Example] = ()):
+        self._recipe = recipe
+        self._same = holdout[0].role if holdout else ""
+        held = [example.texts[PRIMARY] for example in holdout if PRIMARY in example.texts]
+        self._held = {_said(text, self._same) for text in held}
+        self._samples: dict[str, tuple[str, Sample]] = {}  # by role, the language and the learnt text
+        self._pairs: dict[str, Sample] = {}  # by role, (English text, target text) that should say the same
+        self._seen: dict[str, set[int]] = {}  # by role, hashes of what was said
+        self._found: dict[str, dict[str, Found]] = {}
+
+    def at(self, example: Example) -> Example:
+        """Looks at an example; returns it."""
+        for stream, text in example.texts.items():
+            role = role_in(stream, example.role)
+            if role not in (CONVERSION, "translation_source"):
+                self._look(role, self._recipe.language if stream == PRIMARY else "en", text)
+        target, english = (example.texts.get(stream) for stream in (PRIMARY, ENGLISH))
+        if example.role == "translation" and isinstance(target, Dialogue):
+            for turn in target.turns:
+                self._pairs.setdefault("translation", Sample()).add((turn.input, turn.output))
+        elif example.role == "target" and target and english and not self._recipe.shuffled:
+            self._pairs.setdefault("target", Sample()).add((answer(english), answer(target)))
+        return example
+
+    def _look(self, role: str, language: str, text: Dialogue | Plain) -> None:
+        self._samples.setdefault(role, (language, Sample()))[1].add(text)
+        of, seen, said = (
+            self._found.setdefault(role, {}),
+            self._seen.setdefault(role, set()),
+            _said(text, role),
+        )
+        of.setdefault("duplicate", Found()).add(said in seen, text)
+        seen.add(said)
+        if role == self._same and self._held:
+            of.setdefault("held out too", Found()).add(said in self._held, text)
+
+    def found(self) -> dict[str, dict[str, dict]]:
+        """{role: {check: {"rows", "of", "examples"}}}, only checks that found something."""
+        for role, (language, sample) in self._samples.items():
+            for text in sample.taken:
+                learnt = answer(text)
+                for name, is_wrong in OF_TEXT.items():
+                    self._found[role].setdefault(name, Found()).add(is_wrong(learnt, language), learnt)
+        for role, sample in self._pairs.items():
+            for english, target in sample.taken:
+                for name in OF_PAIR:
+                    wrong, both = bool(FLAWS[name](english, target, "")), f"{target} ({english})"
+                    self._found.setdefault(role, {}).setdefault(name, Found()).add(wrong, both)
+        return {
+            role: {name: vars(check) for name, check in of.items() if check.rows}
+            for role, of in self._found.items()
+            if any(check.rows for check in of.values())
+        }
+
+
+class Sample:
+    """At most SAMPLE of the things that are added, as `taken`, evenly spread."""
+
+    def __init__(self):
+        self.taken: list = []
+        self._number, self._step = 0, 1
+
+    def add(self, thing) -> None:
+        """Takes every so many."""
+        if self._number % self._step == 0:
+            self.taken.append(thing)
+            if len(self.taken) > SAMPLE:
+                self.taken, self._step = self.taken[::2], 2 * self._step
+        self._number += 1
 
 
 def answer(text: Dialogue | Plain) -> str:
@@ -89,16 +130,11 @@ def warnings(found: dict[str, dict[str, dict]]) -> Iterator[str]:
                 )
 
 
-def _said(text: Dialogue | Plain, role: str):
-    """What makes two texts the same: of a translation not in which words it is asked for."""
+def _said(text: Dialogue | Plain, role: str) -> int:
+    """A hash of what makes two texts the same: of a translation not in which words it is asked for."""
     if role == "translation" and isinstance(text, Dialogue):
-        return tuple((turn.input, turn.output) for turn in text.turns)
-    return text
-
-
-def _spread(texts: list) -> list:
-    """At most SAMPLE of them, from first to last."""
-    return texts[:: -(-len(texts) // SAMPLE)] if texts else []
+        return hash(tuple((turn.input, turn.output) for turn in text.turns))
+    return hash(text)
 
 
 def _other_language(text: str, language: str) -> bool:

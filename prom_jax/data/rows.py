@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One exchange: what the user asks (`instruction`, perhaps about an `input`), and the answer."""
 
@@ -22,7 +22,7 @@ class Turn:
     output: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One instruction example; several turns where the source has a conversation. `system` is the message
     that comes before them; '' for none. `repeat` is how often an epoch has it, here and in the next ones."""
@@ -33,7 +33,7 @@ class Row:
     repeat: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sentence:
     """An English sentence and its translation."""
 
@@ -43,7 +43,7 @@ class Sentence:
     repeat: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Text:
     """Raw text to continue."""
 
@@ -113,8 +113,10 @@ def text_of(raw: dict, key: str, optional: bool = False) -> str:
         raise BadRow(f"no text under '{key}' (keys found: {names_of(raw)})")
     if not isinstance(value, str):
         raise BadRow(f"{_kind(value)} in place of a text under '{key}'")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise BadRow(f"half a character (a surrogate) under '{key}'")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"half a character (a surrogate) under '{key}'") from None
     return value
 
 
@@ -291,11 +293,11 @@ MEANINGS = (
 
 def _shape_of(raw: dict) -> Shape:
     """The first shape whose keys a row has, with something under them if it can be."""
-    fitting = [shape for shape in SHAPES.values() if all(key in raw for key in shape.keys)]
-    filled = [shape for shape in fitting if all(raw[key] is not None for key in shape.keys)]
+    fitting = [shape for shape in SHAPES.values() if raw.keys() >= set(shape.keys)]
+    filled = (shape for shape in fitting if all(raw[key] is not None for key in shape.keys))
     if not fitting:
         raise BadRow(_unknown(raw))
-    return (filled or fitting)[0]
+    return next(filled, fitting[0])
 
 
 def _unknown(raw: dict) -> str:

@@ -1,8 +1,12 @@
-"""How often each example comes in an epoch: as a source repeats it, and as streams are to have a share.
+"""How often each example comes in an epoch: as a source repeats it, and as streams and languages are to
+have a share.
 
 Which examples an epoch takes is a function of these numbers, the seed and the epoch alone, so that batches
 stay random access.
 """
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,58 +16,79 @@ ROUNDS = 100  # of fitting; shares that can be had are met long before
 TOLERANCE = 1e-3
 
 
-def parse_shares(entries: tuple[str, ...]) -> dict[str, float]:
-    """{stream: share} from entries 'stream=share'.
+def parse_shares(entries: Sequence[str], languages: Sequence[str] = ()) -> dict[str, float]:
+    """{stream or language: share} from entries 'name=share'. Where every language is named, the numbers of
+    these are weights of any size.
 
     Raises:
       UserError: an entry that is not so.
     """
     shares: dict[str, float] = {}
     for entry in entries:
-        stream, _, share = entry.partition("=")
+        name, _, share = entry.partition("=")
         try:
-            shares[stream] = float(share)
+            number = float(share)
         except ValueError:
-            shares[stream] = 0.0
-        if not (stream and 0 < shares[stream] < 1):
-            raise UserError(
-                f"data.stream_share has '{entry}': expected 'stream=share', such as 'english=0.25', more "
-                "than 0 and less than 1."
-            )
+            number = math.nan
+        if not (name and 0 < number < math.inf) or name in shares:
+            raise _no_share(entry)
+        shares[name] = number
+    if len(languages) > 1 and set(languages) <= shares.keys():
+        total = sum(shares[language] for language in languages)
+        shares |= {language: shares[language] / total for language in languages}
+    for name, share in shares.items():
+        if share >= 1:
+            raise _no_share(f"{name}={share:g}")
     return shares
 
 
-def fit(present: dict[str, np.ndarray], repeats: np.ndarray, shares: dict[str, float]) -> np.ndarray:
-    """How often each example comes in an epoch, so that a share of all have text in a stream.
+def _no_share(entry: str) -> UserError:
+    return UserError(
+        f"data.share has '{entry}': expected 'name=share' once for a stream or a language, such as "
+        "'english=0.25', more than 0 and less than 1; of several languages, if all are named, weights such "
+        "as 'sw=1','th=3'."
+    )
+
+
+def fit(
+    present: dict[str, np.ndarray],
+    repeats: np.ndarray,
+    shares: dict[str, float],
+    languages: Sequence[str] = (),
+) -> np.ndarray:
+    """How often each example comes in an epoch, so that a share of all is of a stream, or of a language.
 
     Args:
-      present: by stream, bool [examples], which have it.
+      present: by stream and language, bool [examples], which are of it.
       repeats: int [examples], how often each comes without shares.
-      shares: by stream.
+      shares: by stream and language.
+      languages: the languages; where one has a share, an epoch is so long that none has fewer examples than
+        without.
     Returns:
-      float64 [examples]; where no stream is to have a share, the repeats. Examples with none of the streams
-      come as often as they would without.
+      float64 [examples]; without shares the repeats. Examples of nothing that has a share come as often as
+      they would without.
     Raises:
       UserError: shares that these examples cannot have.
     """
     times = repeats.astype(np.float64)
-    for stream in shares:
-        if not present.get(stream, np.zeros(1, bool)).any():
-            raise UserError(
-                f"data.stream_share names '{stream}', and the data have none of it: leave it out."
-            )
+    for name in shares:
+        if not present.get(name, np.zeros(1, bool)).any():
+            raise UserError(f"data.share names '{name}', and the data have none of it: leave it out.")
     for _ in range(ROUNDS * bool(shares)):
-        for stream, share in shares.items():
-            has, others = times[present[stream]].sum(), times[~present[stream]].sum()
+        for name, share in shares.items():
+            has, others = times[present[name]].sum(), times[~present[name]].sum()
             if others:
-                times[present[stream]] *= share * others / ((1 - share) * has)
-    found = {stream: times[present[stream]].sum() / times.sum() for stream in shares}
-    if missed := {s: found[s] for s in shares if not abs(found[s] - shares[s]) < TOLERANCE}:
-        stream, share = next(iter(missed.items()))
+                times[present[name]] *= share * others / ((1 - share) * has)
+    found = {name: times[present[name]].sum() / times.sum() for name in shares}
+    if missed := {n: found[n] for n in shares if not abs(found[n] - shares[n]) < TOLERANCE}:
+        name, share = next(iter(missed.items()))
         raise UserError(
-            f"data.stream_share: {stream}={shares[stream]} cannot be had, as the examples that have it "
+            f"data.share: {name}={shares[name]:g} cannot be had, as the examples that have it "
             f"come to {share:.2f}: every one has it, or too few are left for the others; change the shares."
         )
+    if not shares.keys().isdisjoint(languages):
+        of_languages = (present[language] for language in languages)
+        times *= max(repeats[ours].sum() / times[ours].sum() for ours in of_languages)
     return times
 
 

@@ -6,7 +6,7 @@ A *source* is a string:
   raw text also .txt, all of these packed with gzip or zstd if need be; a folder of them; a pattern of names;
 - a hub data set, ``owner/name[:config][@split]`` (split ``train`` unless given);
 - for aligned sentences also ``english|target``: two text files aligned line by line, or two of the
-  above with a column ``text``;
+  above with a column ``text``; or the name of a corpus that is fetched (`corpora`);
 - ``sample``, the corpus that this package carries.
 
 Settings follow after a question mark, ``?name=value&…``: where columns have other names than ours,
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from prom_jax.data import files, rows, tmx
+from prom_jax.data import corpora, files, rows, tmx
 from prom_jax.data.rows import BadRow, Row, Sentence, Text, names_of
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.extras import needs
@@ -133,7 +133,7 @@ def read_instructions(sources: tuple[str, ...], language: str, tally: Tally | No
                 counts.left_out.update(left_out)
                 return row
 
-            found += source.repeated(_read(source, kept, read, sample=f"instructions.{language}.jsonl"))
+            found += source.chosen(_read(source, kept, read, sample=f"instructions.{language}.jsonl"))
     return found
 
 
@@ -147,19 +147,19 @@ def read_parallel(sources: tuple[str, ...], language: str, tally: Tally | None =
     found: list[Sentence] = []
     with _kept(tally) as kept:
         for text in sources:
-            if sides := _sides(text):
+            if sides := _sides(text, language):
                 found += _aligned(text, sides, kept)
                 continue
             source = parse(text, ("id", "en", language))
             if files.ending(source.name) == ".tmx":
-                found += source.repeated(_read_tmx(source, language, kept))
+                found += source.chosen(_read_tmx(source, language, kept))
                 continue
 
             def read(raw: dict) -> Sentence:
                 return rows.sentence_row(raw, language)
 
             sample, names = f"translations.{language}.jsonl", ("en", language)
-            found += source.repeated(_read(source, kept, read, sample, names))
+            found += source.chosen(_read(source, kept, read, sample, names))
     return found
 
 
@@ -183,9 +183,9 @@ def read_texts(sources: tuple[str, ...], tally: Tally | None = None) -> list[Tex
                     line for path in _paths(source, (".txt",)) for line in files.read_lines(path) if line
                 ]
                 kept.of(source.text).rows += len(lines)
-                found += source.repeated([Text(None, line) for line in lines])
+                found += source.chosen([Text(None, line) for line in lines])
             else:
-                found += source.repeated(_read(source, kept, rows.text_row, names=("text",)))
+                found += source.chosen(_read(source, kept, rows.text_row, names=("text",)))
     return found
 
 
@@ -201,7 +201,7 @@ def _kept(tally: Tally | None) -> Iterator[Tally]:
 def fingerprint(source: str, language: str) -> str:
     """A hash of what `source` holds now: file contents, or the hub data set's own fingerprint."""
     digest = hashlib.sha256()
-    for part in _sides(source) or [source]:
+    for part in _sides(source, language) or [source]:
         parsed = parse(part)
         if parsed.on_hub:
             digest.update(_load_hub(parsed)._fingerprint.encode())
@@ -211,6 +211,16 @@ def fingerprint(source: str, language: str) -> str:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def manner(source: str, language: str) -> str:
+    """How a source is read, without where it is: the kind of its files and its settings."""
+    parts = [parse(part) for part in _sides(source, language) or [source]]
+    kinds = (files.ending(part.name) for part in parts)
+    return "|".join(
+        f"{kind if kind in ALL else ''}{part.text.removeprefix(part.name)}"
+        for kind, part in zip(kinds, parts)
+    )
 
 
 # Sources ------------------------------------------------------------------------------------------
@@ -240,8 +250,9 @@ class Source:
     columns: dict[str, str]
     options: dict[str, str]
 
-    def repeated(self, rows: list) -> list:
-        """The rows, an epoch having each as often as the source says."""
+    def chosen(self, rows: list) -> list:
+        """As many of the rows as the source takes, an epoch having each as often as it says."""
+        rows = rows[: int(self.options.get("take", len(rows)))]
         number = int(self.options.get("repeat", 1))
         return [replace(row, repeat=number) for row in rows] if number > 1 else rows
 
@@ -285,8 +296,13 @@ def _name(source: str) -> str:
     return next((source[:end] for end in ends if files.is_local(source[:end])), source.partition("?")[0])
 
 
-def _sides(source: str) -> list[str]:
-    """The sources of 'english|target'; none where it is one source, whose name may have a bar."""
+def _sides(source: str, language: str) -> list[str]:
+    """The sources of 'english|target', or of a corpus by name, the settings after the target's; none where it
+    is one source, whose name may have a bar."""
+    name = _name(source)
+    if name in corpora.NAMES and not files.is_local(name):
+        english, target = corpora.find(name, language)
+        return [str(english), f"{target}{source.removeprefix(name)}"]
     if "|" not in source or files.is_local(_name(source)):
         return []
     splits = [(source[: m.start()], source[m.end() :]) for m in re.finditer(r"\|", source)]
@@ -397,20 +413,21 @@ def _column(row: dict, theirs: str):
 
 
 def _aligned(source: str, sides: list[str], tally: Tally) -> list[Sentence]:
+    if {"take", "repeat"} & parse(sides[0]).options.keys():
+        raise UserError(f"Source '{source}' sets take or repeat for its English alone: put it at the end.")
     english, target = (_side(part, tally) for part in sides)
     if len(english) != len(target):
         raise UserError(
             f"'{source}' is not aligned: {len(english)} English and {len(target)} target lines, "
             "expected as many on both sides."
         )
-    pairs = zip(english, target, strict=True)
-    found = [Sentence(None, e, t) for e, t in pairs if e is not None and t is not None]
-    return parse(sides[1]).repeated(found)  # settings at the end are the target's
+    pairs = parse(sides[1]).chosen([Sentence(None, *pair) for pair in zip(english, target, strict=True)])
+    return [pair for pair in pairs if pair.english is not None and pair.target is not None]
 
 
 def _side(text: str, tally: Tally) -> list[str | None]:
-    """The texts of one side: the lines of a file, or a column, in which None stands for a row that cannot be
-    used."""
+    """The texts of one side, all of them: the lines of a file, or a column, in which None stands for a row
+    that cannot be used."""
     source = parse(text, ("text",))
     if _is_plain(source):
         lines = [line for path in _paths(source, (".txt",)) for line in files.read_lines(path)]
@@ -418,7 +435,8 @@ def _side(text: str, tally: Tally) -> list[str | None]:
             raise UserError(f"Source '{source.name}' is empty: give a source with at least one line.")
         tally.of(text).rows += len(lines)
         return lines
-    return list(_each_row(source, tally, lambda raw: rows.text_of(raw, "text").strip(), "", ("text",)))
+    whole = replace(source, options={key: value for key, value in source.options.items() if key != "take"})
+    return list(_each_row(whole, tally, lambda raw: rows.text_of(raw, "text").strip(), "", ("text",)))
 
 
 def _sample(name: str) -> Path:

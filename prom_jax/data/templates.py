@@ -90,7 +90,7 @@ def language_name(language: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Dialogue:
     """What a text says, before a template puts it into the words that the model reads.
 
@@ -107,7 +107,7 @@ class Dialogue:
     ended: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plain:
     """Text without a prompt. One that is longer than a row is cut; where it `continues` the rest follows in
     further texts."""
@@ -116,7 +116,7 @@ class Plain:
     continues: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """Text to be tokenised at once. The tokens that cover `text[start:stop]` of any range that is `learnt`
     have a loss. What follows the last of these is cut off, and `eos` appends the end-of-sequence token, which
@@ -194,6 +194,7 @@ class Alpaca:
             split_special_tokens=True,
             return_offsets_mapping=True,
             return_attention_mask=False,
+            return_token_type_ids=False,
             verbose=False,  # longer than the model takes? it is cut afterwards
         )
         return encoded["input_ids"], encoded["offset_mapping"]

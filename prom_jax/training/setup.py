@@ -11,7 +11,6 @@ from prom_jax import config as configuration
 from prom_jax.checkpoints import params as weights
 from prom_jax.checkpoints import pretrained as models
 from prom_jax.checkpoints.generation import with_stops
-from prom_jax.data import mixture
 from prom_jax.data.chat import template_of
 from prom_jax.data.chat_templates import ChatTemplate, own_template, read_template
 from prom_jax.data.examples import Recipe, further_streams
@@ -53,7 +52,7 @@ class BaseModel:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of its weights, as `checkpoints.params.fingerprint` makes it."""
+        """Of its weights (`checkpoints.params.fingerprint`), which must be open."""
         return weights.fingerprint(self.reader)
 
 
@@ -114,9 +113,7 @@ class Experiment:
         shared = self.batches.share_prompts  # with 'auto' it depends on `attention`, which may change
         records = "+".join(part.data.fingerprint for part in self.parts)
         identity = as_dict(self.config) | {"records": records, "prompts_shared": shared}
-        # Of frozen parameters a run keeps this alone.
-        frozen = self.is_frozen and self.base.reader is not None
-        return identity | ({"base": self.base.fingerprint} if frozen else {})
+        return identity | ({} if self.base.reader is None else {"base": self.base.fingerprint})
 
     @property
     def is_frozen(self) -> bool:
@@ -241,7 +238,8 @@ def resolve(
             )
             for code in codes
         )
-    records = _together([part.data.train for part in parts], config.data.share, codes)
+    sets = {part.language: part.data.train for part in parts}
+    records = Mixture(sets) if len(sets) > 1 else parts[0].data.train
     batches = Batches(
         records,
         sequences=config.batch.sequences,
@@ -249,7 +247,8 @@ def resolve(
         seed=config.seed,
         epochs=config.optimizer.epochs,
         steps=config.steps,
-        shares=parse_shares(tuple(config.data.stream_share)),
+        shares=parse_shares(config.data.share, codes),
+        plans=workdir / "records",
         share_prompts=config.batch.share_prompts == "auto" and supports_shared_prefixes(config.attention),
         keys=lora is not None and lora.dropout > 0,
     )
@@ -267,15 +266,6 @@ def resolve(
     )
     check_same_config(workdir, experiment.identity)
     return experiment
-
-
-def _together(parts: list[Records], share: tuple[str, ...], codes: tuple[str, ...]) -> Records | Mixture:
-    """The records of all languages, each with its share."""
-    shares = mixture.read_shares(share, codes)
-    if len(parts) == 1:
-        return parts[0]
-    sizes = [len(part) for part in parts]
-    return Mixture(parts, mixture.counts(sizes, shares) if shares else sizes)
 
 
 def find_lora(config, base: DecoderConfig, method: Method) -> LoRA | None:

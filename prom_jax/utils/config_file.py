@@ -79,6 +79,10 @@ def _of_run(path: Path) -> ConfigDict:
             content.pop(key, None)
         config = default()
         for key, value in flat(content).items():
+            if (
+                key == "data.stream_share" and not value
+            ):  # a key of an earlier version, which this one has not
+                continue
             _value(config, key, str(path))
             config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -12,11 +12,21 @@ from prom_jax.config import default
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import is_main_process
 
-# What may change between a run and its resumption, as it does not change the result.
+# What may change between a run and its resumption, as it does not change the result. (What a probe found says
+# by itself which tables it is of.)
 MAY_CHANGE = (
     "mesh", "checkpoint", "export", "remat", "attention", "batch.accumulation", "eval.every", "trackers",
+    "probe.tables",
 )  # fmt: skip
 
+# What names data and models, which may have moved: compared by what they hold, which these keys keep.
+NAMES = {
+    "records": (
+        "data.english", "data.target", "data.translation", "data.text", "data.english_text", "data.streams",
+        "data.template", "eval.text",
+    ),
+    "base": ("model",),
+}  # fmt: skip
 CONFIG_FILE = "config.json"
 # What it holds besides the configuration and `format`.
 BESIDES = ("records", "prompts_shared", "base", "versions")
@@ -66,7 +76,9 @@ def check_same_config(workdir: Path, config: dict):
 
     Args:
       workdir: of the run.
-      config: what must be the same, as `as_dict` gives it; a part of what `write_config` wrote suffices.
+      config: what must be the same, as `as_dict` gives it; a part of what `write_config` wrote suffices. Of
+        data and models that is what they hold, under the keys of `NAMES`, and their names only where the run
+        has kept no more.
     Raises:
       UserError: if there is one, or one of another version of prom_jax; what differs is named.
     """
@@ -78,12 +90,22 @@ def check_same_config(workdir: Path, config: dict):
             raise UserError(f"{path} is damaged ({error}): remove it, or give another --workdir") from error
         check_format(path, content.get("format"))
         # A key that came after the run was begun was at its default.
-        theirs = flat(as_dict(default())) | flat(content)
-        for key, value in flat(config).items():
-            if theirs.get(key) != value and not key.startswith(MAY_CHANGE):
+        theirs, ours = flat(as_dict(default())) | flat(content), flat(config)
+        names = {name for key, names in NAMES.items() if key in content for name in names}
+        for key, value in ours.items():
+            may_change = key.startswith(MAY_CHANGE) or key in names or (key in NAMES and key not in content)
+            if theirs.get(key) != value and not may_change:
+                named = [
+                    name
+                    for name in NAMES.get(key, ())
+                    if theirs.get(name) != ours.get(name, theirs.get(name))
+                ]
+                changed = ", ".join(
+                    f"{name}={theirs.get(name)!r}, now {ours.get(name)!r}" for name in named or [key]
+                )
                 raise UserError(
-                    f"{workdir} holds a run with {key}={theirs.get(key)!r}, now {value!r}: give another "
-                    "--workdir, or remove it to start afresh"
+                    f"{workdir} holds a run with {changed}: give another --workdir, or remove it to "
+                    "start afresh"
                 )
 
 

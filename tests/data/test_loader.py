@@ -206,7 +206,7 @@ class Lengths:
         # The prompt's last token predicts what is each text's own.
         common = [np.where(has, max(0, prompt - 1), 0) for has in both]
         self.common_prompts = dict(zip(self.names[1:], common[1:]))
-        self.groups = np.zeros(len(lengths), np.int64)
+        self.groups, self.languages = np.zeros(len(lengths), np.int64), ()
 
     def example(self, i):
         """What is read of an example."""
@@ -330,7 +330,7 @@ def digest(run) -> str:
     return found.hexdigest()[:16]
 
 
-def test_keys_are_those_of_a_text_however_it_is_packed(records):
+def test_keys_are_those_of_a_text_however_it_is_packed(records, monkeypatch):
     """Tokens that others share have one key, which is that of each text in its own row."""
 
     def found(step=0, **changes):
@@ -345,6 +345,10 @@ def test_keys_are_those_of_a_text_however_it_is_packed(records):
     whole = found(sequences=40)
     assert len({key for *_, key in whole}) == len(whole)
     assert whole == found(sequences=60, share_prompts=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "repeats", 3 * records.repeats)
+        copies = found(sequences=120)
+        assert copies > whole and copies == found(sequences=180, share_prompts=True)
     keys = lambda found: {key for *_, key in found}
     for other in (found(step=1, sequences=40), found(seed=1, sequences=40)):
         assert {values[:2] for values in other} == {values[:2] for values in whole}

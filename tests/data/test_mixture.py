@@ -5,10 +5,9 @@ import pytest
 
 from prom_jax.data.examples import Recipe
 from prom_jax.data.loader import Batches
-from prom_jax.data.mixture import Mixture, counts, read_shares
+from prom_jax.data.mixture import Mixture
 from prom_jax.data.records import prepare
 from prom_jax.ops.attention import segment_id
-from prom_jax.utils.errors import UserError
 
 
 @pytest.fixture
@@ -26,13 +25,13 @@ def parts(byte_level, tmp_path, jsonl):
 
 
 def test_every_example_is_as_in_its_own_set(parts):
-    whole = Mixture(parts, [9, 8])
-    assert len(whole) == 17 and whole.names == ("target", "english")
-    np.testing.assert_array_equal(whole.groups, [0] * 9 + [1] * 8)
-    assert [example["id"] for example in whole.read([16, 3, 9, 10])] == [
-        *(parts[1][3]["id"], parts[0][3]["id"], parts[1][0]["id"], parts[1][0]["id"])
+    whole = Mixture(dict(zip(("sw", "fi"), parts)))
+    assert len(whole) == 13 and whole.names == ("target", "english") and whole.languages == ("sw", "fi")
+    np.testing.assert_array_equal(whole.groups, [0] * 9 + [1] * 4)
+    assert [example["id"] for example in whole.read([12, 3, 9, 10])] == [
+        *(parts[1][3]["id"], parts[0][3]["id"], parts[1][0]["id"], parts[1][1]["id"])
     ]
-    for i, of_part in ((2, parts[0][2]), (9, parts[1][0]), (12, parts[1][1]), (16, parts[1][3])):
+    for i, of_part in ((2, parts[0][2]), (9, parts[1][0]), (10, parts[1][1]), (12, parts[1][3])):
         for key, value in of_part.items():
             np.testing.assert_array_equal(whole[i][key], value)
         for name, stream in whole.streams.items():
@@ -49,7 +48,7 @@ def test_every_example_is_as_in_its_own_set(parts):
 
 @pytest.mark.parametrize("share", [True, False])
 def test_a_batch_holds_both_without_mixing_them(parts, share):
-    whole = Mixture(parts, [9, 8])
+    whole = Mixture(dict(zip(("sw", "fi"), parts)))
     batches = Batches(whole, sequences=2, seq_len=512, seed=0, epochs=1.0, share_prompts=share)
     found = {"target": [], "english": []}
     for batch in (batches[step] for step in range(len(batches))):
@@ -61,29 +60,16 @@ def test_a_batch_holds_both_without_mixing_them(parts, share):
                     assert segment != segment_id(1)  # of a prefix, which has no loss
                     found[stream].append(tuple(rows["labels"][row][here].tolist()))
     for stream, texts in found.items():
-        wanted = [example for example in whole.read(range(17)) if example[f"{stream}_loss"].any()]
+        wanted = [example for example in whole.read(range(13)) if example[f"{stream}_loss"].any()]
         losses = [tuple(e[f"{stream}_tokens"][e[f"{stream}_loss"]].tolist()) for e in wanted]
         assert sorted(texts) == sorted(losses)
 
 
 def test_languages_are_spread_evenly(parts):
-    whole = Mixture(parts, [90, 30])
-    batches = Batches(whole, sequences=4, seq_len=512, seed=0, epochs=1.0)
+    whole = Mixture(dict(zip(("sw", "fi"), parts)))
+    shares = {"sw": 0.75, "fi": 0.25}
+    batches = Batches(whole, sequences=4, seq_len=512, seed=0, epochs=10.0, shares=shares)
+    assert np.bincount(whole.groups[batches.first_epoch]) == pytest.approx([12, 4], abs=1)
     order = whole.groups[batches.examples]
     for number in (40, 80):  # whatever the number of examples, a quarter is Finnish
         assert abs(order[:number].sum() - number / 4) <= 3
-
-
-def test_counts_give_each_its_share_and_leave_none_out():
-    assert counts([1000, 200], [1, 1]) == [1000, 1000]
-    assert counts([1000, 200], [1, 3]) == [1000, 3000]
-    assert counts([1000, 900], [3, 1]) == [2700, 900]
-    assert counts([5, 5], [0.5, 0.5]) == [5, 5]
-
-
-def test_shares_are_read():
-    assert read_shares((), ("sw", "fi")) is None
-    assert read_shares(("fi=.5", "sw=2"), ("sw", "fi")) == [2.0, 0.5]
-    for wrong in (("sw=1",), ("sw=1", "th=1"), ("sw=1", "fi=0"), ("sw", "fi=1"), ("sw=1", "sw=1", "fi=1")):
-        with pytest.raises(UserError, match=r"data.share=.*weight of more than 0.*'sw=1', 'fi=1'"):
-            read_shares(wrong, ("sw", "fi"))

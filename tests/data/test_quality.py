@@ -1,12 +1,14 @@
 """What is said of data that are given wrong: the wrong file, a shuffled one, the same twice."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
-from prom_jax.data.examples import Recipe
-from prom_jax.data.quality import look, warnings
+from prom_jax.data.examples import Example, Recipe
+from prom_jax.data.quality import SAMPLE as MOST
+from prom_jax.data.quality import Look, Sample, warnings
 from prom_jax.data.records import prepare
 from prom_jax.data.rows import Turn
 from prom_jax.data.templates import Dialogue, Plain
@@ -60,16 +62,30 @@ def test_duplicates_and_odd_characters():
     once, again = Dialogue((Turn("a", "", "b"),)), Dialogue((Turn("c", "", "b"),))
     asked = [Dialogue((Turn(request, "Good", "Nzuri"),)) for request in ("Translate.", "Into Swahili!")]
     texts = {
-        "target": ("sw", [once, again, once]),
-        "translation": ("sw", asked),
-        "text": ("sw", [Plain("cafe\u0301"), Plain("ku\u200dna")]),
+        "target": [once, again, once],
+        "translation": asked,
+        "text": [Plain("cafe\u0301"), Plain("ku\u200dna")],
     }
-    found = look(texts, {}, [again], "target")
+    look = Look(Recipe("sw", ("t",)), [Example("", "target", {"target": again})])
+    for role, of_role in texts.items():
+        for text in of_role:
+            look.at(Example("", role, {"target": text}))
+    found = look.found()
     assert found["target"]["duplicate"] == {"rows": 1, "of": 3, "examples": ["b"]}
     assert found["target"]["held out too"]["rows"] == 1
     assert found["translation"]["duplicate"]["rows"] == 1
     assert {name: check["rows"] for name, check in found["text"].items()} == {"not NFC": 1, "invisible": 1}
     assert any("in the held-out examples too" in sentence for sentence in warnings(found))
+
+
+@pytest.mark.parametrize("number", [0, 1, MOST, MOST + 1, 5 * MOST + 3])
+def test_a_sample_is_spread_evenly(number):
+    sample = Sample()
+    for i in range(number):
+        sample.add(i)
+    assert len(sample.taken) == number if number <= MOST else MOST // 2 < len(sample.taken) <= MOST
+    steps = {after - before for before, after in itertools.pairwise(sample.taken)}
+    assert len(steps) <= 1 and (not number or sample.taken[0] == 0)
 
 
 @pytest.mark.parametrize(

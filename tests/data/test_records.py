@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from transformers import PreTrainedTokenizerFast
 
-from prom_jax.data import records
+from prom_jax.data import shards
 from prom_jax.data.examples import Recipe, further_streams
 from prom_jax.data.records import prepare
 from prom_jax.utils.errors import UserError
@@ -136,6 +136,22 @@ def test_held_out_pairs_leave_training_and_keep_english(recipe, byte_level, tmp_
     assert {other.holdout[i]["id"] for i in range(3)} != held
 
 
+def test_a_pair_that_nothing_is_left_of_is_not_held_out(recipe, byte_level, tmp_path, jsonl):
+    """The next one of the same order is, and the others stay."""
+    before = prepare(recipe(holdout=3), byte_level, tmp_path / "r").holdout
+    held = [int(before[i]["id"].removeprefix("#")) - 1 for i in range(3)]
+    rows = [dict(row) for row in TARGET]
+    rows[held[0]]["output"], rows[held[1]]["output"] = "", "ndefu " * 100
+    changes = {"target": (jsonl("other.jsonl", rows),), "too_long": "drop", "translation": ()}
+    made = prepare(recipe(**changes, holdout=3), byte_level, tmp_path / "r")
+    now = [int(made.holdout[i]["id"].removeprefix("#")) - 1 for i in range(3)]
+    assert held[2] in now and not set(held[:2]) & set(now)
+    assert made.report["holdout"]["target"]["dropped"] == 0
+    assert made.report["train"]["target"]["dropped"] == 2 and len(made.train) == 4
+    with pytest.raises(UserError, match="8 held-out pairs were asked for and there are 9, of which 7 can be"):
+        prepare(recipe(**changes, holdout=8), byte_level, tmp_path / "r")
+
+
 def test_translation_alone_and_plain_text(recipe, byte_level, tmp_path, jsonl):
     only = recipe(english=(), target=(), streams=("target",), holdout=1, text=(jsonl("t.jsonl", SENTENCES),))
     prepared = prepare(only, byte_level, tmp_path / "r")
@@ -230,11 +246,11 @@ def test_threads_do_not_mix_tokenizers(recipe, byte_level, metaspace, tmp_path):
 
 
 def test_a_place_that_cannot_be_written(recipe, byte_level, tmp_path, monkeypatch):
-    class Full(records.ArrayRecordWriter):
+    class Full(shards.ArrayRecordWriter):
         def write(self, record):
             raise RuntimeError("write() failed: No space left on device")
 
-    monkeypatch.setattr(records, "ArrayRecordWriter", Full)
+    monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
     with pytest.raises(UserError, match=r"cannot be written into .*No space left.*free some space"):
         prepare(recipe(), byte_level, tmp_path / "r")
     assert list((tmp_path / "r").iterdir()) == []
@@ -249,8 +265,8 @@ def contents(records):
 
 def test_processes_write_the_same_records(recipe, byte_level, tmp_path, monkeypatch):
     one = prepare(recipe(holdout=2), byte_level, tmp_path / "one")
-    monkeypatch.setattr(records, "PARALLEL", 0)
-    monkeypatch.setattr(records, "SHARD", 4)
+    monkeypatch.setattr(shards, "PARALLEL", 0)
+    monkeypatch.setattr(shards, "SHARD", 4)
     many = prepare(recipe(holdout=2), byte_level, tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*/prom-train.array_record-*-of-00003"))) == 3
     assert contents(many.train) == contents(one.train) and contents(many.holdout) == contents(one.holdout)
@@ -271,8 +287,8 @@ class Deadly(PreTrainedTokenizerFast):
 
 
 def test_a_killed_process_is_one_error(recipe, byte_level, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "PARALLEL", 0)
-    monkeypatch.setattr(records, "SHARD", 4)
+    monkeypatch.setattr(shards, "PARALLEL", 0)
+    monkeypatch.setattr(shards, "SHARD", 4)
     deadly = Deadly(tokenizer_object=byte_level.backend_tokenizer, eos_token="</s>")
     with pytest.raises(UserError, match="processes that tokenise was killed"):
         prepare(recipe(), deadly, tmp_path / "r")

@@ -102,7 +102,7 @@ def test_each_ones_rows_get_the_loss_that_they_get_alone(job):
 
         swahili, finnish = (sums(part.data.train) for part in job.parts)
         sizes = [len(part.data.train) for part in job.parts]
-        both = sums(Mixture([part.data.train for part in job.parts], sizes))
+        both = sums(Mixture({part.language: part.data.train for part in job.parts}))
     assert both["target"] == pytest.approx(swahili["target"] + finnish["target"], rel=1e-6)
     assert both["english"] == pytest.approx(swahili["english"], rel=1e-6) and sizes == [34, 14]
     assert set(finnish) == {"target"}

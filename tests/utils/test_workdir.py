@@ -55,6 +55,26 @@ def test_a_run_of_another_version_is_not_continued(tmp_path):
         check_same_config(tmp_path, config)
 
 
+def test_names_are_compared_by_what_they_hold_where_that_is_kept(tmp_path):
+    config = {"model": "a", "data": {"target": ["a.jsonl"], "seq_len": 8}}
+    moved = {"model": "b", "data": {"target": ["b.jsonl"], "seq_len": 8}}
+    write_config(tmp_path, config | {"records": "x", "base": "y"})
+    check_same_config(tmp_path, moved)
+    check_same_config(tmp_path, moved | {"records": "x", "base": "y"})
+    with pytest.raises(UserError, match=r"holds a run with model='a', now 'b'"):
+        check_same_config(tmp_path, moved | {"records": "x", "base": "z"})
+    with pytest.raises(
+        UserError, match=r"holds a run with data.target=\['a.jsonl'\], now \['b.jsonl'\]: give"
+    ):
+        check_same_config(tmp_path, moved | {"records": "z", "base": "y"})
+    with pytest.raises(UserError, match=r"holds a run with records='x', now 'z'"):
+        check_same_config(tmp_path, config | {"records": "z"})
+    write_config(tmp_path, config | {"records": "x"})  # as they were before
+    with pytest.raises(UserError, match=r"holds a run with model='a', now 'b'"):
+        check_same_config(tmp_path, moved)
+    check_same_config(tmp_path, config | {"base": "y"})
+
+
 def test_a_key_that_came_after_the_run_was_at_its_default(tmp_path):
     config = default()
     now = as_dict(config)

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import langcodes
-
-from prom_jax.data.translation import checks
+from prom_jax.data.languages import find_code
 from prom_jax.utils.console import console
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.extras import needs
@@ -291,7 +289,7 @@ class NLLB:
             reason = str(error).partition("\n")[0].rstrip(".")
             raise UserError(f"{folder} cannot be loaded on device '{device}' ({reason}).") from None
         codes = _codes(folder)
-        self._source, self._target = flores_code(source, codes), flores_code(language, codes)
+        self._source, self._target = find_code(source, codes), find_code(language, codes)
         with open(folder / "model.bin", "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.name = f"nllb:{folder.resolve().name}-{digest[:8]}"
@@ -320,23 +318,6 @@ class NLLB:
             reason = str(error).partition("\n")[0].rstrip(".")
             raise UserError(f"NLLB failed ({reason}): try a smaller model or another --device.") from None
         return [self._decode(result.hypotheses[0][1:]) for result in results]  # [0] is the language
-
-
-def flores_code(language: str, codes: list[str]) -> str:
-    """The code among `codes` (``tha_Thai``) of a language (``th``) in its likely script.
-
-    Raises:
-      UserError: there is none.
-    """
-    wanted, script = langcodes.Language.get(language).language, checks.script(language)
-    for code in codes:
-        name, _, its_script = code.partition("_")
-        its_script = {"Hang": "Kore"}.get(its_script, its_script)  # Korean is Hangul, with or without Han
-        if its_script == script and langcodes.Language.get(name).prefer_macrolanguage().language == wanted:
-            return code
-    raise UserError(
-        f"There is no language '{language}' in script {script} among the {len(codes)} that are known there."
-    )
 
 
 def _in_place(sentence: str, translated) -> str:

@@ -18,8 +18,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from prom_jax.data.languages import find_code
 from prom_jax.data.templates import translation, wording
-from prom_jax.data.translation.engines import flores_code
 from prom_jax.evaluation.metrics import NUMBER, last_number
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.temporary import quiet_loggers
@@ -68,7 +68,7 @@ def flores(language: str, data_dir: str | None = None, **_) -> dict:
         raise UserError("FLORES-200 is read from files alone: give --data_dir, a folder with its *.devtest.")
     source = _find(data_dir, "eng_Latn.devtest", None)
     codes = sorted(path.stem for path in source.parent.glob("*.devtest"))
-    target = source.with_name(f"{flores_code(language, codes)}.devtest")
+    target = source.with_name(f"{find_code(language, codes)}.devtest")
     sides = [_lines(path) for path in (source, target)]
     if len(sides[0]) != len(sides[1]):
         raise UserError(f"{source} has {len(sides[0])} lines and {target} {len(sides[1])}: get them again.")

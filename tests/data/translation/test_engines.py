@@ -16,7 +16,7 @@ import pytest
 
 from prom_jax.data.rows import Row, Turn
 from prom_jax.data.translation import engines, translate
-from prom_jax.data.translation.engines import NLLB, Google, flores_code
+from prom_jax.data.translation.engines import NLLB, Google
 from prom_jax.data.translation.translate import Cache
 from prom_jax.utils.errors import UserError
 from tests.data.translation.test_translate import spell_thai
@@ -265,30 +265,6 @@ def test_the_extra_is_named(monkeypatch):
 
 CODES = "ace_Arab arb_Arab ary_Arab bod_Tibt eng_Latn est_Latn kor_Hang lvs_Latn npi_Deva pes_Arab".split()
 CODES += "prs_Arab swh_Latn tha_Thai zho_Hans zho_Hant".split()
-
-
-@pytest.mark.parametrize(
-    "language, code",
-    [
-        ("th", "tha_Thai"),
-        ("sw", "swh_Latn"),
-        ("ar", "arb_Arab"),
-        ("fa", "pes_Arab"),
-        ("ne", "npi_Deva"),
-        ("et", "est_Latn"),
-        ("lv", "lvs_Latn"),
-        ("ko", "kor_Hang"),
-        ("zh", "zho_Hans"),
-        ("zh-TW", "zho_Hant"),
-    ],
-)
-def test_flores_code(language, code):
-    assert flores_code(language, CODES) == code
-
-
-def test_a_language_that_the_model_lacks():
-    with pytest.raises(UserError, match="no language 'eo' in script Latn"):
-        flores_code("eo", CODES)
 
 
 def test_a_conversion_on_the_hub_is_fetched_and_its_licence_said(monkeypatch, tmp_path, capsys):
