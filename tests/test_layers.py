@@ -80,8 +80,10 @@ def test_settings_import_nothing_of_ours():
 
 
 def test_docstrings_have_blocks():
-    """`Args:` and the like stand in lines of their own, so that a documentation generator reads them."""
-    inline = re.compile(r"^\s*(Args|Returns|Raises|Yields|Attributes): *\S", re.MULTILINE)
+    """`Args:` and the like stand in lines of their own after an empty one: documentation generators read them
+    there alone."""
+    names = r"(Args|Returns|Raises|Yields|Attributes):"
+    inline = re.compile(rf"^\s*{names} *\S|\S *\n *{names}$", re.MULTILINE)
     wrong = [
         f"{module}.{node.name}"
         for module, path in MODULES.items()

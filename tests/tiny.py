@@ -62,6 +62,7 @@ def sentencepiece_model(lines, vocab_size, **settings):
       lines: to train on.
       vocab_size: the number of pieces.
       settings: further ones of SentencePiece's trainer.
+
     Returns:
       The model.
     """

@@ -87,6 +87,7 @@ def only(batch: dict, batches: Batches, records: Records, step: int, texts: Text
       batches, records: of the run.
       step: of the batch.
       texts: that have a loss.
+
     Returns:
       Numpy arrays as in `data.loader`, [R, T].
     """
@@ -114,6 +115,7 @@ def inner_products(model: decoder.Decoder, rows: tuple, *, method: Method):
       model: with its parameters.
       rows: of each of the method's `compared` texts, as in `data.loader`.
       method: decides where they leave, and through which head.
+
     Returns:
       Float32 [L, 3]: g₁·g₂, g₁·g₁ and g₂·g₂ in blocks 1 … L, the last one that both reach.
     """

@@ -165,6 +165,7 @@ def averaged(probes: Sequence[Probe]) -> Probe:
 
     Args:
       probes: of one task, language and model, after the same blocks.
+
     Returns:
       The probe, with the words in order of their first mention.
     """
@@ -216,8 +217,10 @@ def probe(
       shots, seed, demonstrations: see `tasks.prompts`.
       batch: rows at a time.
       layers: after which blocks to read; empty for all. Fewer take less time.
+
     Returns:
       What was measured.
+
     Raises:
       NoRows: if none is left to measure.
       UserError: for another scoring, a batch below 1, or as `tasks.ask` and `tasks.prompts`.

@@ -44,6 +44,7 @@ def mean_interval(values, least: float, most: float, seed: int) -> tuple[np.ndar
       values: [rows, …].
       least, most: the bounds.
       seed: of the weights.
+
     Returns:
       Low and high ends, float64 […].
     """

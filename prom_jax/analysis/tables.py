@@ -96,8 +96,10 @@ def read_table(language: str, directory=None) -> Table:
     Args:
       language: its code.
       directory: holds `<language>/clean.csv`; None for the project's own tables.
+
     Returns:
       The table.
+
     Raises:
       UserError: if there is no table of the language, a column is missing, rows are not as they should be, or
         none is left.
@@ -141,8 +143,10 @@ def read_sources(names, language: str, directory=None) -> tuple[Table, ...]:
       names: codes of languages; empty for all that have a table, but for English and the language itself.
       language: the code of the one that is translated into.
       directory: as in `read_table`; a language that has none there has the project's own.
+
     Returns:
       A table each.
+
     Raises:
       UserError: as `read_table`, or for a source that is the language itself.
     """

@@ -136,8 +136,10 @@ def ask(task: str, table: Table, sources: Sequence[Table] = ()) -> Questions:
       task: one of TASKS.
       table: of the language that is asked for.
       sources: tables of the languages that words are translated from, where the task translates.
+
     Returns:
       The questions.
+
     Raises:
       UserError: for a task that is not known, one that needs sources and has none, or the other way round.
     """
@@ -167,8 +169,10 @@ def prompts(
       shots: k, the number of demonstrations.
       seed: of their choice.
       demonstrations: 'shared', the same k rows for all, which are not asked for; 'row', k others for each.
+
     Returns:
       Rows and prompts.
+
     Raises:
       NoRows: if there is no row left to ask for.
       UserError: for another kind of demonstrations.

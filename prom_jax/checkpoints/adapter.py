@@ -119,6 +119,7 @@ class Merged:
     Args:
       base: reader of the model; what it has of the adapter itself is left out.
       adapter: of the adapter.
+
     Raises:
       UserError: if the adapter is not one for the model.
     """
@@ -165,6 +166,7 @@ def with_adapter(reader: Reader, lora: LoRA | None, heads: Mapping[str, int], se
       lora: the adapter that is wanted; None for none, which leaves the reader as it is.
       heads: after which block each further head of the model reads.
       seed: of a new adapter's values.
+
     Raises:
       UserError: if the reader has an adapter merged that is not of this kind.
     """

@@ -90,6 +90,7 @@ def check_readable(directory):
 
     Args:
       directory: of the steps.
+
     Raises:
       UserError: if they are of another one, or `model.json` is damaged.
     """
@@ -124,6 +125,7 @@ def describe(directory, description: Description, model_tokenizer):
       directory: of the steps.
       description: what the arrays are.
       model_tokenizer: the model's.
+
     Raises:
       UserError: if they cannot be written.
     """
@@ -151,8 +153,10 @@ def find(source) -> epath.Path | None:
 
     Args:
       source: a directory of steps, one that holds such a directory as `checkpoints`, or one step.
+
     Returns:
       The directory of steps, or the one step; None if the source is none of these.
+
     Raises:
       UserError: if it is a place in an object store that is none of these or cannot be read.
     """

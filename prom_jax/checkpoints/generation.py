@@ -29,8 +29,10 @@ def of_folder(folder: Path, config: Mapping) -> dict:
     Args:
       folder: of the files.
       config: the content of `config.json`.
+
     Returns:
       Keys of a `generation_config.json`.
+
     Raises:
       UserError: for a value that makes no sense.
     """

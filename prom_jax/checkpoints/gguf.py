@@ -118,6 +118,7 @@ def open_gguf(path) -> GGUFContent:
 
     Args:
       path: the file; of a model in several, named NAME-00001-of-00003.gguf, any of them.
+
     Raises:
       UserError: if it is not one whole GGUF file, or one of several that are not all there.
     """
@@ -215,8 +216,10 @@ def config_of(path, metadata: dict, tensors: Collection[str], vocab_size: int, r
       tensors: the names of its tensors.
       vocab_size: rows of the embedding.
       rope_freqs: the tensor of that name, or None.
+
     Returns:
       The architecture.
+
     Raises:
       UserError: for an architecture or a setting that is not supported.
     """

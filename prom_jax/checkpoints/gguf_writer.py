@@ -52,6 +52,7 @@ def write(reader: Reader, tokenizer, path, kind: str, chat_template: str | None,
       kind: of the matrices, one of TYPES.
       chat_template: jinja, of the prompts that the model was trained on; None for none.
       name: of the model, for those who list files.
+
     Raises:
       UserError: for a family or a setting that the format cannot say, a tokenizer that llama.cpp would read
         otherwise, values beyond float16, or if the file cannot be written.

@@ -95,6 +95,7 @@ def prepare_folder(directory: Path, partial: Path, num_bytes: int):
       directory: where the folder is to be in the end.
       partial: the folder to write in.
       num_bytes: that will be written.
+
     Raises:
       UserError: if `directory` is anything but a new place or an earlier export, or the disk is too full.
     """
@@ -136,8 +137,10 @@ def whole_folder(directory, num_bytes: int):
     Args:
       directory: where the folder is to be in the end: a new place, or that of an earlier export.
       num_bytes: that will be written.
+
     Yields:
       The folder to write in.
+
     Raises:
       UserError: if the directory holds something else, or cannot be written.
     """
@@ -180,8 +183,10 @@ def push(directory, repository: str) -> str:
     Args:
       directory: the export's folder.
       repository: owner/name.
+
     Returns:
       The address of its page.
+
     Raises:
       UserError: if it could not be uploaded; the folder stays as it is.
     """

@@ -41,6 +41,7 @@ def public(card: Mapping[str, object]) -> dict:
 
     Args:
       card: the rows.
+
     Returns:
       The same, with the last name of a path in place of it.
     """
@@ -58,6 +59,7 @@ def model_card(card: Mapping[str, object], name: str, adapter: bool = False) -> 
         the sources, also go to the hub's metadata; 'results' are {measure: [before, after]} on held-out data.
       name: of the model, for the snippet that loads it.
       adapter: whether it is an adapter of PEFT's and no whole model.
+
     Returns:
       The content of a `README.md`.
     """

@@ -110,6 +110,7 @@ class CheckpointReader:
 
     Args:
       place: as `find` gives it: a directory, of which the latest step is read, or one step of it.
+
     Raises:
       UserError: if there is no such whole step, or where it turns out to be damaged.
     """

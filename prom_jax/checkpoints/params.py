@@ -51,8 +51,10 @@ def lazy_params(
         if there is one, otherwise a copy of lm_head (of the embedding where they are tied).
       dtype: of the parameters, default the source's.
       lora: as in `models.decoder.Decoder`; the reader then has the adapters' tensors too.
+
     Returns:
       A nested dict like that of `decoder.to_params`.
+
     Raises:
       UserError: if a tensor is missing, unknown, or not of the shape that the config gives it, or a head
         that is stored with the weights belongs to another layer.
@@ -90,8 +92,10 @@ def load_params(reader: Reader, mesh=None, **settings) -> dict:
       reader: of the weights.
       mesh: of the parameters, None for one device.
       settings: of `lazy_params`.
+
     Returns:
       The nested dict of arrays that `decoder.with_params` takes.
+
     Raises:
       UserError: as `lazy_params`.
     """

@@ -40,8 +40,10 @@ class PEFTReader:
 
     Args:
       directory: that holds it.
+
     Attributes:
       base: the model that it is for: a path or a hub id.
+
     Raises:
       UserError: if it is damaged, or of a kind that is not supported.
     """
@@ -153,6 +155,7 @@ def save(
       adapter: what is written.
       model_tokenizer, directory, dtype, chat_template, card: as in `safetensors.save_hf`.
       base: the model that the adapter is for: a path or hub id.
+
     Raises:
       UserError: as `safetensors.save_hf`.
     """

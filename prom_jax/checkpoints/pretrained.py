@@ -27,6 +27,7 @@ def open_source(source):
 
     Returns:
       Its reader and its tokenizer.
+
     Raises:
       UserError: if it cannot be reached or read, or is of a model that is not supported.
     """
@@ -119,6 +120,7 @@ def load(source, mesh=None, compute_dtype: str | None = None, param_dtype: str |
 
     Returns:
       a `models.decoder.Decoder`, with a pivot head if the source has one, and a transformers tokenizer.
+
     Raises:
       UserError: as `open_source`, and for missing or misshapen tensors.
     """
@@ -149,6 +151,7 @@ def save_hf(
       template: a chat template (jinja) in place of the training prompt.
       base: reader of the model that a model's adapters are merged into, in place of its own parameters, which
         may be of less precision.
+
     Raises:
       UserError: if the directory holds something else, or cannot be written.
     """

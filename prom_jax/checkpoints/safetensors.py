@@ -155,6 +155,7 @@ def open_head(path: Path, names: list[str]):
 
     Returns:
       The open file, and after which block the head reads.
+
     Raises:
       UserError: if it lacks one of the tensors, or the layer.
     """
@@ -255,6 +256,7 @@ def save_hf(
       card: what the model card says: 'base_model', 'language', 'method' and any settings; `config.json` keeps
         it for programs.
       max_shard_bytes: size of a safetensors file beyond which another one is begun.
+
     Raises:
       UserError: for another dtype, if the reader's tensors are not those of its config, or if the directory
         holds something else or cannot be written.

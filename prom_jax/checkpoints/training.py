@@ -42,6 +42,7 @@ class Checkpoints:
       keep: how many of the latest steps stay (None: all).
       keep_best: how many of those with the lowest held-out loss stay too.
       keep_every: steps that are multiples of it stay too; 0: none.
+
     Raises:
       UserError: if the directory cannot be made or read, or holds steps of another version of prom_jax.
     """
@@ -88,6 +89,7 @@ class Checkpoints:
           step: its number.
           loss: held-out, by which the best steps are chosen.
           items: trees of arrays.
+
         Raises:
           UserError: with several processes, if a save failed.
         """
@@ -107,8 +109,10 @@ class Checkpoints:
 
         Args:
           items: abstract trees, whose shapes, dtypes and shardings the results have.
+
         Returns:
           The step and the items, a tuple in their order; 0 and None where there is no whole step.
+
         Raises:
           UserError: with several processes, for a damaged step: run again to go on from the one before; if
             the directory cannot be read at all.

@@ -33,6 +33,7 @@ def make(config, data: Mapping[str, Prepared], records, batches: Batches, flops:
       data: what was prepared, by language.
       records, batches: of all languages, and the batches of the whole run.
       flops: of the whole run.
+
     Returns:
       {"model", "language", "method", "records" (fingerprint), "sources", "unmatched" (instruction rows
       without a partner), "rows" (`sources.Tally.as_dict`), "checks" (`quality.Look`), "roles": {role:

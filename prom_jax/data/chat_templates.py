@@ -90,8 +90,10 @@ class ChatTemplate:
     Args:
       tokenizer: a transformers tokenizer.
       template: in Jinja.
+
     Attributes:
       ends: the ids of the tokens that end answers.
+
     Raises:
       UserError: a template that cannot render a question and its answer, or ends no answer.
     """

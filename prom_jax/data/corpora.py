@@ -38,6 +38,7 @@ def find(name: str, language: str) -> tuple[Path, Path]:
     Args:
       name: of NAMES.
       language: code of the target language.
+
     Raises:
       UserError: a corpus without the language; one that cannot be fetched, or is not what it was.
     """

@@ -180,6 +180,7 @@ def read_examples(recipe: Recipe, usable: Callable[[Example], bool] = lambda exa
     Args:
       usable: whether something is left of an example's target text when it is tokenised; others are not held
         out.
+
     Raises:
       UserError: a bad source (see `sources`); a stream that none of the training examples has.
     """

@@ -54,6 +54,7 @@ def find(name: str, endings: Iterable[str] = ()) -> list[Path]:
 
     Args:
       endings: of the files that count in a folder; those of `READERS` unless given.
+
     Raises:
       UserError: there is none.
     """

@@ -118,6 +118,7 @@ def plan_epoch(
       groups: a number for each example, such as that of its language.
       examples: indices of those that the epoch takes, of which one may come several times; None for each
         once.
+
     Raises:
       ValueError: a text longer than a row.
     """

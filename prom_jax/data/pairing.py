@@ -45,6 +45,7 @@ def pair(english: list[Row], target: list[Row], pairing: str = "id") -> Pairs:
     Args:
       pairing: 'id', where a side without ids is numbered, so that without any the rows pair by order;
         'order'; or 'none'.
+
     Raises:
       UserError: as `by_id`; sides of different lengths that pair by order.
     """

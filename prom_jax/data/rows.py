@@ -62,8 +62,10 @@ def instruction_row(raw: dict, shape: str = "") -> tuple[Row, Counter]:
     Args:
       raw: as the source has it.
       shape: one of SHAPES; '' for the first whose keys the row has.
+
     Returns:
       The row, and what of it was left out: {reason: turns}.
+
     Raises:
       BadRow: for one that cannot be used.
     """

@@ -64,9 +64,11 @@ def fit(
       shares: by stream and language.
       languages: the languages; where one has a share, an epoch is so long that none has fewer examples than
         without.
+
     Returns:
       float64 [examples]; without shares the repeats. Examples of nothing that has a share come as often as
       they would without.
+
     Raises:
       UserError: shares that these examples cannot have.
     """

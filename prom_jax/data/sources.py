@@ -119,6 +119,7 @@ def read_instructions(sources: tuple[str, ...], language: str, tally: Tally | No
 
     Args:
       tally: gets what becomes of the rows; None to refuse those that cannot be used.
+
     Raises:
       UserError: a source that is missing, empty, unreachable or of an unknown kind; a row that cannot be
         used, unless there is a tally, which then says it.
@@ -268,6 +269,7 @@ def parse(source: str, keys: tuple[str, ...] | None = None) -> Source:
 
     Args:
       keys: what columns may be renamed to; None for anything.
+
     Raises:
       UserError: a setting that is none.
     """
@@ -340,6 +342,7 @@ def _each_row(
       read: makes of a row what is wanted, or raises BadRow.
       sample: the built-in file.
       names: of the columns of a table without header.
+
     Raises:
       UserError: a source that is empty, or that cannot be read.
     """

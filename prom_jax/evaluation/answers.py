@@ -21,6 +21,7 @@ class Answers:
     Args:
       path: of the file, made if missing; None to keep answers in memory alone.
       settings: what the answers depend on, in JSON's types.
+
     Raises:
       UserError: if the file's answers depend on something else, or it cannot be read or written.
     """

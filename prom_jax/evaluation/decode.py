@@ -28,6 +28,7 @@ def greedy(model, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_tok
       prompts: token ids, of any lengths but 0.
       max_new_tokens: the most tokens of an answer.
       eos_token_ids: any of these ends an answer; none, and all have the full length.
+
     Returns:
       New token ids, one list a prompt.
     """
@@ -65,6 +66,7 @@ def decode(
       watch: called every `chunk` tokens with an unfinished answer's number and what there is of it; true ends
         it.
       slots: how many tokens' keys and values are in memory at a time, over all devices.
+
     Yields:
       A prompt's number and its answer.
     """

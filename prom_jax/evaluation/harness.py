@@ -45,6 +45,7 @@ def load_tasks(
       include_path: a folder with YAML files of further tasks, anywhere below it.
       num_fewshot: examples in the prompt. As in the harness, not of tasks whose own number is 0; of tasks
         without a number 0 if None.
+
     Raises:
       UserError: for an unknown task, or one whose data cannot be had.
     """
@@ -188,6 +189,7 @@ def evaluate(
       multiturn: whether examples are turns of their own then; None: yes.
       system: a system instruction before every prompt.
       language: the code of the language that replies should be in, of tasks that do not say it.
+
     Returns:
       By task {'n', 'metrics': {name: {'value', 'stderr', 'n', 'higher_is_better'}}}, shares as 0 … 1; and of
       every document {'task', 'doc_id', 'prompt', 'output', 'gold', 'scores', 'cluster'}. Replies have the

@@ -34,8 +34,10 @@ class HarnessModel(TemplateLM):
       bos: whether texts begin with the BOS token; the paper's harness leaves it out.
       max_length: tokens of a prompt and its answer; None for the model's context.
       slots: tokens whose keys and values are in memory at a time, over all devices.
+
     Attributes:
       answers: those already made, and where new ones go.
+
     Raises:
       UserError: for `bos` with a tokenizer that has no such token.
     """

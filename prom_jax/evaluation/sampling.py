@@ -17,6 +17,7 @@ class Sampling:
       top_k: how many of the most probable tokens are left; 0 for all.
       top_p: of these, the fewest whose probabilities sum to it.
       min_p: of these, those of at least this share of the largest probability.
+
     Raises:
       UserError: for a temperature that is not above 0.
     """

@@ -25,6 +25,7 @@ def score(
       model: a `models.decoder.Decoder`; rows are spread over its mesh.
       pairs: contexts and continuations, none empty.
       slots: tokens that are computed at a time, over all devices.
+
     Yields:
       A pair's number, the sum over the continuation's tokens in nats, and whether each of these is the most
       probable one at its place.

@@ -30,8 +30,10 @@ class Talker:
       max_new_tokens: of an answer at most.
       sampling: settings by name, in place of those that the model comes with; a temperature of 0 is greedy.
       seed: of the draws.
+
     Attributes:
       skipped: names of settings that the model asks for and that are not done.
+
     Raises:
       UserError: for a source that cannot be read, or a template or settings that cannot be used.
     """

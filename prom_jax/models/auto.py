@@ -37,8 +37,10 @@ def config_from_hf(hf: dict) -> DecoderConfig:
 
     Args:
       hf: the content.
+
     Returns:
       The architecture.
+
     Raises:
       UserError: for an architecture, key or value that is not supported. Nothing is ignored but what cannot
         change the computation.

@@ -42,6 +42,7 @@ class Compute:
       dtype: of activations and of the weights as they are used ('float32' or 'bfloat16').
       remat: what the backward pass recomputes: 'none', 'dots' (all but matrix products), 'full' (all).
       attention: the backend, one of `ops.attention.BACKENDS`.
+
     Raises:
       UserError: for another value.
     """
@@ -133,6 +134,7 @@ class Blocks(nnx.Module):
           kind: the layer's number in `config.kinds`, an int or a traced int32.
           cache: a `layers.LayerCache` or None.
           number: of the block in the stack, on which dropout depends.
+
         Returns:
           Its output [B, T, D] and the cache.
         """
@@ -165,6 +167,7 @@ class Blocks(nnx.Module):
         Args:
           cache: the stack's keys and values, for a single batch; slot: see `layers.LayerCache`.
           collect: a function of a block's output, for a single batch.
+
         Returns:
           Their outputs, `collect` of each block's stacked, and the cache.
         """

@@ -44,6 +44,7 @@ class Decoder(nnx.Module):
       rngs: randomness of the initial values (normal, σ = 0.02).
       param_dtype: of the parameters.
       lora: adapters, and further heads of low rank; None for none.
+
     Raises:
       UserError: if an exit is not in 1 … N-1.
     """
@@ -186,6 +187,7 @@ class Decoder(nnx.Module):
             without, it is only read, and may have one row for all.
           slot: int32.
           collect: a function of hidden states [B, T, D]. What it leaves out of them is never kept.
+
         Returns:
           See `Output`.
         """
@@ -256,6 +258,7 @@ class Decoder(nnx.Module):
           positions_BT: int32 [B, T], default 0 … T-1.
           segments_BT: int32 [B, T]; tokens attend to their own segment, and to those that it continues
             (`ops.attention.segment_id`). Default: one segment.
+
         Returns:
           Float32 [B, T, V].
         """
@@ -282,8 +285,10 @@ class Decoder(nnx.Module):
         Args:
           tokens_BT, positions_BT, segments_BT: as in `__call__`.
           layers: which of 0 … N, default all of them.
+
         Returns:
           [len(layers), B, T, D] in the compute dtype.
+
         Raises:
           UserError: for a layer that the model has not.
         """

@@ -144,6 +144,7 @@ def layers_of_types(
       default: the type of each layer, where the file does not say it.
       window: of the layers of sliding attention.
       ropes: the rotary embedding of each type of layer; None for the one that the settings describe.
+
     Returns:
       The kind of each layer.
     """

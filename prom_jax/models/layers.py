@@ -170,6 +170,7 @@ def block(
       backend: of attention.
       cache: a `LayerCache` or None.
       drop: of adapters; None for none.
+
     Returns:
       The residual stream after the block [B, T, D], and the cache.
     """

@@ -24,6 +24,7 @@ class Settings:
     Args:
       values: the content of the file.
       defaults: what absent keys mean.
+
     Raises:
       UserError: for a value of the wrong kind, or where a key of REQUIRED is absent and has no default.
     """
@@ -52,6 +53,7 @@ class Settings:
         Args:
           partial: whether the family can rotate a share of a head's dimensions. The models of transformers
             that cannot read over that key.
+
         Raises:
           UserError: for a scaling that is not supported, or whose keys are not those expected, and for a
             share where the family knows none.
@@ -69,8 +71,10 @@ class Settings:
 
         Args:
           theta_keys: of each type of layer the key of its base in transformers 4.
+
         Returns:
           The rotary embedding of each of these types.
+
         Raises:
           UserError: as `take_rope`, and for a type of layer that is not among them.
         """
@@ -168,6 +172,7 @@ class Settings:
         Args:
           default: of each layer, where the file does not say it.
           known: what the family knows.
+
         Raises:
           UserError: for another one.
         """
@@ -241,6 +246,7 @@ def rope_keys_by_type(ropes: Mapping[str, Rope], theta_keys: Mapping[str, str]) 
     Args:
       ropes: the rotary embedding of each type of layer.
       theta_keys: of each type of layer the key of its base in transformers 4.
+
     Returns:
       Keys that transformers 4 and 5 both read; only 5 where another type than full attention has a scaling,
       which the keys of 4 cannot say.

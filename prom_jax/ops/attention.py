@@ -58,6 +58,7 @@ def attention_mask(q_positions, kv_positions, q_segments, kv_segments, window=No
       q_positions, q_segments: int32 [B, T].
       kv_positions, kv_segments: int32 [B, S].
       window: of keys; None for all.
+
     Returns:
       Bool [B, 1, T, S].
     """
@@ -171,6 +172,7 @@ def attention(q_BTHD, k, v, mask, backend="auto", layer=None, softcap: float | N
         for this GPU, dtype and shape of those that the package has; a cache goes to 'xla'. 'auto': 'blocks'
         on a CPU, 'splash' on a TPU, 'tokamax' on a GPU where it is installed, else 'xla'.
       softcap: scores s become softcap · tanh(s / softcap), as in Gemma 2; not with 'cudnn'.
+
     Returns:
       [B, T, H, D] in the dtype of `q`.
     """

@@ -36,6 +36,7 @@ def cross_entropy(hidden_RTD, head_VD, labels_RT, weights_RT, label_smoothing=0.
       label_smoothing: α.
       chunk: tokens at a time (`choose_chunk`); None for half of a shard's tokens, 256 to 1,024.
       softcap: logits x become softcap · tanh(x / softcap); None for no cap.
+
     Returns:
       Float32 scalar, the sum; divide by the sum of weights of the whole update.
     """
@@ -50,6 +51,7 @@ def choose_chunk(loss_tokens, slots: int) -> int:
     Args:
       loss_tokens: int [updates], the loss tokens of each on one shard.
       slots: of a shard's rows, which is the most that a chunk can have.
+
     Returns:
       A number of tokens, one of CHUNKS or `slots`.
     """

@@ -20,6 +20,7 @@ def linear(x, weights, training: bool = True) -> list:
       weights: a list of [O, I], each O its own; those that are `Quantised` have no gradient.
       training: False where the weights have no gradient, such as for a few new tokens next to a cache, which
         are not worth a copy of them.
+
     Returns:
       A list of [..., O].
     """
@@ -47,6 +48,7 @@ def low_rank(x, downs, ups) -> list:
       x: [..., I].
       downs: a list of A [R, I], which are applied by one product.
       ups: as many B [O, R], each O and R its own.
+
     Returns:
       A list of [..., O].
     """

@@ -16,6 +16,7 @@ def rms_norm(x, weight, eps: float, unit_offset: bool = False):
       weight: [D].
       eps: added to the mean square.
       unit_offset: whether the scale is 1 + weight, applied in float32, as in Gemma.
+
     Returns:
       [..., D] in the dtype of `x`.
     """

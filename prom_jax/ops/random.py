@@ -22,6 +22,7 @@ def dropout(x, keys, salt, rate: float):
       keys: uint32 [...]: which values of a row are 0 depends on its key and the salt alone.
       salt: an int or a traced integer, another one for each place where a row is dropped from.
       rate: at least 0, less than 1.
+
     Returns:
       As `x`.
     """

@@ -74,6 +74,7 @@ def run_distributed(
       process_id: which this is.
       connect_timeout: seconds to wait until all have come.
       hang_timeout: seconds that one thing that `progress` reports may take; 0 for any time.
+
     Raises:
       UserError: for some but not all of the first three, where the environment has not the rest.
     """

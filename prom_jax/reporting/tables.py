@@ -32,6 +32,7 @@ def sections(runs: list[Run], paper: dict, reference: str = "base") -> tuple[lis
       runs: as `runs.find` gives them.
       paper: the content of resources/paper.json.
       reference: what the tables of languages are tested against: a method, or the name of a run.
+
     Raises:
       UserError: if no run is the reference.
     """

@@ -15,8 +15,10 @@ def load_checked(build: Callable, path, source) -> PreTrainedTokenizerFast:
       build: reads the tokenizer's files.
       path: where they are.
       source: what its user calls them.
+
     Returns:
       The tokenizer.
+
     Raises:
       UserError: if there is none, it is of a kind that is not supported, or it has no EOS token.
     """

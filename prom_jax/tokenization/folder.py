@@ -18,8 +18,10 @@ def load(path, source=None) -> PreTrainedTokenizerFast:
     Args:
       path: the folder.
       source: what its user calls it, for messages; None for `path`.
+
     Returns:
       The tokenizer.
+
     Raises:
       UserError: if there is no tokenizer, it is of a kind that is not supported, or it has no EOS token.
     """

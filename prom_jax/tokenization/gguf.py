@@ -77,8 +77,10 @@ def load(metadata: Mapping, path, source=None) -> PreTrainedTokenizerFast:
       metadata: the file's key-value pairs.
       path: the file, for messages.
       source: what its user calls it, for messages; None for `path`.
+
     Returns:
       The tokenizer.
+
     Raises:
       UserError: for another kind of tokenizer, a pre-tokenizer that is not known here, or one without EOS
         token.
@@ -197,8 +199,10 @@ def metadata(tokenizer: PreTrainedTokenizerFast, rows: int) -> dict:
     Args:
       tokenizer: of a kind that the format knows: byte-level BPE, or a SentencePiece BPE.
       rows: of the embedding; where there are more than tokens, unused ones are written for the others.
+
     Returns:
       The key-value pairs.
+
     Raises:
       UserError: for a tokenizer that the format cannot say, so that texts would be cut otherwise.
     """

@@ -155,8 +155,10 @@ def build(proto: ModelProto, folder: Path | None = None, **settings) -> Sentence
       proto: the model.
       folder: whose other files say more of the tokenizer; None for none.
       settings: of the class of transformers.
+
     Returns:
       The tokenizer.
+
     Raises:
       UserError: for a setting that cannot be honoured.
       ValueError: for a model that the library refuses.

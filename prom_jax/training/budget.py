@@ -30,6 +30,7 @@ def training_flops(
       records: of `data.records`.
       examples: indices into the records, repeated as they come.
       lora: the adapters; None for none.
+
     Returns:
       A number of operations.
     """

@@ -125,6 +125,7 @@ def token_losses(model, batch, terms, appended: str | None = None, chunks: Mappi
       terms: of which each stream is in one.
       appended: the stream whose rows continue those of the primary one, which has as many.
       chunks: the chunk of each stream, as in `ops.cross_entropy`; see `head_chunks`.
+
     Returns:
       {stream: float32 scalar}.
     """

@@ -95,6 +95,7 @@ def stochastic_round(x, seed):
     Args:
       x: float32 of any shape.
       seed: uint32; another one gives other bits.
+
     Returns:
       Bfloat16 of the same shape.
     """

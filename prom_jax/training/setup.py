@@ -275,8 +275,10 @@ def find_lora(config, base: DecoderConfig, method: Method) -> LoRA | None:
       config: see `prom_jax.config`.
       base: the architecture of the model.
       method: as configured.
+
     Returns:
       What `models.decoder.Decoder` takes; None where there is neither.
+
     Raises:
       UserError: for targets that the model has not.
     """

@@ -33,6 +33,7 @@ def make_update(
         divided by the divisors of the whole update, so the result is that of the whole batch.
       appended: the stream that continues the rows of the first one, as `data.loader.Batches` says.
       chunks: of loss tokens by stream, as in `training.objective.head_chunks`.
+
     Returns:
       Metrics are float32 scalars: loss, and by name of a sum loss_… (per token) and weight_…; grad_norm;
       param_norm, of the trained parameters after the update.

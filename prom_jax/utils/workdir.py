@@ -46,6 +46,7 @@ def write_config(workdir: Path, config: dict):
     Args:
       workdir: of the run.
       config: as `as_dict` gives it, and what else must stay the same.
+
     Raises:
       UserError: if it cannot be written.
     """
@@ -58,6 +59,7 @@ def check_format(path, number):
     Args:
       path: the file that says its format.
       number: the format that it says; None where it says none.
+
     Raises:
       UserError: if the format is another one.
     """
@@ -79,6 +81,7 @@ def check_same_config(workdir: Path, config: dict):
       config: what must be the same, as `as_dict` gives it; a part of what `write_config` wrote suffices. Of
         data and models that is what they hold, under the keys of `NAMES`, and their names only where the run
         has kept no more.
+
     Raises:
       UserError: if there is one, or one of another version of prom_jax; what differs is named.
     """

@@ -42,6 +42,7 @@ def project(gradient, other):
 
     Args:
       gradient, other: a parameter's, or {parameter: [layers, …]} of a stack of blocks.
+
     Returns:
       As `gradient`.
     """

@@ -23,6 +23,7 @@ class PROM(Method):
       head: the pivot head: 'own' (a copy of the main head, trained), 'lora' (the main head, which does not
         learn from it, and a trained difference of low rank), 'frozen' (a copy as it is) or 'shared' (the main
         head itself).
+
     Raises:
       UserError: for a value that cannot be used.
     """
