@@ -336,6 +336,9 @@ def loop(
             multihost.progress(f"step {step}")
             measured = step == 1 or (config.eval.every and step % config.eval.every == 0)
             norms = jax.device_get(term_norms(trained, batch, frozen)) if measured else {}
+            between = config.eval.every, config.checkpoint.every
+            if measured or any(is_due(step - 1, every) for every in between):
+                command.trim_freed_memory()
             begun = time.perf_counter()
             stops = sharding.by_process(job.mesh, bool(stopping))
             with jax.transfer_guard("disallow"):

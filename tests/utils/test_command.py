@@ -32,6 +32,7 @@ def settings(monkeypatch):
     class Library:
         gnu_get_libc_version = None
         mallopt = staticmethod(lambda name, value: told.append((name, value)))
+        malloc_trim = staticmethod(lambda padding: told.append(("trimmed", padding)))
 
     monkeypatch.setattr(command.ctypes, "CDLL", lambda name: Library)
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
@@ -42,9 +43,12 @@ def settings(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 def test_freed_memory_is_given_back_only_where_it_was_kept(settings):
     command.return_freed_memory()
+    command.trim_freed_memory()
     assert settings == []
     command.keep_freed_memory()
     kept = dict(settings)
+    command.trim_freed_memory()
+    assert settings.pop() == ("trimmed", 0)
     assert kept[command._MMAP_MAX] == 0
     command.return_freed_memory()
     command.return_freed_memory()
