@@ -1,13 +1,18 @@
 """python -m benchmarks.data --model=MODEL --source=alpaca.json [--repetitions=5] [--out=FILE]
+python -m benchmarks.data --model=MODEL --pairs=1000000
 
 Two questions: how long tokenising and writing an instruction file takes, beside `datasets.map` with the same
-tokenizer on the same cores; and how many tokens a second the loader gives, beside what training takes.
+tokenizer on the same cores; and how many tokens a second the loader gives, beside what training takes. With
+--pairs another one: what so many made-up pairs take, in seconds and memory, and the start of a run on them.
 """
 
 import argparse
 import json
 import os
+import random
+import resource
 import tempfile
+import time
 from pathlib import Path
 
 import datasets
@@ -29,12 +34,15 @@ def main(argv=None):
     """Reads the command line and measures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__)
     parser.add_argument("--model", required=True, help="for its tokenizer")
-    parser.add_argument("--source", required=True, help=".json list of instruction, input, output")
+    parser.add_argument("--source", help=".json list of instruction, input, output")
+    parser.add_argument("--pairs", type=int, help="of sentences, made up, in place of a source")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--training", type=float, default=115.0, help="tokens a second that training takes")
     parser.add_argument("--out")
     arguments = parser.parse_args(argv)
     _, tokenizer = models.open_source(arguments.model)
+    if arguments.pairs:
+        return many(tokenizer, arguments.pairs)
     with tempfile.TemporaryDirectory() as folder:
         rows = preparation(tokenizer, arguments.source, Path(folder), arguments.repetitions)
         rows += loading(tokenizer, arguments.source, Path(folder), arguments)
@@ -105,6 +113,38 @@ def loading(tokenizer, source: str, folder: Path, arguments) -> list[dict]:
         {"what": f"loader (tokens/s); {name}", "ours": rate, "peer": need, "ratio": rate / need}
         for name, need in needs.items()
     ]
+
+
+def many(tokenizer, pairs: int) -> None:
+    """Prints what pairs of short texts take to be prepared, and then a run on them to start and to go on."""
+    words = "the cow eats grass and gives milk every morning on a small farm near our river".split()
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {name: Path(folder, f"{name}.jsonl") for name in ("english", "target")}
+        for number, path in enumerate(sides.values()):
+            chance = random.Random(number)
+            with path.open("w") as file:
+                for _ in range(pairs):
+                    asked, answered = (
+                        " ".join(chance.choices(words, k=k)) for k in (5, chance.randint(3, 12))
+                    )
+                    file.write(json.dumps({"instruction": asked, "output": answered}) + "\n")
+        recipe = Recipe("sw", **{name: (str(path),) for name, path in sides.items()}, seq_len=SEQ_LEN)
+        for what in ("prepare, plan", "again"):
+            start = time.perf_counter()
+            records = prepare(recipe, tokenizer, Path(folder, "records")).train
+            prepared = time.perf_counter()
+            settings = {"sequences": 32, "seq_len": SEQ_LEN, "seed": 0, "epochs": 3.0, "share_prompts": True}
+            batches = Batches(records, **settings, plans=Path(folder, "records"))
+            planned = time.perf_counter()
+            memory = [
+                resource.getrusage(who).ru_maxrss / 2**20
+                for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+            ]
+            print(
+                f"{pairs:,} pairs, {what}: {prepared - start:.1f} s and {planned - prepared:.1f} s for "
+                f"{len(batches):,} updates, at most {memory[0]:.2f} GiB, a worker {memory[1]:.2f} GiB",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
