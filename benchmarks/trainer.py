@@ -112,7 +112,7 @@ class Trained(Timed, transformers.TrainerCallback):
             remove_unused_columns=False,
         )
         self.trainer = PromTrainer(
-            peers.load(source, config.remat, config.adapter),
+            peers.load(source, method, config),
             arguments,
             data_collator=lambda batch: batch[0],
             train_dataset=InOrder(update[i::parts] for update in rows for i in range(parts)),

@@ -332,7 +332,8 @@ def _hold_out(make: Callable, number: int, recipe: Recipe, usable: Callable) -> 
     found = ((i, example) for i, example in ((i, make(i)) for i in order) if usable(example))
     held = dict(sorted(itertools.islice(found, recipe.holdout)))
     if recipe.holdout and (len(held) < recipe.holdout or recipe.holdout == number):
-        can_be_used = f", of which {len(held)} can be used" * (len(held) < number)
+        can_be_used = f", of which {len(held)} keep an answer at data.seq_len={recipe.seq_len}"
+        can_be_used *= len(held) < number
         raise UserError(
             f"{recipe.holdout} held-out pairs were asked for and there are {number}{can_be_used}: lower "
             "eval.holdout, so that some are left to train on."

@@ -1,6 +1,7 @@
 """What commands set in their process."""
 
 import io
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -19,9 +20,11 @@ def test_a_terminal_without_greek_letters_gets_their_codes(monkeypatch):
 
 
 def test_an_interrupt_that_python_ignores_comes_again():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with pytest.raises(KeyboardInterrupt):
         command._print_unraisable(SimpleNamespace(exc_value=KeyboardInterrupt()))
         time.sleep(10)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
