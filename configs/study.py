@@ -17,6 +17,7 @@ def get_config(variant: str = ""):
     config.data.translation = ("data/study/ntrex.{language}.tsv",)
     config.data.seq_len = 1024
     config.batch.sequences = 2
+    config.optimizer.learning_rate = 2e-5  # docs/study.md says how it was chosen
     config.optimizer.warmup_ratio = 0.1
     config.steps = 48
     config.remat = "dots"
