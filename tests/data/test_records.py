@@ -148,7 +148,7 @@ def test_a_pair_that_nothing_is_left_of_is_not_held_out(recipe, byte_level, tmp_
     assert held[2] in now and not set(held[:2]) & set(now)
     assert made.report["holdout"]["target"]["dropped"] == 0
     assert made.report["train"]["target"]["dropped"] == 2 and len(made.train) == 4
-    with pytest.raises(UserError, match="8 held-out pairs were asked for and there are 9, of which 7 can be"):
+    with pytest.raises(UserError, match="8 held-out pairs were asked for and there are 9, of which 7 keep"):
         prepare(recipe(**changes, holdout=8), byte_level, tmp_path / "r")
 
 
