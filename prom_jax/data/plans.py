@@ -1,7 +1,8 @@
 """The plan of a whole run, kept in a file where there are so many examples that it takes long to make."""
 
+import contextlib
 import hashlib
-import os
+import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from prom_jax.data import packing
 from prom_jax.data.packing import Layout, Plan, Slots, Texts
 from prom_jax.data.shares import draw
+from prom_jax.utils.errors import UserError
+from prom_jax.utils.workdir import write_bytes
 
 VERSION = 1  # raise it whenever the same texts are planned in another way
 KEPT_FROM = 16_384  # examples
@@ -102,14 +105,11 @@ def _write(path: Path, made: RunPlan) -> None:
         columns |= {f"{stream}.{name}": column for name, column in slots._asdict().items()}
     columns = {name: column.astype(np.int32) for name, column in columns.items()}  # half of the bytes
     names = {"streams": np.array(list(made.layout.shapes)), "appended": np.array(made.layout.appended or "")}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            epochs = {"epoch_updates": made.updates, "epoch_examples": made.examples}
-            np.savez(file, **columns, **names, **epochs, shapes=shapes)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    epochs = {"epoch_updates": made.updates, "epoch_examples": made.examples}
+    content = io.BytesIO()
+    np.savez(content, **columns, **names, **epochs, shapes=shapes)
+    with contextlib.suppress(UserError):
+        write_bytes(path, content.getvalue())
 
 
 def _read(path: Path) -> RunPlan:
