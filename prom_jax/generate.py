@@ -14,6 +14,7 @@ import json
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -222,7 +223,7 @@ def answer_file(talkers: list[Talker], arguments: argparse.Namespace):
     asked = [questions(rows, names, talker, arguments.raw) for talker in talkers]
     load(talkers, arguments)
     part = out.with_name(f"{out.name}.part")
-    depends_on = {
+    depends_on: dict[str, Any] = {
         f"model {number}": f"{params.fingerprint(talker.reader)}-{tokenizers.fingerprint(talker.tokenizer)}"
         for number, talker in enumerate(talkers, 1)
     }

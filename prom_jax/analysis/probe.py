@@ -88,9 +88,9 @@ class Probe:
         """The layer where the mean of P_en − P_target is largest, and between which layers it lies in 95 % of
         the resamples of the rows."""
         difference = self.english - self.target
-        best = [int(difference.mean(axis=0).argmax())]
+        best = int(difference.mean(axis=0).argmax())
         low, high = interval(resampled_means(difference, self.seed).argmax(axis=1))
-        return tuple(self.layers[i] for i in (*best, int(low), int(high)))
+        return self.layers[best], self.layers[int(low)], self.layers[int(high)]
 
     def lead(self, layer: int) -> Lead:
         """In how many rows the English word leads after block `layer` and is at least `FAINT`: where a model

@@ -186,9 +186,10 @@ def _read(path: Path) -> tuple[list[tuple[int, dict]], list[str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            if len(reader.fieldnames or ()) > MOST_COLUMNS:
-                raise csv.Error(f"{len(reader.fieldnames)} columns")
-            return [(reader.line_num, record) for record in reader], reader.fieldnames or []
+            columns = list(reader.fieldnames or ())
+            if len(columns) > MOST_COLUMNS:
+                raise csv.Error(f"{len(columns)} columns")
+            return [(reader.line_num, record) for record in reader], columns
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): expected a CSV file in UTF-8") from error
 
@@ -262,7 +263,7 @@ def _with_whole_prompt(concept: Concept, prompt: str, record: dict, language: st
     prompt = re.sub('"{2,}', '"', prompt)
     ends = re.fullmatch(r'(.*")([^"]+)("\W*)', prompt, re.DOTALL)
     answer = strip_invisible(ends[2]) if ends else ""
-    if answer not in concept.words:
+    if not ends or answer not in concept.words:
         raise _Unusable("its prompt does not end in its word", '"<word>". there')
     query = ends[1]
     blanks = len(_BLANK.findall(query))

@@ -173,7 +173,7 @@ def with_adapter(reader: Reader, lora: LoRA | None, heads: Mapping[str, int], se
     if lora is None:
         return reader
     new, base = NewAdapter(reader.config, lora, heads, seed), base_of(reader, lora)
-    if base is reader:
+    if base is reader or not isinstance(reader, Merged):
         return Adapted(base, new)
     check_same_kind(reader.adapter, lora)
     return Adapted(Adapted(base, new), reader.adapter)

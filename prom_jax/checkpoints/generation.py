@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prom_jax.models.config import DecoderConfig
 from prom_jax.utils.errors import UserError
@@ -70,7 +71,7 @@ def check(content: dict, source) -> dict:
       UserError: for a value that makes no sense, which names the source.
     """
     for key, (expected, holds) in SAMPLING.items():
-        value = content.get(key)
+        value: Any = content.get(key)
         number = type(value) in (int, float) and abs(value) < 2**63  # JSON may have NaN and infinity too
         if value is not None and not (number and holds(value)):
             raise UserError(f"{source} sets {key}={value!r:.100}: expected {expected}; remove the key")

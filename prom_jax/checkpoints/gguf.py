@@ -230,7 +230,7 @@ def config_of(path, metadata: dict, tensors: Collection[str], vocab_size: int, r
             f"{path} holds a model of architecture {architecture!r:.100}: expected one of "
             f"{', '.join(map(repr, _specs()))}"
         )
-    prefix = architecture + "."
+    prefix = f"{architecture}."
     settings = {k.removeprefix(prefix): _decimal(v) for k, v in metadata.items() if k.startswith(prefix)}
     for key, value in settings.items():
         if isinstance(value, list) or (key not in _SETTINGS and key not in spec.settings and value):

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -16,6 +17,7 @@ from prom_jax.checkpoints.reader import Reader
 from prom_jax.models import decoder
 from prom_jax.models.auto import family_of
 from prom_jax.models.config import DecoderConfig
+from prom_jax.models.family import GGUF
 from prom_jax.models.layers import rope_frequencies
 from prom_jax.tokenization import gguf as gguf_tokenizer
 from prom_jax.utils.console import console
@@ -58,8 +60,7 @@ def write(reader: Reader, tokenizer, path, kind: str, chat_template: str | None,
         otherwise, values beyond float16, or if the file cannot be written.
     """
     path, config = Path(path), reader.config
-    if family_of(config).gguf is None:
-        raise UserError(f"{config.model_type!r} models are not written as GGUF: expected another family")
+    spec = _format(config)
     if path.exists():
         raise UserError(f"{path} exists: expected a new file; choose another name or remove it")
     check_tensors(reader, hf_shapes(config))
@@ -75,7 +76,7 @@ def write(reader: Reader, tokenizer, path, kind: str, chat_template: str | None,
     if chat_template:
         metadata["tokenizer.chat_template"] = chat_template
     _check_readable(path, config, metadata, rows, rope_freqs)
-    if any(config.windows) and not family_of(config).gguf.windows:
+    if any(config.windows) and not spec.windows:
         console.print(
             "WARNING   llama.cpp has no sliding window for this family: beyond "
             f"{min(filter(None, config.windows))} tokens it computes otherwise"
@@ -109,12 +110,20 @@ def _rows(config: DecoderConfig, kind) -> Iterator[_Row]:
             yield _Row(row.gguf.format(layer=layer), source, shape, of_row)
 
 
+def _format(config: DecoderConfig) -> GGUF:
+    """How GGUF files hold the model's family; raises UserError where they do not."""
+    spec = family_of(config).gguf
+    if spec is None:
+        raise UserError(f"{config.model_type!r} models are not written as GGUF: expected another family")
+    return spec
+
+
 def _settings(config: DecoderConfig) -> dict:
     """Sizes and rotary embeddings, and what the family adds."""
-    spec = family_of(config).gguf
+    spec = _format(config)
     ropes = [kind.rope for kind in config.layers if kind.rope and not kind.window]
     rope = next(iter(ropes or filter(None, config.ropes)))
-    settings = {
+    settings: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -158,7 +167,7 @@ def _generation(config: DecoderConfig, tokenizer) -> dict:
 def _check_readable(path, config: DecoderConfig, metadata: dict, rows: list[_Row], rope_freqs):
     """Raises UserError unless the file says of the model all that its config does."""
     names = {row.name: row.shape for row in rows}
-    again = config_of(path, {"general.architecture": family_of(config).gguf.architecture, **metadata},
+    again = config_of(path, {"general.architecture": _format(config).architecture, **metadata},
                       names, config.vocab_size, rope_freqs)  # fmt: skip
     # Special tokens may be the tokenizer's, and a Mistral without a window is a Llama.
     same = ("model_type", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -178,7 +187,7 @@ def _close(a, b) -> bool:
 
 
 def _write_file(path: Path, reader: Reader, metadata: dict, rows: list[_Row], rope_freqs):
-    writer = gguf.GGUFWriter(path, family_of(reader.config).gguf.architecture)
+    writer = gguf.GGUFWriter(path, _format(reader.config).architecture)
     for key, value in metadata.items():
         if isinstance(value, list):
             writer.add_array(key, value)
@@ -208,7 +217,7 @@ def _write_file(path: Path, reader: Reader, metadata: dict, rows: list[_Row], ro
 
 def _parts(reader: Reader, row: _Row) -> Iterator[np.ndarray]:
     """The values of a tensor as the format orders them, in float32, some rows at a time."""
-    spec, shape = family_of(reader.config).gguf, row.shape
+    spec, shape = _format(reader.config), row.shape
     if len(shape) == 1:
         values = reader.read(row.source, (slice(None),)).astype(np.float32)
         if spec.interleaved and row.source.endswith(("q_proj.bias", "k_proj.bias")):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -36,7 +37,7 @@ _ADAPTER_USAGE = (
 )
 
 
-def public(card: Mapping[str, object]) -> dict:
+def public(card: Mapping[str, Any]) -> dict:
     """A model card's rows, without paths of this machine, which say nothing to others.
 
     Args:
@@ -51,7 +52,7 @@ def public(card: Mapping[str, object]) -> dict:
     return {**card, **named, **data}
 
 
-def model_card(card: Mapping[str, object], name: str, adapter: bool = False) -> str:
+def model_card(card: Mapping[str, Any], name: str, adapter: bool = False) -> str:
     """A model card, whose tag marks its folder as an export.
 
     Args:

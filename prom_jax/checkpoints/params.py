@@ -5,6 +5,7 @@ import functools
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -125,8 +126,8 @@ def fingerprint(reader: Reader) -> str:
     digest = hashlib.sha256(repr(reader.config).encode())
     for name in sorted(reader.names):
         rows, *others = reader.shape(name)
-        for row in np.unique(np.linspace(0, rows - 1, 16).astype(int)).tolist() if others else [None]:
-            first = slice(row, row + 1) if others else slice(None)
+        some = np.unique(np.linspace(0, rows - 1, 16).astype(int)).tolist()
+        for first in [slice(row, row + 1) for row in some] if others else [slice(None)]:
             part = reader.read(name, (first, *(slice(None) for _ in others)))
             digest.update(np.ascontiguousarray(part, np.float32).tobytes())
     return digest.hexdigest()[:16]
@@ -138,8 +139,8 @@ def hf_tensors(
     """Each Hugging Face tensor of a model cut into stacks at `exits`, and those of its adapters: its name,
     the path of our parameter, and the index of its layer in there. Further heads are not among them
     (`head_tensor`), but for those of low rank."""
-    table = decoder.tensors(config, lora.heads if lora else (), lora)
-    table = [row for row in table if not row.name.endswith(SCALES)]
+    tensors = decoder.tensors(config, lora.heads if lora else (), lora)
+    table = [row for row in tensors if not row.name.endswith(SCALES)]
     for row in (row for row in table if not row.in_layers):
         yield row.hf, (row.name,), ()
     for number, (first, last) in enumerate(decoder.stack_bounds(config.num_hidden_layers, exits)):
@@ -220,9 +221,9 @@ def check_tensors(reader: Reader, shapes: Mapping[str, tuple[int, ...]]):
             f"{reader.config.model_type!r} without adapters or quantised layers"
         )
     for name, shape in shapes.items():
-        if (found := reader.shape(name)) != shape:
+        if (its := reader.shape(name)) != shape:
             raise UserError(
-                f"{reader.where(name)}: {name} has the shape {list(found)}, the config says {list(shape)}: "
+                f"{reader.where(name)}: {name} has the shape {list(its)}, the config says {list(shape)}: "
                 "expected files of one model; fetch both again"
             )
 
@@ -283,7 +284,8 @@ class ParamsReader:
     """
 
     def __init__(self, model: decoder.Decoder):
-        self.source, self.config, self.details, self.heads = "the model", model.config, {}, model.heads
+        self.source: Path | str = "the model"
+        self.config, self.details, self.heads = model.config, {}, model.heads
         self._params = decoder.to_params(model)
         self.dtype = np.dtype(self._params["embed_tokens"].dtype)
         self.lora = model.lora
@@ -302,7 +304,7 @@ class ParamsReader:
         path, layer = self._paths[name]
         return at_path(self._params, path).shape[len(layer) :]
 
-    def where(self, name) -> str:
+    def where(self, name) -> Path | str:
         """What holds a tensor."""
         return self.source
 

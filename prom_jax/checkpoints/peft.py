@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,8 @@ class PEFTReader:
             yield path.stem, layer
 
     def _kind(self, content: Mapping) -> LoRA:
-        rank, alpha = content.get("r"), content.get("lora_alpha")
+        rank: Any = content.get("r")
+        alpha: Any = content.get("lora_alpha")
         is_number = type(alpha) in (int, float) and math.isfinite(alpha)
         if type(rank) is not int or rank < 1 or not is_number:
             raise UserError(

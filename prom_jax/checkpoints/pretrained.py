@@ -1,9 +1,11 @@
 """A model from anywhere, ready to use, and back out."""
 
+from typing import cast
+
 import jax
 
 from prom_jax.checkpoints import gguf, model_card, params, peft, safetensors
-from prom_jax.checkpoints.adapter import Merged
+from prom_jax.checkpoints.adapter import AdapterReader, Merged
 from prom_jax.checkpoints.description import DESCRIPTION, Description, find, read_tokenizer
 from prom_jax.checkpoints.hub import local_path
 from prom_jax.checkpoints.orbax import CheckpointReader
@@ -155,8 +157,10 @@ def save_hf(
     Raises:
       UserError: if the directory holds something else, or cannot be written.
     """
-    reader = params.ParamsReader(model)
-    reader = Merged(base or reader, reader) if model.lora else reader
+    trained = params.ParamsReader(model)
+    reader: Reader = trained
+    if model.lora:
+        reader = Merged(base or trained, cast(AdapterReader, trained))
     safetensors.save_hf(
         reader,
         model_tokenizer,

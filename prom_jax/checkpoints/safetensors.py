@@ -314,7 +314,8 @@ def write_tensors(path, reader, names: list[str], dtype: np.dtype, metadata: Map
       dtype: that they are written in.
       metadata: of the file, besides that it is in PyTorch's order.
     """
-    header, start = {"__metadata__": {"format": "pt", **metadata}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", **metadata}}
+    start = 0
     for name in names:
         end = start + math.prod(reader.shape(name)) * dtype.itemsize
         header[name] = {

@@ -150,7 +150,7 @@ def _update(batches: Batches, records: Records | Mixture) -> dict:
     return found
 
 
-def _with_ratios(roles: dict, language: str, records: Records) -> dict:
+def _with_ratios(roles: dict, language: str, records: Records | None) -> dict:
     result = {}
     for role, counts in roles.items():
         spaced = role not in IN_LANGUAGE or script(language) not in SPACELESS
@@ -158,7 +158,7 @@ def _with_ratios(roles: dict, language: str, records: Records) -> dict:
             "tokens_per_byte": _ratio(counts["text_tokens"], counts["bytes"]),
             "tokens_per_word": _ratio(counts["text_tokens"], counts["words"]) if spaced else None,
         }
-        if role in ("target", "text"):
+        if records and role in ("target", "text"):
             ratios["tokens_per_english_token"] = _tokens_per_english_token(records, role)
         result[role] = counts | ratios
     return result

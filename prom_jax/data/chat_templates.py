@@ -245,7 +245,8 @@ class ChatTemplate:
 
     def _end(self, text: str, stop: int) -> int:
         """The end of an answer with the special token that ends its turn."""
-        following = self._special.match(text, SPACE.match(text, stop).end())
+        space = SPACE.match(text, stop)
+        following = self._special.match(text, space.end() if space else stop)
         return following.end() if following else stop
 
     def _span(self, text: str, learnt: list[tuple[int, int]]) -> Span:

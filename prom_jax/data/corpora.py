@@ -59,8 +59,12 @@ def _ntrex(language: str) -> tuple[Path, Path]:
     sums = _read_sums(NTREX_SUMS)
     codes = {name.split(".")[1]: name for name in sums}
     english = codes.pop("eng")
-    names = english, codes[find_code(language, list(codes))]
-    return tuple(_fetched(NTREX + name, _cache() / "ntrex" / name, sums[name]) for name in names)
+    target = codes[find_code(language, list(codes))]
+
+    def fetched(name: str) -> Path:
+        return _fetched(NTREX + name, _cache() / "ntrex" / name, sums[name])
+
+    return fetched(english), fetched(target)
 
 
 def _flores(language: str, part: str) -> tuple[Path, Path]:
@@ -125,9 +129,10 @@ def _unpack(archive: Path, folder: Path) -> None:
         for member in members:
             part, _, name = member.name.rpartition("/")
             part = part.rpartition("/")[2]
-            if member.isfile() and part in ("dev", "devtest") and name.endswith(f".{part}"):
+            wanted = member.isfile() and part in ("dev", "devtest") and name.endswith(f".{part}")
+            if wanted and (file := members.extractfile(member)):
                 (folder / part).mkdir(parents=True, exist_ok=True)
-                (folder / part / name).write_bytes(members.extractfile(member).read())
+                (folder / part / name).write_bytes(file.read())
     if not (folder / "dev" / "eng_Latn.dev").is_file():
         raise UserError(f"{FLORES} has no dev/eng_Latn.dev: name local files in place of 'flores200'.")
 

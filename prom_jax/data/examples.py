@@ -210,8 +210,8 @@ def read_examples(recipe: Recipe, usable: Callable[[Example], bool] = lambda exa
     check_streams(recipe, _streams(train, set(recipe.streams)))
     text = Made()
     text.add(aligned, lambda i, s: Example(f"text-{i}", "text", _texts(Plain(s.target), Plain(s.english))))
-    splits = {"train": train, "holdout": holdout, "text": text}
-    found = {name: examples for name, examples in splits.items() if examples}
+    splits: dict[str, Made | list[Example]] = {"train": train, "holdout": holdout, "text": text}
+    found = {name: examples for name, examples in splits.items() if len(examples)}
     return Examples(found, unmatched, tally.as_dict())
 
 
@@ -250,7 +250,11 @@ def _split(
 ) -> tuple[Made, list[Example]]:
     """Examples to train on, and held out: of the pairs where there are instruction rows, else of the
     sentences, or of raw text."""
-    groups = [(_instruction, pairs), (_translation, sentences), (_raw_text, texts)]
+    groups: list[tuple[Callable[..., Example], list]] = [
+        (_instruction, pairs),
+        (_translation, sentences),
+        (_raw_text, texts),
+    ]
     of = 0 if has_rows else next((i for i, (_, rows) in enumerate(groups) if rows), 0)
     make, rows = groups[of]
     holdout = _hold_out(lambda i: make(i, rows[i], recipe, held_out=True), len(rows), recipe, usable)
@@ -301,8 +305,8 @@ def _texts(target: Dialogue | Plain, english: Dialogue | Plain | None) -> dict[s
 def _english(index: int, row: Row, recipe: Recipe) -> Example:
     """An English row without a counterpart."""
     unusable = "no counterpart, whose prompt it is to follow" if recipe.english_prompt == "target" else ""
-    texts = {ENGLISH: Dialogue(row.turns, system=row.system)}
-    return Example(row.id or f"english-{index}", "english", texts, unusable, row.repeat)
+    dialogue = Dialogue(row.turns, system=row.system)
+    return Example(row.id or f"english-{index}", "english", {ENGLISH: dialogue}, unusable, row.repeat)
 
 
 def _raw_text(index: int, text: Text, recipe: Recipe, held_out=False) -> Example:
@@ -317,8 +321,8 @@ def _english_text(index: int, text: Text) -> Example:
 
 def _further(stream: str, index: int, row: Row) -> Example:
     """A row of a further stream."""
-    texts = {stream: Dialogue(row.turns, system=row.system)}
-    return Example(row.id or f"{stream}-{index}", stream, texts, repeat=row.repeat)
+    dialogue = Dialogue(row.turns, system=row.system)
+    return Example(row.id or f"{stream}-{index}", stream, {stream: dialogue}, repeat=row.repeat)
 
 
 def _hold_out(make: Callable, number: int, recipe: Recipe, usable: Callable) -> dict[int, Example]:

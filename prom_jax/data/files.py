@@ -15,7 +15,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.extras import needs
@@ -111,7 +111,7 @@ class _Unpacked(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def open_binary(path: Path) -> Iterator[BinaryIO]:
+def open_binary(path: Path) -> Iterator[io.BufferedReader]:
     """The file's bytes, unpacked where they are packed, whatever its name says."""
     with open(path, "rb") as file:
         magic = file.peek(4)[:4]
@@ -145,7 +145,7 @@ def reading(source: str) -> Iterator[None]:
         ) from error
 
 
-def unreadable(what: str, error: Exception, remedy: str) -> UserError:
+def unreadable(what: str, error: BaseException, remedy: str) -> UserError:
     """The error for what a library of others could not read."""
     reason = str(error).strip().partition("\n")[0].rstrip(".")
     return UserError(f"{what} cannot be read: {type(error).__name__}: {reason:.200}: {remedy}")

@@ -124,8 +124,10 @@ class Batches:
         cls, records: Records, *, sequences: int, seq_len: int, share_prompts: bool = False
     ) -> "Batches":
         """Every example once and in order, for evaluation; no stream is appended."""
-        shape = {"sequences": sequences, "seq_len": seq_len}
-        return cls(records, **shape, seed=None, epochs=1.0, share_prompts=share_prompts, append=False)
+        return cls(
+            records, sequences=sequences, seq_len=seq_len, seed=None, epochs=1.0, share_prompts=share_prompts,
+            append=False,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return self.num_steps
@@ -144,7 +146,7 @@ class Batches:
         """
         slots = {stream: self._slots(step, stream) for stream in self.shapes}
         if wanted:
-            slots = {stream: [x[wanted[stream][of[1]]] for x in of] for stream, of in slots.items()}
+            slots = {stream: tuple(x[wanted[stream][of[1]]] for x in of) for stream, of in slots.items()}
         needed = np.unique(self._plan.examples[np.concatenate([taken for taken, *_ in slots.values()])])
         records = dict(zip(needed.tolist(), self._records.read(needed), strict=True))
         salt = None if self._seed is None else np.random.SeedSequence((self._seed, step)).generate_state(1)[0]

@@ -126,17 +126,17 @@ def plan_epoch(
         capacity, longest = layout.shapes.get(stream, (0, 0))[1], of_stream.lengths.max(initial=0)
         if longest > capacity:
             raise ValueError(f"An example of {longest} tokens is longer than a row of {capacity}.")
-    texts = [texts[stream] for stream in layout.shapes]
-    order = np.arange(len(texts[0].lengths)) if examples is None else examples
+    wanted = [texts[stream] for stream in layout.shapes]
+    order = np.arange(len(wanted[0].lengths)) if examples is None else examples
     if seed is not None:
         order = order[np.random.default_rng([seed, epoch]).permutation(len(order))]
-        present = np.stack([of_stream.lengths > 0 for of_stream in texts])
-        kinds = 2 ** np.arange(len(texts)) @ present + 2 ** len(texts) * groups
+        present = np.stack([of_stream.lengths > 0 for of_stream in wanted])
+        kinds = 2 ** np.arange(len(wanted)) @ present + 2 ** len(wanted) * groups
         order = _spread(order, kinds[order])
-    coming = _candidates(texts, order)
+    coming = _candidates(wanted, order)
     waiting: list[Candidate] = []
     placed = array("q")  # of each example its index, and row, offset and length in each stream
-    width = 1 + 3 * len(texts)
+    width = 1 + 3 * len(wanted)
     ends = [0]
     while ends[-1] < len(order):
         waiting = _fill_update(waiting, coming, layout, placed)
@@ -282,12 +282,13 @@ def _find_rows(texts: tuple[Text, ...], rows: list[Rows], appended: int | None) 
       appended: the index of the stream whose texts go into the same row as the primary ones.
     """
     found: list[int | None] = []
-    joint = texts[appended] if appended and texts[appended].length else None
+    last = appended or 0
+    together = (0, last) if last and texts[last].length else ()
     for i, text in enumerate(texts):
         row = None
-        if joint and i in (0, appended):
+        if i in together:
             # An empty primary text has a row here too: it counts among the texts that are numbered.
-            row = found[0] if i else rows[0].find(text, lambda row: rows[appended].fits(joint, row))
+            row = found[0] if i else rows[0].find(text, lambda row: rows[last].fits(texts[last], row))
         elif text.length:
             row = rows[i].find(text)
         else:
@@ -417,7 +418,7 @@ def _choose_length(trial: _Trial, longest: int) -> tuple[tuple[int, int], int] |
     }
     if not needs:
         return None
-    best = min(needs, key=needs.get)
+    best = min(needs, key=lambda appended: needs[appended])
     return (rows, best), needs[best]
 
 

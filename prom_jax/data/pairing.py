@@ -24,17 +24,17 @@ def by_id(rows: list[Row], side: str) -> dict[str, Row]:
         )
     table: dict[str, Row] = {}
     for number, row in enumerate(rows, 1):
-        row = row if row.id is not None else replace(row, id=f"#{number}")
-        if row.id in table:
-            raise UserError(f"Id '{row.id}' occurs twice on the {side} side: make ids unique.")
-        table[row.id] = row
+        name = f"#{number}" if row.id is None else row.id
+        if name in table:
+            raise UserError(f"Id '{name}' occurs twice on the {side} side: make ids unique.")
+        table[name] = row if row.id == name else replace(row, id=name)
     return table
 
 
 class Pairs(NamedTuple):
     """(English row, target row) of counterparts, and the rows of each side that have none, in order."""
 
-    pairs: list[tuple[Row, Row]]
+    pairs: list[tuple[Row | None, Row]]
     english: list[Row]
     target: list[Row]
 

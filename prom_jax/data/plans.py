@@ -83,7 +83,7 @@ def _make(request: Request) -> RunPlan:
     texts, seed, times = dict(request.texts), request.seed, request.times
 
     def drawn(epoch: int) -> np.ndarray | None:
-        return None if times is None else draw(times, seed, epoch)
+        return None if times is None else draw(times, seed or 0, epoch)
 
     layout = packing.choose_layout(texts, request.primary_shape, dict(request.prompts), drawn(0))
     if stream := layout.appended:

@@ -33,7 +33,7 @@ SHARD = 4096  # examples a file, and a task of a worker
 PARALLEL = 16_384  # examples from which on workers are worth the seconds that they take to start
 AHEAD = 2  # tasks a worker that wait for it
 STATISTICS = ("lengths", "weights", "bytes", "prefix_ids", "common_prompts")
-_shared: tuple = ()  # of a worker: encoder and names of the streams
+_shared: tuple[Encoder, tuple[str, ...]]  # of a worker: encoder and names of the streams
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def _init_worker(recipe: Recipe, tokenizer, names: tuple[str, ...]) -> None:
 
 
 def _write_in_worker(task: tuple[Path, list[Example]]) -> Shard:
-    return write(*_shared, task)
+    encoder, names = _shared
+    return write(encoder, names, task)
 
 
 def write(encoder: Encoder, names: tuple[str, ...], task: tuple[Path, list[Example]]) -> Shard:

@@ -36,9 +36,9 @@ def parse_shares(entries: Sequence[str], languages: Sequence[str] = ()) -> dict[
     if len(languages) > 1 and set(languages) <= shares.keys():
         total = sum(shares[language] for language in languages)
         shares |= {language: shares[language] / total for language in languages}
-    for name, share in shares.items():
-        if share >= 1:
-            raise _no_share(f"{name}={share:g}")
+    for name, number in shares.items():
+        if number >= 1:
+            raise _no_share(f"{name}={number:g}")
     return shares
 
 

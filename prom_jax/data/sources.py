@@ -252,10 +252,10 @@ class Source:
     options: dict[str, str]
 
     def chosen(self, rows: list) -> list:
-        """As many of the rows as the source takes, an epoch having each as often as it says."""
+        """As many of the rows (None: a bad one) as the source takes, as often in an epoch as it says."""
         rows = rows[: int(self.options.get("take", len(rows)))]
         number = int(self.options.get("repeat", 1))
-        return [replace(row, repeat=number) for row in rows] if number > 1 else rows
+        return [row and replace(row, repeat=number) for row in rows] if number > 1 else rows
 
     @property
     def on_hub(self) -> bool:
@@ -424,8 +424,13 @@ def _aligned(source: str, sides: list[str], tally: Tally) -> list[Sentence]:
             f"'{source}' is not aligned: {len(english)} English and {len(target)} target lines, "
             "expected as many on both sides."
         )
-    pairs = parse(sides[1]).chosen([Sentence(None, *pair) for pair in zip(english, target, strict=True)])
-    return [pair for pair in pairs if pair.english is not None and pair.target is not None]
+    taken = parse(sides[1]).chosen(
+        [
+            Sentence(None, first, second) if first is not None and second is not None else None
+            for first, second in zip(english, target, strict=True)
+        ]
+    )
+    return [pair for pair in taken if pair]
 
 
 def _side(text: str, tally: Tally) -> list[str | None]:
@@ -433,7 +438,9 @@ def _side(text: str, tally: Tally) -> list[str | None]:
     that cannot be used."""
     source = parse(text, ("text",))
     if _is_plain(source):
-        lines = [line for path in _paths(source, (".txt",)) for line in files.read_lines(path)]
+        lines: list[str | None] = []
+        for path in _paths(source, (".txt",)):
+            lines += files.read_lines(path)
         if not lines:
             raise UserError(f"Source '{source.name}' is empty: give a source with at least one line.")
         tally.of(text).rows += len(lines)
@@ -452,6 +459,7 @@ def _sample(name: str) -> Path:
 
 def _load_hub(source: Source):
     parts = HUB_ID.match(source.name)
+    assert parts  # Source.on_hub has looked
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     remedy = (
         "if it is gated, ask for access on its page and log in with `hf auth login`; without a network, "

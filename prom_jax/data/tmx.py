@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from prom_jax.data.rows import Sentence
@@ -38,7 +39,8 @@ def _tmx_units(path: Path) -> Iterator[ElementTree.Element]:
 
 
 def _tmx_complete(parser: ElementTree.XMLPullParser) -> Iterator[ElementTree.Element]:
-    for _, element in parser.read_events():
+    element: Any
+    for _, element in parser.read_events():  # type: ignore[misc]  # the stub has events of all kinds
         if _tag(element) == "tu":
             yield element
             element.clear()

@@ -51,7 +51,8 @@ def _encode_one(parts: list, bos: list[int], eos: int, seq_len: int) -> EncodedT
     if parts and parts[0][0].whole:
         bos = []
     if parts and parts[0][0].continues and len(bos) + len(parts[0][1]) + 1 > seq_len:
-        return _in_pieces(*parts[0], bos, eos, seq_len)
+        span, ids, offsets = parts[0]
+        return _in_pieces(span, ids, offsets, bos, eos, seq_len)
     tokens, loss = list(bos), [False] * len(bos)
     ends_kept = size = words = 0
     for span, ids, offsets in parts:

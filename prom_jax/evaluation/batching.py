@@ -76,8 +76,8 @@ def plan(
         row a shard does.
       shards: divide the number of rows.
     """
-    rows = _rows(texts, own, extra, slots // shards)
-    rows = sorted(rows, key=lambda row: (row.capacity, row.tokens), reverse=True)
+    made = _rows(texts, own, extra, slots // shards)
+    rows = sorted(made, key=lambda row: (row.capacity, row.tokens), reverse=True)
     start = 0
     for number, shape in _split(rows, extra, slots, shards):
         yield _batch(texts, rows[start : start + number], shape, shards)
@@ -120,7 +120,8 @@ def _split(rows: list[_Row], extra: int, slots: int, shards: int) -> list[tuple[
     """The cheapest way to take sorted rows in batches: the number of rows of each, and its shape B, T, R."""
     tokens = np.array([row.tokens for row in rows])
     step = STEP_COST if jax.default_backend() == "cpu" else STEP_COST_OF_ACCELERATOR
-    costs, taken = np.zeros(len(rows) + 1), [None] * len(rows)
+    costs = np.zeros(len(rows) + 1)
+    taken: list[tuple[int, tuple]] = [(0, ())] * len(rows)
     for start in reversed(range(len(rows))):
         longest = np.maximum.accumulate(tokens[start : start + max(shards, slots // SHORTEST)])
         per_row, options = rows[start].capacity, []

@@ -157,7 +157,7 @@ def _names_in(path: Path) -> list[str]:
 
 def _gone_from_transformers() -> dict[str, types.ModuleType]:
     package = types.ModuleType("transformers.data.metrics")
-    package.squad_metrics = squad_metrics
+    vars(package)["squad_metrics"] = squad_metrics
     return {package.__name__: package, f"{package.__name__}.squad_metrics": squad_metrics}
 
 

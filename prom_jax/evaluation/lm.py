@@ -174,9 +174,9 @@ class HarnessModel(TemplateLM):
         for text, (_, _, continuation) in zip(texts, requests):
             kept = text[-capacity:]
             own = min(len(continuation), len(kept) - 1)
-            pairs.append([kept[:-own], kept[-own:]])
+            pairs.append((kept[:-own], kept[-own:]))
 
-        def compute(asked: list[list]):
+        def compute(asked: list[tuple[list[int], list[int]]]):
             for number, log, greedy in score(self.model, asked, slots=self._slots):
                 yield number, [log, greedy]
 

@@ -11,6 +11,7 @@ from prom_jax.data.chat import chat_template, template_of
 from prom_jax.data.tokens import bos_ids
 from prom_jax.evaluation.decode import CHUNK, decode
 from prom_jax.evaluation.sampling import Sampling
+from prom_jax.models.decoder import Decoder
 from prom_jax.utils.errors import UserError
 
 TEMPLATES = ("auto", "model", "training")
@@ -56,7 +57,7 @@ class Talker:
         self.skipped = [
             key for key, neutral in NEUTRAL.items() if config.generation.get(key, neutral) != neutral
         ]
-        self._model = None
+        self._model: Decoder | None = None
 
     def load(self, mesh, compute_dtype: str):
         """Loads the weights."""

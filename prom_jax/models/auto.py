@@ -119,8 +119,9 @@ def _take_family(hf: dict) -> Family:
     # The first exports of LLaMA spelled its name otherwise.
     if family is None or str(architectures).replace("LLaMA", "Llama") != str([family.architecture]):
         families = known_families().values()
-        known = [*families, *(family.multimodal for family in families if family.multimodal)]
-        expected = ", ".join(sorted(model.architecture for model in known))
+        known = [family.architecture for family in families]
+        known += [family.multimodal.architecture for family in families if family.multimodal]
+        expected = ", ".join(sorted(known))
         raise UserError(
             f"unsupported architecture {architectures!r:.100} (model_type {model_type!r:.100}): expected one "
             f"of {expected}"

@@ -60,17 +60,17 @@ class Decoder(nnx.Module):
         param_dtype=jnp.float32,
         lora: LoRA | None = None,
     ):
-        heads = {name: layer or config.num_hidden_layers for name, layer in heads.items()}
+        after = {name: layer or config.num_hidden_layers for name, layer in heads.items()}
         if wrong := [name for name in heads if not re.fullmatch(r"\w+_head", name) or name == "lm_head"]:
             raise UserError(
                 f"a head is called {wrong[0]!r}: expected a name that ends in '_head', not 'lm_head'"
             )
-        exits = {*exits, *heads.values()} - {config.num_hidden_layers}
-        for layer in exits:
+        early = sorted({*exits, *after.values()} - {config.num_hidden_layers})
+        for layer in early:
             check_exit(layer, config.num_hidden_layers)
 
         self.config, self.compute, self.lora = config, compute, lora
-        self.exits, self._heads = tuple(sorted(exits)), tuple(heads.items())
+        self.exits, self._heads = tuple(early), tuple(after.items())
         sizes = config.sizes | (lora.sizes(config.sizes) if lora else {})
 
         def init(row: Tensor, *layers: int):
@@ -112,7 +112,7 @@ class Decoder(nnx.Module):
 
     def _dtype(self, row: Tensor):
         """Of a parameter that is kept in another dtype than those that are trained; None of others."""
-        if not self.is_frozen(row.name):
+        if not (self.lora and self.is_frozen(row.name)):
             return None
         if row.name.endswith(SCALES):
             return jnp.float32
@@ -161,7 +161,7 @@ class Decoder(nnx.Module):
         else:
             kv = cache.positions, cache.segments
             if slot is None:
-                kv = [append_slots(before, after) for before, after in zip(kv, (positions, segments))]
+                kv = append_slots(kv[0], positions), append_slots(kv[1], segments)
             masks = layer_masks(positions, kv[0], segments, kv[1], windows)
         return Context(self._angles(positions), masks, rows.keys)
 
@@ -191,12 +191,12 @@ class Decoder(nnx.Module):
         Returns:
           See `Output`.
         """
-        batches = [with_defaults(rows) for rows in batches]
+        left = [with_defaults(rows) for rows in batches]
         if cache is not None and slot is not None:
-            cache = cache.write(slot, batches[0].positions, batches[0].segments)
-        xs = {i: self.embed(rows.tokens) for i, rows in enumerate(batches)}
-        contexts = {i: self.context(rows, cache, slot) for i, rows in enumerate(batches)}
-        states = [[None] * len(rows.exits) for rows in batches]
+            cache = cache.write(slot, left[0].positions, left[0].segments)
+        xs = {i: self.embed(rows.tokens) for i, rows in enumerate(left)}
+        contexts = {i: self.context(rows, cache, slot) for i, rows in enumerate(left)}
+        states = [[None] * len(rows.exits) for rows in left]
         collected, caches = [], []
         for number, (stack, bounds) in enumerate(zip(self.stacks, self._bounds)):
             if not xs:
@@ -207,11 +207,11 @@ class Decoder(nnx.Module):
             collected.append(of_blocks)
             caches.append(kv)
             for i in list(xs):
-                self._leave(i, bounds[1], batches, xs, contexts, states)
+                self._leave(i, bounds[1], left, xs, contexts, states)
         return Output(
             tuple(map(tuple, states)),
             jnp.concatenate(collected) if collect else None,
-            cache if slot is None else dataclasses.replace(cache, stacks=tuple(caches)),
+            cache if cache is None or slot is None else dataclasses.replace(cache, stacks=tuple(caches)),
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prom_jax.models.config import DecoderConfig, LayerKind, Rope
 from prom_jax.models.settings import FULL, SLIDING, Settings
@@ -113,7 +113,7 @@ class Family:
     model_type: str
     architecture: str
     tensors: tuple[Tensor, ...]
-    defaults: Mapping[str, object]
+    defaults: dict[str, Any]
     read: Callable[[Settings], dict]
     write: Callable[[DecoderConfig], dict]
     gguf: GGUF | None = None

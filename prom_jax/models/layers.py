@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prom_jax.models.config import DecoderConfig, Rope
+from prom_jax.models.config import DecoderConfig, Rope, RopeScaling
 from prom_jax.models.lora import DOWN, UP
 from prom_jax.ops.attention import attention
 from prom_jax.ops.linear import linear, low_rank
@@ -36,7 +36,7 @@ def rope_frequencies(rope: Rope | None, head_dim: int, share: float = 1.0) -> np
     if scaling.rope_type == "longrope":
         return frequencies / np.asarray(scaling.short_factor, np.float32)
     if scaling.rope_type == "yarn":
-        stretched = _yarn_ramp(rope, rotated)
+        stretched = _yarn_ramp(scaling, rope.theta, rotated)
         return stretched * frequencies / np.float32(scaling.factor) + (1 - stretched) * frequencies
     # Long waves are stretched by `factor`, short ones kept, those between are blended.
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
@@ -45,14 +45,13 @@ def rope_frequencies(rope: Rope | None, head_dim: int, share: float = 1.0) -> np
     return kept * frequencies + (1 - kept) * frequencies / np.float32(scaling.factor)
 
 
-def _yarn_ramp(rope: Rope, rotated: int) -> np.ndarray:
+def _yarn_ramp(scaling: RopeScaling, theta: float, rotated: int) -> np.ndarray:
     """How much of each frequency is stretched, 0 … 1 (YaRN, section 3.2): none of those that turn more than
     `beta_fast` times in the original context, all that turn less than `beta_slow` times."""
-    scaling = rope.scaling
 
     def dimension(turns):
         waves = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
-        return rotated * math.log(waves) / (2 * math.log(rope.theta))
+        return rotated * math.log(waves) / (2 * math.log(theta))
 
     first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:

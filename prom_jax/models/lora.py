@@ -6,6 +6,7 @@ shapes, mesh axes and PEFT's names, are made from it.
 
 import dataclasses
 import math
+from typing import Any
 
 from prom_jax.models.family import Tensor
 from prom_jax.ops.quantised import block_size
@@ -48,8 +49,8 @@ class LoRA:
         lora = cls(**fields | {"targets": tuple(fields["targets"])})
         for field in dataclasses.fields(cls):
             value = getattr(lora, field.name)
-            expected = {"rank": int, "alpha": (int, float)}.get(field.name, type(field.default))
-            expected = tuple if field.name == "targets" else expected
+            kinds: dict[str, Any] = {"rank": int, "alpha": (int, float), "targets": tuple}
+            expected = kinds.get(field.name, type(field.default))
             if not isinstance(value, expected) or (field.name == "rank" and value < 1):
                 raise TypeError(f"{field.name} is {value!r:.100}")
         if not all(isinstance(name, str) for name in lora.targets):

@@ -227,8 +227,8 @@ def _attention_factor(rope_type: str, rope: dict) -> float:
         return math.sqrt(1 + stretch / math.log(rope[_ORIGINAL]))
     if rope_type != "yarn":
         return 1.0
-    scales = [rope.get(key) for key in _MSCALES]
-    above, below = scales if all(scales) else (1.0, 0.0)
+    above, below = (rope.get(key) for key in _MSCALES)
+    above, below = (above, below) if above and below else (1.0, 0.0)
     return (0.1 * above * stretch + 1) / (0.1 * below * stretch + 1)
 
 

@@ -1,6 +1,7 @@
 """What tables are made of: values, cells, rows and columns."""
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -99,10 +100,10 @@ def measured(
 ) -> Value:
     """The mean and the spread of some runs, times a scale (100: in percent); without a mean where one of them
     has no number."""
-    scores = [run.value(task, metric) for run in seeds.values()]
-    if not scores or None in scores:
+    values = [run.value(task, metric) for run in seeds.values()]
+    scores = [scale * value for value in values if value is not None]
+    if not scores or len(scores) < len(values):
         return Value(paper=paper)
-    scores = [scale * score for score in scores]
     spread = statistics.stdev(scores) if len(scores) > 1 else None
     return Value(statistics.fmean(scores), spread, paper, verdicts or {})
 
@@ -112,7 +113,7 @@ def num_documents(seeds: Seeds, task: str) -> int:
     return min((run.documents(task) for run in seeds.values()), default=0)
 
 
-def describe_seeds(cells: list[Cell]) -> str:
+def describe_seeds(cells: Iterable[Cell]) -> str:
     """How many seeds cells are means of, where that is more than one."""
     numbers = sorted({cell.seeds for cell in cells if cell.seeds})
     if numbers[-1:] <= [1]:

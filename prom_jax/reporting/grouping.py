@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from prom_jax.reporting.runs import METHODS, Pivot, Run, differing_settings, unequal
 
 Seeds = dict[int | None, Run]
+Claims = dict[int | None, Run | None]  # None: of two runs that claim a seed, neither can be kept
 
 
 @dataclass
@@ -36,7 +37,9 @@ def is_papers(base: str) -> bool:
 
 def arrange(base: str, runs: list[Run], paper: dict, notes: list[str]) -> Runs:
     """Gives each evaluation its place; adds to `notes` where one has none."""
-    arranged = Runs(base, _main_pivot(base, runs, paper), {method: {} for method in METHODS}, {})
+    main = _main_pivot(base, runs, paper)
+    methods: dict[str, dict[str, Claims]] = {method: {} for method in METHODS}
+    pivots: dict[Pivot, dict[str, Claims]] = {}
     for run in sorted(runs, key=lambda run: run.method == "unregulated"):
         tasks = [task for task in run.tasks if task in paper["tasks"]]
         if tasks and run.method not in METHODS:
@@ -49,27 +52,28 @@ def arrange(base: str, runs: list[Run], paper: dict, notes: list[str]) -> Runs:
                     f"{','.join(run.languages)!r}."
                 )
                 continue
-            if run.pivot in (None, arranged.main):
-                _place(arranged.methods[run.method].setdefault(task, {}), task, run, notes)
+            if run.pivot in (None, main):
+                _place(methods[run.method].setdefault(task, {}), task, run, notes)
             if run.pivot:
-                seeds = arranged.pivots.setdefault(run.pivot, {}).setdefault(task, {})
+                seeds = pivots.setdefault(run.pivot, {}).setdefault(task, {})
                 # With one λ it is the same training, whether or not a probe was asked.
                 other = seeds.get(run.seed)
                 if not (other and other.method != run.method):
                     _place(seeds, task, run, notes)
-    for by_task in (*arranged.methods.values(), *arranged.pivots.values()):
-        for task, seeds in by_task.items():
-            by_task[task] = {seed: run for seed, run in seeds.items() if run}
-    return arranged
+    of_methods = {method: _kept(by_task) for method, by_task in methods.items()}
+    return Runs(base, main, of_methods, {pivot: _kept(by_task) for pivot, by_task in pivots.items()})
 
 
-def _place(seeds: Seeds, task: str, run: Run, notes: list[str]):
+def _kept(by_task: dict[str, Claims]) -> dict[str, Seeds]:
+    return {task: {seed: run for seed, run in seeds.items() if run} for task, seeds in by_task.items()}
+
+
+def _place(seeds: Claims, task: str, run: Run, notes: list[str]):
     """Puts a run into a cell. Of two that claim it, one or neither is kept."""
     if run.seed not in seeds:
         seeds[run.seed] = run
         return
-    other = seeds[run.seed]
-    if other is None:  # two before this one were neither kept
+    if (other := seeds[run.seed]) is None:  # two before this one were neither kept
         notes.append(f"{run.name}: {task} is in no cell of the paper's tables either.")
         return
     seeds[run.seed], note = choose(other, run, task)
@@ -119,6 +123,6 @@ def is_same(first: Run, second: Run) -> bool:
 
 
 def _differences(first: Run, second: Run) -> list[str]:
-    trainings = [run.model["training"] or {} for run in (first, second)]
-    found = unequal(*trainings, sorted(trainings[0].keys() | trainings[1].keys()))
+    of_first, of_second = (run.model["training"] or {} for run in (first, second))
+    found = unequal(of_first, of_second, sorted(of_first.keys() | of_second.keys()))
     return found + differing_settings(first, second) or ["their weights"]

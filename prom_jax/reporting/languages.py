@@ -105,16 +105,9 @@ def language_tables(runs: list[Run], reference: str, notes: list[str]) -> list[T
     if alone:
         columns = [each for each in base if each.runs.keys() & set(alone)]
         title = "Tasks of the base model alone" if adapted else "All tasks"
-        found.append(
-            Table(
-                "base",
-                title,
-                *_grid(alone, columns),
-                notes=[],
-                examples=_examples(alone, columns),
-                is_papers=False,
-            )
-        )
+        heads, rows = _grid(alone, columns)
+        examples = _examples(alone, columns)
+        found.append(Table("base", title, heads, rows, notes=[], examples=examples, is_papers=False))
     return found
 
 

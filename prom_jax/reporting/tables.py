@@ -129,16 +129,21 @@ def average_cell(runs: Runs, method: str, tasks, metrics, paper: dict, cells: li
     papers = paper["results"].get(method, {}).get(AVERAGE, {})
     values = []
     for number, metric in enumerate(metrics):
-        scores = [cell.values[number].ours for cell in cells]
-        if None in scores:
+        means = [cell.values[number].ours for cell in cells]
+        scores = [mean for mean in means if mean is not None]
+        if len(scores) < len(means):
             values.append(Value(paper=papers.get(metric)))
             continue
         of_tasks = [(runs.of(method, task)[0], task) for task in tasks]
         seeds = of_tasks[0][0].keys()
         spread = None
         if len(seeds) > 1 and all(of_task.keys() == seeds for of_task, _ in of_tasks):
-            by_seed = [[100 * of_task[s].value(task, metric) for of_task, task in of_tasks] for s in seeds]
-            spread = statistics.stdev(map(statistics.fmean, by_seed))
+            # `or 0.0` is for no case: a task of which a seed lacks the score has no mean.
+            of_seeds = [
+                statistics.fmean(of_task[seed].value(task, metric) or 0.0 for of_task, task in of_tasks)
+                for seed in seeds
+            ]
+            spread = 100 * statistics.stdev(of_seeds)
         values.append(Value(statistics.fmean(scores), spread, papers.get(metric)))
     return Cell(tuple(values))
 
@@ -202,10 +207,12 @@ def _by_column(table: Table):
 
 def outcome(cell: Cell, reference: Cell) -> list[str]:
     """Which columns of WINS a task counts in (see WINS_RULE)."""
-    pairs = [(ours.ours, theirs.ours) for ours, theirs in zip(cell.values, reference.values)]
-    if any(None in pair for pair in pairs):
-        return []
-    signs = {(a > b) - (a < b) for a, b in ((round(a, 9), round(b, 9)) for a, b in pairs)}
+    signs = set()
+    for value, other in zip(cell.values, reference.values):
+        if value.ours is None or other.ours is None:
+            return []
+        ours, theirs = round(value.ours, 9), round(other.ours, 9)
+        signs.add((ours > theirs) - (ours < theirs))
     found = ["compared", _verdict(signs) or "tied"]
     significant = _verdict({value.verdicts.get("xllama2", 0) for value in cell.values})
     return found + ([f"significantly {significant}"] if significant in ("won", "lost") else [])

@@ -233,8 +233,8 @@ def _backend(proto: ModelProto, by_library: bool) -> Tokenizer:
     come ready cut and are looked up."""
     spec = proto.trainer_spec
     if spec.model_type == TrainerSpec.UNIGRAM and not by_library:
-        vocab = _unigram_vocab(proto)
-        model = models.Unigram(vocab, _unknown(proto)[0], spec.byte_fallback)
+        scored = _unigram_vocab(proto)
+        model = models.Unigram(scored, _unknown(proto)[0], spec.byte_fallback)
     else:
         vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
         if len(vocab) < len(proto.pieces):

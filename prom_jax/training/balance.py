@@ -10,8 +10,8 @@ REMEDY = "what helps is in docs/method.md, What pulls on an update"
 def line(metrics: dict) -> str:
     """The loss and, where it has several parts, each of them: 'loss 13.01  target 3.44  english 95.7'."""
     parts = {key.removeprefix("loss_"): value for key, value in metrics.items() if key.startswith("loss_")}
-    parts = sorted(parts.items(), key=lambda part: part[0] != PRIMARY) * (len(parts) > 1)
-    return "  ".join([f"loss {metrics['loss']:.3f}", *(f"{name} {value:.3g}" for name, value in parts)])
+    ordered = sorted(parts.items(), key=lambda part: part[0] != PRIMARY) if len(parts) > 1 else []
+    return "  ".join([f"loss {metrics['loss']:.3f}", *(f"{name} {value:.3g}" for name, value in ordered)])
 
 
 def warnings(method: Method, metrics: dict, clip: float) -> dict[str, str]:

@@ -31,15 +31,26 @@ class Term(Protocol):
       names: of its sums, which are those of metrics: `loss_<name>`.
     """
 
-    weight: float
-    streams: tuple[str, ...]
-    names: tuple[str, ...]
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def streams(self) -> tuple[str, ...]: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def __rmul__(self, weight: float) -> "Term":
+        """The term with a weight that is `weight` times as large."""
+        ...
 
     def sums(self, model, batch) -> dict[str, jax.Array]:
         """Float32 scalars by name, each a sum over the batch."""
+        ...
 
     def divisors(self, batch) -> dict[str, jax.Array]:
         """Float32 scalars by the same names: the term is all its sums over all its divisors."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +142,7 @@ def token_losses(model, batch, terms, appended: str | None = None, chunks: Mappi
     """
     chunks, term_of = chunks or {}, {stream: term for term in terms for stream in term.streams}
     streams = [stream for stream in _primary_first(term_of) if stream in batch]
-    groups = [(stream,) for stream in streams]
+    groups: list[tuple[str, ...]] = [(stream,) for stream in streams]
     if appended in streams:
         groups = [(streams[0], appended), *((s,) for s in streams[1:] if s != appended)]
     states = model.forward(*(_rows(batch, group, term_of) for group in groups)).states
@@ -254,8 +265,8 @@ class Method:
         return _primary_first(stream for term in self.terms for stream in term.streams)
 
     @property
-    def heads(self) -> dict[str, int]:
-        """Heads besides the model's own, and after which block each reads."""
+    def heads(self) -> dict[str, int | None]:
+        """Heads besides the model's own, and after which block each reads; None for the last."""
         exits = [term for term in self.terms if isinstance(term, TokenLoss)]
         return {term.head: term.layer for term in exits if term.head != MAIN_HEAD}
 
@@ -268,7 +279,7 @@ class Method:
     def exits(self) -> tuple[int, ...]:
         """Blocks after which streams leave, but for the last."""
         layers = {getattr(term, "layer", None) for term in self.terms}
-        return tuple(sorted(layers - {None}))
+        return tuple(sorted(layer for layer in layers if layer is not None))
 
     def sums(self, model, batch, appended: str | None = None, chunks: Mapping | None = None) -> dict:
         """The sums of all terms, float32 scalars by name; those of token losses in one pass over the layers.

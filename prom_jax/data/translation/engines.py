@@ -46,7 +46,7 @@ class Engine(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Unconnected:
     """An engine of which the cost is known and nothing else: without client, account or network.
 

@@ -31,14 +31,14 @@ def xquad(language: str, data_dir: str | None = None, file: str | None = None, *
     """XQuAD (Artetxe et al. 2020): 1190 questions about 240 paragraphs in each language."""
     name = f"xquad.{language}.json"
     found = _squad_data(data_dir, name, file, "google/xquad", f"xquad.{language}", "validation")
-    return _questions(*found, language, **given)
+    return _questions(found, language, **given)
 
 
 def mlqa(language: str, data_dir: str | None = None, file: str | None = None, **given) -> dict:
     """MLQA (Lewis et al. 2020), the test part whose contexts and questions are both in `language`."""
     name = f"test-context-{language}-question-{language}.json"
     found = _squad_data(data_dir, name, file, "facebook/mlqa", f"mlqa.{language}.{language}", "test")
-    return _questions(*found, language, **given)
+    return _questions(found, language, **given)
 
 
 def indicqa(language: str, data_dir: str | None = None, file: str | None = None, **given) -> dict:
@@ -46,7 +46,7 @@ def indicqa(language: str, data_dir: str | None = None, file: str | None = None,
     name = f"indicqa.{language}.json"
     # On the hub it is these same files with a script, which `datasets` rightly refuses to run.
     directory = data_dir or file or _hub_file(name, "ai4bharat/IndicQA", f"data/{name}")
-    return _questions(*_squad_file(directory, name, file), language, **given)
+    return _questions(_squad_file(directory, name, file), language, **given)
 
 
 def mgsm(language: str, data_dir: str | None = None, file: str | None = None, **given) -> dict:
@@ -91,7 +91,8 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").rstrip("\n").split("\n")
 
 
-def _questions(source: str, rows: Iterable[dict], language: str, **given) -> dict:
+def _questions(found: tuple[str, Iterable[dict]], language: str, **given) -> dict:
+    source, rows = found
     questions = _checked(source, rows, _question)
     paragraphs: dict[str, int] = {}
     for question in questions:
@@ -186,7 +187,7 @@ def _squad_data(data_dir: str | None, name: str, file: str | None, *on_hub: str)
     return _squad_file(data_dir, name, file) if file or data_dir else _hub_data_set(name, *on_hub)
 
 
-def _squad_file(directory: str | None, name: str, file: str | None) -> tuple[str, Iterator[dict]]:
+def _squad_file(directory: str | Path | None, name: str, file: str | None) -> tuple[str, Iterator[dict]]:
     path = _find(directory, name, file)
 
     def rows():
@@ -198,7 +199,7 @@ def _squad_file(directory: str | None, name: str, file: str | None) -> tuple[str
     return str(path), rows()
 
 
-def _mgsm_file(directory: str | None, name: str, file: str | None) -> tuple[str, Iterator[dict]]:
+def _mgsm_file(directory: str | None, name: str, file: str | None) -> tuple[str, Iterable[dict]]:
     path = _find(directory, name, file)
 
     def rows():
@@ -212,13 +213,13 @@ def _mgsm_file(directory: str | None, name: str, file: str | None) -> tuple[str,
     return str(path), rows()
 
 
-def _find(directory: str | None, name: str, file: str | None) -> Path:
+def _find(directory: str | Path | None, name: str, file: str | None) -> Path:
     """A task's own file, or else that of the benchmark's name anywhere below a directory."""
     if file:
         if not Path(file).is_file():
             raise UserError(f"There is no file '{file}', which the task names: put it there.")
         return Path(file)
-    if not Path(directory).is_dir():
+    if directory is None or not Path(directory).is_dir():
         raise UserError(f"There is no directory '{directory}': give --data_dir one that has {name} below it.")
     found = sorted(Path(directory).rglob(name))
     if not found:

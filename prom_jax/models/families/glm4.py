@@ -19,10 +19,11 @@ NORMS_AFTER = (
 
 def read(settings) -> dict:
     """Fields of `DecoderConfig`."""
-    layers = same_layers(settings, partial=True)
-    rope = dataclasses.replace(layers[0].rope, interleaved=True)
+    layer, *others = same_layers(settings, partial=True)
+    if layer.rope:
+        layer = dataclasses.replace(layer, rope=dataclasses.replace(layer.rope, interleaved=True))
     return {
-        "layers": (dataclasses.replace(layers[0], rope=rope),) * len(layers),
+        "layers": (layer,) * (1 + len(others)),
         "attention_bias": bool(settings.take("attention_bias")),
     }
 

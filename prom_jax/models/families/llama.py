@@ -71,6 +71,7 @@ def gguf_biases(tensors) -> dict:
     return {key: True for key, name in biases.items() if name in tensors}
 
 
+FORMAT = GGUF("llama", gguf_keys, interleaved=True)
 FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
@@ -78,5 +79,5 @@ FAMILY = Family(
     defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
     read=read,
     write=write,
-    gguf=GGUF("llama", gguf_keys, interleaved=True),
+    gguf=FORMAT,
 )

@@ -37,5 +37,5 @@ FAMILY = Family(
     },
     read=read,
     write=write,
-    gguf=dataclasses.replace(llama.FAMILY.gguf, settings_of=gguf_settings, windows=False),
+    gguf=dataclasses.replace(llama.FORMAT, settings_of=gguf_settings, windows=False),
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 from prom_jax.training.objective import MAIN_HEAD, L, Method, Texts
 from prom_jax.utils.errors import UserError
@@ -38,7 +39,7 @@ class PROM(Method):
     label = "PROM"
     colour = "tab:blue"
     regulated = True
-    compared = (
+    compared: ClassVar[tuple[Texts, ...]] = (
         Texts("English", "english", ("target", "translation"), "data.english"),
         Texts("target", "target", ("target", "translation"), "data.target"),
     )

@@ -1,6 +1,7 @@
 """xLLaMA2(t+e): English and target language in one loss at the last layer."""
 
 import dataclasses
+from typing import ClassVar
 
 from prom_jax.training.objective import L, Method, Texts
 
@@ -12,7 +13,7 @@ class XLLaMA2(Method):
     name = "xllama2"
     label = "xLLaMA2(t+e)"
     colour = "tab:red"
-    compared = (
+    compared: ClassVar[tuple[Texts, ...]] = (
         Texts("English", "english", ("target",), "data.english"),
         Texts("target", "target", ("target", "translation"), "data.target"),
     )
