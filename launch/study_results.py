@@ -1,18 +1,23 @@
 """python launch/study_results.py RUN RESULTS [--seconds=N]
 
 Copies the small results of a unit of launch/study.sh: settings, decision, metrics, scores by question, the
-curves of the probe. Prompts and gold answers, which are others' texts, become digests; all that the report
-and its tests read stays what it is. `unit.json` comes last: it marks a unit as done.
+curves of the probe. Prompts and gold answers, which are others' texts, become digests, and the paths of the
+machine names; all that the report and its tests read stays what it is. `unit.json` comes last: it marks a
+unit as done.
 """
 
 import argparse
 import hashlib
 import json
+import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 COPIED = ("summary.json", "regulation.json", "metrics.jsonl", "data_card.json", "samples_adapted.json")
 EVALUATIONS = ("questions", "translations")
+PATH = re.compile(r"(/[\w.{}-]+){2,}")
 
 
 def main(argv=None):
@@ -26,24 +31,37 @@ def main(argv=None):
     results.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         if (run / name).exists():
-            (results / name).write_bytes((run / name).read_bytes())
+            copy(run / name, results / name)
     for name in EVALUATIONS:
-        (results / name).mkdir(exist_ok=True)
-        (results / name / "results.json").write_bytes((run / name / "results.json").read_bytes())
-        with (run / name / "samples.jsonl").open(encoding="utf-8") as file:
-            lines = [json.dumps(without_texts(json.loads(line)), ensure_ascii=False) for line in file]
-        (results / name / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        copy(run / name / "results.json", results / name / "results.json")
+        copy(run / name / "samples.jsonl", results / name / "samples.jsonl", without_texts)
     for path in (run / "probe" / "probe.json", *run.glob("interference-*/interference.json")):
-        target = results / path.parent.name / path.name
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(
-            json.dumps(without_rows(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8"
-        )
+        copy(path, results / path.parent.name / path.name, without_rows)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     about = {"commit": commit, "seconds": arguments.seconds}
     (results / "unit.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def copy(source: Path, target: Path, shortened: Callable[[Any], Any] = lambda content: content) -> None:
+    """Copies a file of JSON, or of a line of it each (.jsonl), as it is shortened, and without folders."""
+    is_lines, text = source.suffix == ".jsonl", source.read_text(encoding="utf-8")
+    contents = [
+        without_folders(shortened(json.loads(part))) for part in (text.splitlines() if is_lines else [text])
+    ]
+    target.parent.mkdir(exist_ok=True)
+    lines = [json.dumps(content, ensure_ascii=False) for content in contents]
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def without_folders(content):
+    """Anything of JSON's kinds, each absolute path in it being the last part of itself."""
+    if isinstance(content, dict):
+        return {without_folders(key): without_folders(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [without_folders(value) for value in content]
+    return Path(content).name if isinstance(content, str) and PATH.fullmatch(content) else content
 
 
 def without_texts(sample: dict) -> dict:

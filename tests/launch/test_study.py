@@ -80,7 +80,7 @@ def unit(tmp_path):
         (folder / "probe" / "probe.json").write_text(
             json.dumps({"el": {"english_mean": [0.123456], "rows": rows}})
         )
-    (run / "summary.json").write_text("{}")
+    (run / "summary.json").write_text(json.dumps({"data": ["/home/me/el.jsonl", "and / or"], "/a/b": 1}))
     return run
 
 
@@ -102,4 +102,5 @@ def test_small_results_make_the_same_tables(unit, tmp_path, monkeypatch):
     probe = json.loads((small / "probe" / "probe.json").read_text())["el"]
     assert probe["english_mean"] == [0.123456]
     assert probe["rows"] == [{"english_word": "cow", "english": [0.123, 1e-9], "target": [0.0, 0.2]}]
-    assert (small / "summary.json").exists() and not (small / "regulation.json").exists()
+    assert json.loads((small / "summary.json").read_text()) == {"data": ["el.jsonl", "and / or"], "b": 1}
+    assert not (small / "regulation.json").exists()
