@@ -3,6 +3,7 @@
 It is written by `reporting.card`.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 
@@ -253,7 +254,7 @@ def as_markdown(card: dict) -> str:
         "![Examples by length](lengths.png)",
         f"Records `{card['records']}`.",
     ]
-    return "\n\n".join(text).replace("\n\n- ", "\n- ") + "\n"
+    return re.sub("^(- .*\n)\n(?=- )", r"\1", "\n\n".join(text), flags=re.MULTILINE) + "\n"
 
 
 def _shares(card: dict) -> str:

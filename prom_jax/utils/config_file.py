@@ -96,7 +96,8 @@ def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
     Args:
       config: is changed.
       overrides: flags `--config.KEY=VALUE`; for a truth value also `--config.KEY` and `--noconfig.KEY`. A
-        tuple is one value, `('a','b')`, or its flag once for each value; of other keys the last flag counts.
+        tuple is one value, `('a','b')`, or its flag once for each value, or nothing; of other keys the last
+        flag counts.
 
     Returns:
       `config`.
@@ -108,9 +109,10 @@ def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
     for flag in overrides:
         by_key.setdefault(flag.partition("=")[0].partition("config.")[2], []).append(flag)
     for key, given in by_key.items():
-        expected = EXPECTED[type(_value(config, key, given[-1]))]
+        kind = type(_value(config, key, given[-1]))
+        expected = EXPECTED[kind]
         values = flags.FlagValues()  # of our own: those of the process stay as they are
-        arguments = ["", *given]
+        arguments = ["", *(f"{flag}()" if kind is tuple and flag.endswith("=") else flag for flag in given)]
         try:
             config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
             values(arguments)

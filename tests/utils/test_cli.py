@@ -201,6 +201,7 @@ def test_a_configuration_and_its_variant(command, form):
         ("--config.data.target=('a','b')", "data.target", ("a", "b")),
         ("--config.data.target=('a',)", "data.target", ("a",)),
         ("--config.data.target=()", "data.target", ()),
+        ("--config.data.target=", "data.target", ()),
         ("--config.data.seq-len=7", "data.seq_len", 7),
         ("--config.steps=7 --config.steps=8", "steps", 8),
         ("--config.mesh.fsdp -1", "mesh.fsdp", -1),
