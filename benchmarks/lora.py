@@ -94,20 +94,12 @@ def memory(base: str, arguments) -> dict:
     trained, state, _, frozen = shapes
     return {
         "base": base,
-        "frozen GB": bits(frozen) / 8e9,
+        "frozen GB": on_device(frozen) / 1e9,
         "trained and optimizer GB": (on_device(trained) + on_device(state)) / 1e9,
         "temporary GB": statistics.temp_size_in_bytes / 1e9,
         "in all GB": needed / 1e9,
         "checkpoint MB": (on_device(trained) + on_device(state)) / 1e6,
     }
-
-
-def bits(tree) -> int:
-    """Of arrays, two of whose 4-bit values share a byte."""
-    return sum(
-        leaf.size * (4 if leaf.dtype.name == "uint4" else 8 * leaf.dtype.itemsize)
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def flops(remat: str, arguments, with_adapters: bool = False) -> float:

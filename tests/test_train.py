@@ -170,7 +170,6 @@ def test_a_run_goes_on_on_another_mesh_in_the_middle_of_an_epoch(finished, confi
             assert row == expected
 
 
-# Among others it failed once: a program from the cache asked for another layout of the codes.
 @pytest.mark.slow
 def test_adapters_of_a_model_in_4_bits(config, tmp_path, capsys):
     config.method = "bactrian"  # which is compiled soonest

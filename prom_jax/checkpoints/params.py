@@ -152,6 +152,7 @@ def hf_tensors(
 
 def hf_shapes(config: DecoderConfig, lora: LoRA | None = None) -> dict[str, tuple[int, ...]]:
     """The shape of each Hugging Face tensor, and of those of adapters."""
+    lora = dataclasses.replace(lora, quantised="") if lora else None  # no file has codes
     heads = dict.fromkeys(lora.heads if lora else ())
     params = decoder.to_params(decoder.abstract(config, heads=heads, lora=lora))
     return {

@@ -117,7 +117,7 @@ class Decoder(nnx.Module):
         if row.name.endswith(SCALES):
             return jnp.float32
         is_map = row.in_layers and len(row.shape) == 2
-        return KINDS.get(self.lora.quantised) if is_map and self.lora.quantised else self.lora.base_dtype
+        return KINDS[self.lora.quantised].dtype if is_map and self.lora.quantised else self.lora.base_dtype
 
     def head(self, name: str = "lm_head"):
         """A head's matrix [V, D]; 'lm_head' is the embedding where they are tied."""
@@ -318,7 +318,7 @@ def tensors(config: DecoderConfig, heads: Iterable[str] = (), lora: LoRA | None 
     if lora is None:
         return (*own, *more)
     whole = (head for head in more if head.name not in lora.targets)
-    return (*own, *lora.scales(own), *whole, *lora.rows((*own, *more)))
+    return (*lora.kept(own), *whole, *lora.rows((*own, *more)))
 
 
 def param_axes(
@@ -370,5 +370,6 @@ def to_params(model: Decoder) -> dict:
 
 def num_parameters(model: Decoder) -> int:
     """The number of parameters, those of further heads included."""
-    leaves = jax.tree_util.tree_leaves_with_path(to_params(model))
-    return sum(math.prod(leaf.shape) for path, leaf in leaves if not path[-1].key.endswith(SCALES))
+    lora = dataclasses.replace(model.lora, quantised="") if model.lora else None
+    plain = abstract(model.config, heads=model.heads, lora=lora)
+    return sum(leaf.size for leaf in jax.tree.leaves(to_params(plain)))

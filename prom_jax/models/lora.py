@@ -9,12 +9,13 @@ import math
 from typing import Any
 
 from prom_jax.models.family import Tensor
-from prom_jax.ops.quantised import block_size
+from prom_jax.ops.quantised import KINDS, block_size
 
 ALL_LINEAR = "all-linear"
 # What the names of an adapter's two matrices end with, here and in PEFT's files.
 DOWN, UP = "_lora_a", "_lora_b"
 SCALES = "_scales"  # what a quantised matrix's scales are called after it
+CODES, BLOCKS = " codes", " blocks"  # what sizes that count these of a row of values are called after it
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -71,23 +72,26 @@ class LoRA:
         """The rows A [r, I] and B [O, r] of each target that is in a table."""
         return tuple(row for target in table if target.name in self.targets for row in _rows(target))
 
-    def scales(self, table) -> tuple[Tensor, ...]:
-        """The rows of the scales of matrices that are quantised."""
-        maps = [row for row in table if self.quantised and row.name in linear_maps(table)]
-        return tuple(
-            row._replace(name=row.name + SCALES, shape=(row.shape[0], blocks_of(row.shape[1])))
-            for row in maps
-        )
+    def kept(self, table) -> tuple[Tensor, ...]:
+        """The rows of a table as they are kept: codes and scales of a matrix that is quantised."""
+        maps = linear_maps(table) if self.quantised else ()
+        return tuple(kept for row in table for kept in (_quantised(row) if row.name in maps else (row,)))
 
     def sizes(self, sizes: dict[str, int]) -> dict[str, int]:
-        """Further sizes that the shapes of `rows` and `scales` are made of, from those of a model."""
-        blocks = {blocks_of(name): size // block_size(size) for name, size in sizes.items()}
-        return blocks | {"rank": self.rank}
+        """Further sizes that the shapes of `rows` and `kept` are made of, from those of a model."""
+        further = {"rank": self.rank}
+        for name, size in sizes.items():
+            further[name + BLOCKS] = size // block_size(size)
+            further[name + CODES] = size // (KINDS[self.quantised].values if self.quantised else 1)
+        return further
 
 
-def blocks_of(size: str) -> str:
-    """The name of a size that counts blocks of quantised values."""
-    return f"{size} blocks"
+def _quantised(row: Tensor) -> tuple[Tensor, Tensor]:
+    outputs, inputs = row.shape
+    return (
+        row._replace(shape=(outputs, inputs + CODES)),
+        row._replace(name=row.name + SCALES, shape=(outputs, inputs + BLOCKS)),
+    )
 
 
 def _rows(target: Tensor) -> tuple[Tensor, Tensor]:

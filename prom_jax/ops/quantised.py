@@ -1,7 +1,9 @@
 """Frozen matrices in 8 or 4 bits, with a scale for each block of values, and the linear map of one.
 
 int8 codes are multiples of a block's largest value over 127. nf4 codes are the 16 quantiles of a normal
-distribution that Dettmers et al. (2023, "QLoRA", appendix E) give, times a block's largest value.
+distribution that Dettmers et al. (2023, "QLoRA", appendix E) give, times a block's largest value. A byte has
+two of them, i and i + size / 2 of a block: arrays of JAX's own uint4 take a byte a value on CPUs, and what is
+compiled ahead of time refuses them (JAX 0.10.2).
 """
 
 import math
@@ -12,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 64  # values of a row that share a scale
-KINDS = {"int8": jnp.int8, "nf4": jnp.uint4}
+
+
+class Kind(NamedTuple):
+    """The dtype of codes, and the number of values that one has."""
+
+    dtype: type
+    values: int
+
+
+KINDS = {"int8": Kind(jnp.int8, 1), "nf4": Kind(jnp.uint8, 2)}
 NF4 = np.array([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -25,7 +36,7 @@ class Quantised(NamedTuple):
     """A matrix, or a stack of them.
 
     Attributes:
-      codes: int8, or uint4 for nf4, of the matrix's shape [..., O, I].
+      codes: int8 [..., O, I], or for nf4 uint8 [..., O, I / 2].
       scales: float32 [..., O, I / block].
     """
 
@@ -45,12 +56,23 @@ def scales_of(matrix: np.ndarray, kind: str) -> np.ndarray:
 
 
 def codes_of(matrix: np.ndarray, kind: str) -> np.ndarray:
-    """The codes of a matrix [..., O, I], on the host."""
+    """The codes of a matrix [..., O, I], on the host.
+
+    Raises:
+      ValueError: for nf4, if I is odd.
+    """
     scales = scales_of(matrix, kind)[..., None]
     shares = _blocks(matrix) / np.where(scales > 0, scales, 1)
-    middles = (NF4[1:] + NF4[:-1]) / 2
-    codes = np.rint(shares) if kind == "int8" else np.searchsorted(middles, shares)
-    return codes.reshape(matrix.shape).astype(KINDS[kind])
+    if kind == "nf4":
+        if shares.shape[-1] % 2:
+            raise ValueError(
+                f"nf4 has two values a byte: a matrix {list(matrix.shape)} has rows of an odd number"
+            )
+        first, second = np.split(np.searchsorted((NF4[1:] + NF4[:-1]) / 2, shares), 2, axis=-1)
+        codes = first + 16 * second
+    else:
+        codes = np.rint(shares)
+    return codes.reshape(*matrix.shape[:-1], -1).astype(KINDS[kind].dtype)
 
 
 def _blocks(matrix) -> np.ndarray:
@@ -61,10 +83,11 @@ def _blocks(matrix) -> np.ndarray:
 def dequantise(weight: Quantised, dtype) -> jax.Array:
     """The matrix."""
     codes, scales = weight
-    is_nf4 = codes.dtype == jnp.uint4
-    values = jnp.asarray(NF4)[codes.astype(jnp.int32)] if is_nf4 else codes.astype(jnp.float32)
-    blocks = values.reshape(*scales.shape, -1) * scales[..., None]
-    return blocks.reshape(codes.shape).astype(dtype)
+    values = codes.reshape(*scales.shape, -1)
+    if codes.dtype == KINDS["nf4"].dtype:
+        values = jnp.asarray(NF4)[jnp.concatenate([values % 16, values // 16], axis=-1).astype(jnp.int32)]
+    blocks = values.astype(jnp.float32) * scales[..., None]
+    return blocks.reshape(*codes.shape[:-1], -1).astype(dtype)
 
 
 @jax.custom_vjp

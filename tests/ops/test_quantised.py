@@ -18,7 +18,8 @@ def test_the_nearest_code_of_each_block(kind, rms):
     matrix = random.normal(size=(3, 10, 192)).astype(np.float32) * 10.0 ** random.integers(-4, 4, (3, 10, 1))
     matrix[1, 2] = 0
     weight = quantised(matrix, kind)
-    assert weight.codes.shape == matrix.shape and weight.scales.shape == (3, 10, 3)
+    assert weight.codes.nbytes == matrix.size // (2 if kind == "nf4" else 1)
+    assert weight.scales.shape == (3, 10, 3)
     blocks = matrix.reshape(3, 10, 3, 64)
     largest = np.abs(blocks).max(-1, keepdims=True)
     table = np.arange(-127, 128) / 127 if kind == "int8" else NF4
@@ -49,7 +50,16 @@ def test_a_linear_map_is_that_of_the_matrix_and_keeps_the_codes_alone(kind):
     plain = lambda x: jnp.sin(x @ matrix.T).sum()
     ours = lambda x: jnp.sin(quantised_linear(x, weight)).sum()
     np.testing.assert_allclose(quantised_linear(x, weight), x @ matrix.T, rtol=1e-5, atol=1e-5)
+    device = jax.devices()[0]  # as a run has them: committed, in a program that is compiled ahead of time
+    compiled = jax.jit(quantised_linear).lower(x, weight).compile()
+    made = compiled(*jax.device_put((x, weight), device))
+    np.testing.assert_allclose(made, x @ matrix.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(plain)(x), rtol=1e-4, atol=1e-4)
     _, backward = jax.vjp(lambda x: quantised_linear(x, weight), x)
     kept = {x.dtype for x in jax.tree.leaves(backward) if x.shape == matrix.shape}
     assert kept <= {weight.codes.dtype}
+
+
+def test_rows_of_an_odd_number_have_no_nf4_codes():
+    with pytest.raises(ValueError, match=r"a matrix \[2, 3\] has rows of an odd number"):
+        codes_of(np.zeros((2, 3), np.float32), "nf4")
