@@ -2,7 +2,7 @@
 
 int8 codes are multiples of a block's largest value over 127. nf4 codes are the 16 quantiles of a normal
 distribution that Dettmers et al. (2023, "QLoRA", appendix E) give, times a block's largest value. A byte has
-two of them, i and i + size / 2 of a block: arrays of JAX's own uint4 take a byte a value on CPUs, and what is
+two of them, i and i + I / 2 of a row: arrays of JAX's own uint4 take a byte a value on CPUs, and what is
 compiled ahead of time refuses them (JAX 0.10.2).
 """
 
@@ -62,9 +62,9 @@ def codes_of(matrix: np.ndarray, kind: str) -> np.ndarray:
       ValueError: for nf4, if I is odd.
     """
     scales = scales_of(matrix, kind)[..., None]
-    shares = _blocks(matrix) / np.where(scales > 0, scales, 1)
+    shares = (_blocks(matrix) / np.where(scales > 0, scales, 1)).reshape(matrix.shape)
     if kind == "nf4":
-        if shares.shape[-1] % 2:
+        if matrix.shape[-1] % 2:
             raise ValueError(
                 f"nf4 has two values a byte: a matrix {list(matrix.shape)} has rows of an odd number"
             )
@@ -72,7 +72,7 @@ def codes_of(matrix: np.ndarray, kind: str) -> np.ndarray:
         codes = first + 16 * second
     else:
         codes = np.rint(shares)
-    return codes.reshape(*matrix.shape[:-1], -1).astype(KINDS[kind].dtype)
+    return codes.astype(KINDS[kind].dtype)
 
 
 def _blocks(matrix) -> np.ndarray:
@@ -83,11 +83,12 @@ def _blocks(matrix) -> np.ndarray:
 def dequantise(weight: Quantised, dtype) -> jax.Array:
     """The matrix."""
     codes, scales = weight
-    values = codes.reshape(*scales.shape, -1)
+    values = codes
     if codes.dtype == KINDS["nf4"].dtype:
-        values = jnp.asarray(NF4)[jnp.concatenate([values % 16, values // 16], axis=-1).astype(jnp.int32)]
-    blocks = values.astype(jnp.float32) * scales[..., None]
-    return blocks.reshape(*codes.shape[:-1], -1).astype(dtype)
+        values = jnp.asarray(NF4)[jnp.concatenate([codes % 16, codes // 16], axis=-1).astype(jnp.int32)]
+    # The scales take the shape of the codes, not these that of blocks, so that no layout has to change.
+    of_values = jnp.repeat(scales, values.shape[-1] // scales.shape[-1], axis=-1)
+    return (values.astype(jnp.float32) * of_values).astype(dtype)
 
 
 @jax.custom_vjp
