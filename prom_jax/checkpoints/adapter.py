@@ -173,8 +173,9 @@ def with_adapter(reader: Reader, lora: LoRA | None, heads: Mapping[str, int], se
     if lora is None:
         return reader
     new, base = NewAdapter(reader.config, lora, heads, seed), base_of(reader, lora)
-    if base is reader or not isinstance(reader, Merged):
+    if base is reader:
         return Adapted(base, new)
+    assert isinstance(reader, Merged)  # others are their own base
     check_same_kind(reader.adapter, lora)
     return Adapted(Adapted(base, new), reader.adapter)
 

@@ -246,7 +246,8 @@ class ChatTemplate:
     def _end(self, text: str, stop: int) -> int:
         """The end of an answer with the special token that ends its turn."""
         space = SPACE.match(text, stop)
-        following = self._special.match(text, space.end() if space else stop)
+        assert space  # perhaps of no length
+        following = self._special.match(text, space.end())
         return following.end() if following else stop
 
     def _span(self, text: str, learnt: list[tuple[int, int]]) -> Span:

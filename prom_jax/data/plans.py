@@ -83,7 +83,10 @@ def _make(request: Request) -> RunPlan:
     texts, seed, times = dict(request.texts), request.seed, request.times
 
     def drawn(epoch: int) -> np.ndarray | None:
-        return None if times is None else draw(times, seed or 0, epoch)
+        if times is None:
+            return None
+        assert seed is not None  # without one each example comes once (`loader.Batches`)
+        return draw(times, seed, epoch)
 
     layout = packing.choose_layout(texts, request.primary_shape, dict(request.prompts), drawn(0))
     if stream := layout.appended:

@@ -32,9 +32,11 @@ class HeldOut:
         self._main = tuple(self._batches.shapes)  # read at the last layer through the main head
         self._losses = {stream: (stream, L(stream)) for stream in self._main}
         for term in method.terms:
-            if not isinstance(term, TokenLoss) or (term.head, term.layer) == (MAIN_HEAD, None):
-                continue
-            if term.streams[0] in self._main:
+            if (
+                isinstance(term, TokenLoss)
+                and (term.head, term.layer) != (MAIN_HEAD, None)
+                and term.streams[0] in self._main
+            ):
                 name = "pivot" if term.head == MAIN_HEAD else term.head.removesuffix("_head")
                 self._losses[name] = term.streams[0], dataclasses.replace(term, label_smoothing=0.0)
         self._tokens = {stream: int(texts.weights.sum()) for stream, texts in records.streams.items()}

@@ -370,6 +370,8 @@ def to_params(model: Decoder) -> dict:
 
 def num_parameters(model: Decoder) -> int:
     """The number of parameters, those of further heads included."""
-    lora = dataclasses.replace(model.lora, quantised="") if model.lora else None
-    plain = abstract(model.config, heads=model.heads, lora=lora)
-    return sum(leaf.size for leaf in jax.tree.leaves(to_params(plain)))
+    values = {jnp.dtype(kind.dtype): kind.values for kind in KINDS.values()}  # that a code has
+    leaves = jax.tree_util.tree_leaves_with_path(to_params(model))
+    return sum(
+        leaf.size * values.get(leaf.dtype, 1) for path, leaf in leaves if not path[-1].key.endswith(SCALES)
+    )

@@ -3,6 +3,7 @@
 import collections
 import statistics
 from dataclasses import dataclass
+from typing import cast
 
 from prom_jax.reporting.cells import Cell, Column, Row, Table, Value, describe_seeds, measured, num_documents
 from prom_jax.reporting.comparisons import Comparison, adjust, compare
@@ -138,9 +139,8 @@ def average_cell(runs: Runs, method: str, tasks, metrics, paper: dict, cells: li
         seeds = of_tasks[0][0].keys()
         spread = None
         if len(seeds) > 1 and all(of_task.keys() == seeds for of_task, _ in of_tasks):
-            # `or 0.0` is for no case: a task of which a seed lacks the score has no mean.
-            of_seeds = [
-                statistics.fmean(of_task[seed].value(task, metric) or 0.0 for of_task, task in of_tasks)
+            of_seeds = [  # none lacks a score, or its task would have no mean
+                statistics.fmean(cast(float, of_task[seed].value(task, metric)) for of_task, task in of_tasks)
                 for seed in seeds
             ]
             spread = 100 * statistics.stdev(of_seeds)

@@ -186,10 +186,11 @@ def split(text: str) -> list[str]:
     parts, fenced = [""], False
     for line in text.splitlines(keepends=True):
         edge = bool(FENCE.match(line))
-        found = LINE.fullmatch(line)
-        if fenced or edge or CODE.fullmatch(line) or not found:
+        if fenced or edge or CODE.fullmatch(line):
             parts[-1] += line
         else:
+            found = LINE.fullmatch(line)
+            assert found  # any line is one
             before, body, after = found.groups()
             for piece in re.findall(rf".{{1,{LONGEST}}}(?:\s+|$)|.{{1,{LONGEST}}}", body):
                 bare = piece.strip()

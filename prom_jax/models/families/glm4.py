@@ -19,11 +19,10 @@ NORMS_AFTER = (
 
 def read(settings) -> dict:
     """Fields of `DecoderConfig`."""
-    layer, *others = same_layers(settings, partial=True)
-    if layer.rope:
-        layer = dataclasses.replace(layer, rope=dataclasses.replace(layer.rope, interleaved=True))
+    layers = same_layers(settings, partial=True)
+    rope = layers[0].rope and dataclasses.replace(layers[0].rope, interleaved=True)
     return {
-        "layers": (layer,) * (1 + len(others)),
+        "layers": (dataclasses.replace(layers[0], rope=rope),) * len(layers),
         "attention_bias": bool(settings.take("attention_bias")),
     }
 
