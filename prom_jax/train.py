@@ -49,7 +49,7 @@ from prom_jax.utils import cli, command
 from prom_jax.utils.console import console, progress
 from prom_jax.utils.errors import UserError
 from prom_jax.utils.process import REQUEUE, is_main_process
-from prom_jax.utils.workdir import recorded_versions, write_config, write_json
+from prom_jax.utils.workdir import CONFIG_FILE, recorded_versions, write_config, write_json
 
 BEFORE_BASE = -1  # the step before the base model's evaluation, which is step 0
 SPEEDS = ("tokens_per_second", "model_flops_per_second")  # of each update
@@ -95,14 +95,8 @@ def train(config, workdir, dry_run: bool = False) -> dict:
         params = merge_params(params, base.result()) if base else params
         log = MetricsLog(workdir, start or BEFORE_BASE, trackers, job.identity)
         with contextlib.closing(log):
-            now, begun = versions(), recorded_versions(workdir) if start else {}
-            for name, version in begun.items():
-                if version != now.get(name):
-                    console.print(
-                        f"WARNING   the run was begun with {name} {version}, now {now.get(name)}: "
-                        "numbers may differ"
-                    )
-            write_config(workdir, job.identity | {"versions": begun or now})
+            begun = begun_with(workdir) if start else {}
+            write_config(workdir, job.identity | {"versions": begun or versions()})
             if not start:
                 show_data(job, log)
                 evaluate(job, params, log, 0)
@@ -117,6 +111,22 @@ def train(config, workdir, dry_run: bool = False) -> dict:
 def versions() -> dict[str, str]:
     """Of what a run's numbers depend on."""
     return {"python": platform.python_version()} | cli.versions("flax", "optax", "orbax-checkpoint")
+
+
+def begun_with(workdir: Path) -> dict[str, str]:
+    """The versions that a run was begun with, empty if unknown; a warning tells what may be another run's."""
+    begun, now = recorded_versions(workdir), versions()
+    if begun is None:
+        console.print(
+            f"WARNING   {workdir} has checkpoints and no {CONFIG_FILE}: whether they are of a run with these "
+            "settings cannot be told; if not, remove them or give another --workdir"
+        )
+    for name, version in (begun or {}).items():
+        if version != now.get(name):
+            console.print(
+                f"WARNING   the run was begun with {name} {version}, now {now.get(name)}: numbers may differ"
+            )
+    return begun or {}
 
 
 @dataclasses.dataclass(frozen=True)

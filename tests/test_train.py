@@ -303,7 +303,11 @@ def test_a_finished_run_is_left_as_it_is(finished, config, capsys):
     assert again["final"] == summary["final"] and len(metrics(workdir)) == 11
     assert f"the run was begun with jax 0.1, now {jax.__version__}" in capsys.readouterr().out
     assert json.loads((workdir / CONFIG_FILE).read_text())["versions"] == begun
-    write_json(workdir / CONFIG_FILE, kept)
+
+    (workdir / CONFIG_FILE).unlink()
+    assert door.train(config, workdir)["final"] == summary["final"]
+    assert "has checkpoints and no config.json" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((workdir / CONFIG_FILE).read_text()) == kept
 
 
 def test_a_run_goes_on_with_moved_files_and_writes_again_what_is_lost(finished, config, tiny, tmp_path):

@@ -16,12 +16,12 @@ trap 'rm -rf "$environment"' EXIT
 "$python" -m venv "$environment"
 source "$environment/bin/activate"
 pip install --quiet --disable-pip-version-check uv
-uv pip compile --quiet --no-annotate --resolution="$resolution" --extra=all \
-  --output-file="$environment/versions.txt" pyproject.toml > /dev/null
 # What the tests need besides.
 grep --extended-regexp "^(torch|peft|accelerate|tokamax|gcp-storage-emulator|pytest|pytest-xdist|hypothesis|nbclient|ipykernel|build|twine)==" \
-  requirements-dev.txt > "$environment/tools.txt"
-pip install --quiet --disable-pip-version-check --no-compile -r "$environment/versions.txt" -r "$environment/tools.txt"
+  requirements-dev.txt > "$environment/tools.in"
+uv pip compile --quiet --no-annotate --resolution="$resolution" --extra=all \
+  --output-file="$environment/versions.txt" pyproject.toml "$environment/tools.in" > /dev/null
+pip install --quiet --disable-pip-version-check --no-compile -r "$environment/versions.txt"
 source launch/model.sh smollm2
 export SMOLLM2
 python -m pytest "$@"

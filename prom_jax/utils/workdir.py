@@ -112,8 +112,11 @@ def check_same_config(workdir: Path, config: dict):
                 )
 
 
-def recorded_versions(workdir: Path) -> dict[str, str]:
-    """Of the packages that the run in a folder was begun with; empty where that is not known."""
+def recorded_versions(workdir: Path) -> dict[str, str] | None:
+    """Of the packages that the run in a folder was begun with; empty where that was not kept yet, None where
+    the folder has lost its configuration."""
+    if not (workdir / CONFIG_FILE).exists():
+        return None
     return json.loads((workdir / CONFIG_FILE).read_text(encoding="utf-8")).get("versions", {})
 
 

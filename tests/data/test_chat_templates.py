@@ -1,10 +1,13 @@
 """Records in chat templates, beside transformers' own rendering and masks."""
 
+import os
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prom_jax.data.chat_templates import ChatTemplate, find_template, read_template
 from prom_jax.data.rows import Turn
@@ -118,6 +121,65 @@ def test_ids_and_masks_are_those_of_transformers(chatty, name, monkeypatch):
     check(chatty, name)
     (end,) = template.ends
     assert chatty.convert_ids_to_tokens(end) in ("<|im_end|>", "<|eot|>", "</turn>", "</s>")
+
+
+FOLDERS = [folder for folder in os.environ.get("CHAT_TOKENIZERS", "").split(os.pathsep) if folder]
+LETTERS = ["Asante ", "x", "ก้ำ", "क्", "é", "👩\u200d🌾", "<|", "▁", " ", "\n", "\t", ". ", "12", "# ", "你好"]
+
+
+def some_messages(rng):
+    """A random conversation; each content has a word that comes once."""
+    numbers = iter(range(99))
+
+    def content():
+        before, after = ("".join(rng.choices(LETTERS, k=rng.randrange(8))) for _ in range(2))
+        return f"{before}N{next(numbers):02}{after}"
+
+    messages = [{"role": "system", "content": content()}] if rng.random() < 0.5 else []
+    for _ in range(rng.randint(1, 4)):
+        messages += [{"role": role, "content": content()} for role in ("user", "assistant")]
+    return messages
+
+
+def plain_ids_and_mask(tokenizer, messages):
+    """What the library makes of messages, and its tokens that touch an answer, or end one."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    special = {
+        token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    mask, place = [False] * len(encoded["input_ids"]), 0
+    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        content = messages[i]["content"]
+        for form in (content.strip(), content.lstrip("\n"), content):  # as the template has it
+            changed = [*messages[:i], messages[i] | {"content": form}, *messages[i + 1 :]]
+            if tokenizer.apply_chat_template(changed, tokenize=False) == text:
+                break
+        start = text.index(form, place)
+        place = start + len(form)
+        space = len(text[place:]) - len(text[place:].lstrip())
+        end = next((name for name in special if text.startswith(name, place + space)), "")
+        stop = place + space + len(end) if end else place
+        for number, (first, last) in enumerate(encoded["offset_mapping"]):
+            mask[number] |= (first < place and last > start) or (bool(end) and last == stop and first < last)
+    return encoded["input_ids"], mask
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", FOLDERS or [pytest.param("", marks=pytest.mark.skip("CHAT_TOKENIZERS"))])
+def test_templates_of_real_models(folder):
+    """10,000 conversations with each tokenizer that CHAT_TOKENIZERS names, folders separated by colons."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template, rng = ChatTemplate(tokenizer, tokenizer.chat_template), random.Random(0)
+    for _ in range(10_000):
+        messages = some_messages(rng)
+        ids, mask = plain_ids_and_mask(tokenizer, messages)
+        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
+        pairs = zip(messages[::2], messages[1::2], strict=True)
+        said = tuple(Turn(asked["content"], "", answered["content"]) for asked, answered in pairs)
+        made = encoded(tokenizer, template, Dialogue(said, system=system))
+        assert made.tokens.tolist() == ids, messages
+        assert made.loss.tolist() == mask, messages
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
