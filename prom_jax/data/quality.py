@@ -4,7 +4,6 @@ Nothing is left out for it. The numbers are in the data card with three examples
 where one is much: a file that was given for another one, or shuffled, shows at once.
 """
 
-import importlib.util
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -138,10 +137,7 @@ def _said(text: Dialogue | Plain, role: str) -> int:
 
 
 def _other_language(text: str, language: str) -> bool:
-    if not in_script(text, language):
-        return True
-    # Without the extra `translate` scripts alone are told apart.
-    return importlib.util.find_spec("py3langid") is not None and FLAWS["language"]("", text, language)
+    return not in_script(text, language) or FLAWS["language"]("", text, language)
 
 
 def _not_composed(text: str, language: str) -> bool:

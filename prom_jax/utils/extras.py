@@ -17,10 +17,10 @@ from prom_jax.utils.process import MISTAKE
 
 # Of each extra in pyproject.toml: what it lets one import.
 EXTRAS = {
-    "data": ("datasets", "tensorflow_datasets", "array_record", "grain"),
+    "data": ("datasets", "tensorflow_datasets", "array_record", "grain", "py3langid"),
     "report": ("matplotlib",),
-    "eval": ("lm_eval", "datasets", "pythainlp", "sacrebleu"),
-    "translate": ("google.cloud.translate_v3", "ctranslate2", "sentencex", "py3langid"),
+    "eval": ("lm_eval", "datasets", "pythainlp", "py3langid", "sacrebleu"),
+    "translate": ("google.cloud.translate_v3", "ctranslate2", "sentencex"),
     "gcs": ("gcsfs",),
     "tensorboard": ("tensorboardX",),
     "wandb": ("wandb",),

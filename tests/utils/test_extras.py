@@ -35,18 +35,22 @@ def installed(requirements, wanted=frozenset(), found=None):
     return found
 
 
-@pytest.fixture(scope="module")
-def core(tmp_path_factory):
-    """A folder of packages that has what `pip install prom_jax` brings, and nothing else."""
-    folder = tmp_path_factory.mktemp("core")
-    names = installed(PROJECT["dependencies"])
-    assert not names.keys() & {"datasets", "matplotlib", "lm-eval", "grain", "torch"}
+def fill(folder, names):
+    """Makes it a folder of these packages and nothing else."""
     for name in names:
         for file in metadata.distribution(name).files:
             top = file.parts[0]
             if top not in ("..", "__pycache__") and not (folder / top).exists():
                 (folder / top).symlink_to(Path(metadata.distribution(name).locate_file(top)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """A folder of packages that has what `pip install prom_jax` brings."""
+    names = installed(PROJECT["dependencies"])
+    assert not names.keys() & {"datasets", "matplotlib", "lm-eval", "grain", "torch"}
+    return fill(tmp_path_factory.mktemp("core"), names)
 
 
 def run(folder, *arguments, **kwargs):
@@ -76,16 +80,26 @@ for name in ("prepare_records", "Batches", "cloze_probe"):
     lines = done.stdout.splitlines()
     assert lines[0] == "True"
     missing = [line for line in lines if line.startswith("MissingExtra ")]
+    packages = "datasets, tensorflow_datasets, array_record, grain, py3langid"
     install = f"Install it with: pip install -e '{ROOT}[data]'"
-    assert (
-        missing
-        == [f"MissingExtra not installed: datasets, tensorflow_datasets, array_record, grain. {install}"] * 2
-    )
+    assert missing == [f"MissingExtra not installed: {packages}. {install}"] * 2
+
+
+def test_replies_are_measured_with_the_extra_of_evaluation(tmp_path):
+    names = installed(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["eval"])
+    assert "ctranslate2" not in names
+    program = """
+from prom_jax.evaluation import replies
+reply = "Ninapenda kusoma vitabu vya hadithi kila siku jioni nyumbani kwetu na watoto wangu wote."
+print(*replies.measures(reply, [reply], "sw").values())
+"""
+    done = run(fill(tmp_path, names), "-c", program)
+    assert done.stdout == "1.0 1.0 1.0\n", done.stderr
 
 
 def test_a_command_tells_all_that_is_missing_in_one_line(core, tmp_path):
     train = run(core, "-m", "prom_jax.train", "--config=th", cwd=tmp_path)
-    packages = "datasets, tensorflow_datasets, array_record, grain, matplotlib"
+    packages = "datasets, tensorflow_datasets, array_record, grain, py3langid, matplotlib"
     line = f"error: not installed: {packages}. Install it with: pip install -e '{ROOT}[data,report]'\n"
     assert (train.returncode, train.stdout, train.stderr) == (2, "", line)
 

@@ -151,7 +151,7 @@ def _related(one: str, other: str) -> bool:
 
 @functools.cache
 def _identifier():
-    with needs("translate"):
+    with needs("data"):  # and "eval" brings it
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
