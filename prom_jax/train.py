@@ -121,12 +121,13 @@ def begun_with(workdir: Path) -> dict[str, str]:
             f"WARNING   {workdir} has checkpoints and no {CONFIG_FILE}: whether they are of a run with these "
             "settings cannot be told; if not, remove them or give another --workdir"
         )
-    for name, version in (begun or {}).items():
+        return {}
+    for name, version in begun.items():
         if version != now.get(name):
             console.print(
                 f"WARNING   the run was begun with {name} {version}, now {now.get(name)}: numbers may differ"
             )
-    return begun or {}
+    return begun
 
 
 @dataclasses.dataclass(frozen=True)

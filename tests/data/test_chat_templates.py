@@ -145,9 +145,7 @@ def plain_ids_and_mask(tokenizer, messages):
     """What the library makes of messages, and its tokens that touch an answer, or end one."""
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    special = {
-        token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     mask, place = [False] * len(encoded["input_ids"]), 0
     for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         content = messages[i]["content"]
